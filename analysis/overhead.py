@@ -1,0 +1,142 @@
+"""What a cache costs by itself: an all-hit step against its two head blocks, and the disabled library.
+
+    python -m analysis.overhead                                   # the embedded model
+    python -m analysis.overhead --width 3072 --heads 24 --tokens 4096 --text 512 --device cuda --dtype bfloat16
+
+The reference is the same transformer with only its head blocks: embeddings, one block of each stage and the
+output layer. Contestants take turns, call by call; medians are reported, blocks executed are counted.
+The second model is made of random weights with the depth and width that you name.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+import h2cache
+from h2cache import H2Config
+
+INF = float("inf")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=None, help="random model of this width (default: embedded)")
+    parser.add_argument("--heads", type=int, default=24)
+    parser.add_argument("--double", type=int, default=19, help="double-stream blocks of the random model")
+    parser.add_argument("--single", type=int, default=38, help="single-stream blocks of the random model")
+    parser.add_argument("--tokens", type=int, default=64, help="image tokens")
+    parser.add_argument("--text", type=int, default=24, help="text tokens")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=200)
+    return parser.parse_args()
+
+
+def build(args: argparse.Namespace) -> FluxTransformer2DModel:
+    """The embedded transformer, or one of random weights with the dimensions asked for."""
+    if args.width is None:
+        model = FluxTransformer2DModel.from_pretrained("assets/tiny_flux", subfolder="transformer")
+    else:
+        with torch.device(args.device):
+            torch.set_default_dtype(getattr(torch, args.dtype))
+            head = args.width // args.heads
+            model = FluxTransformer2DModel(
+                num_layers=args.double,
+                num_single_layers=args.single,
+                attention_head_dim=head,
+                num_attention_heads=args.heads,
+                guidance_embeds=True,
+                axes_dims_rope=(head // 8, (head - head // 8) // 2, (head - head // 8) // 2),
+            )
+            torch.set_default_dtype(torch.float32)
+    return model.to(args.device, getattr(torch, args.dtype)).eval()
+
+
+def only_heads(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
+    """The same weights without all blocks but the first of each stage."""
+    config = dict(model.config, num_layers=1, num_single_layers=1)
+    with torch.device("meta"):
+        heads = FluxTransformer2DModel.from_config(config)
+    state = {k: v for k, v in model.state_dict().items() if k in heads.state_dict()}
+    heads.load_state_dict(state, assign=True)
+    return heads.eval()
+
+
+def main() -> None:
+    args = arguments()
+    torch.set_num_threads(args.threads)
+    model = build(args)
+    heads = only_heads(model)
+    config, side, kw = model.config, int(args.tokens**0.5), {"device": args.device}
+    dtype = getattr(torch, args.dtype)
+    ids = torch.zeros(args.tokens, 3, **kw)
+    ids[:, 1] = torch.arange(args.tokens, **kw) // side
+    ids[:, 2] = torch.arange(args.tokens, **kw) % side
+    generator = torch.Generator(args.device).manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, args.tokens, config.in_channels, generator=generator, dtype=dtype, **kw),
+        "encoder_hidden_states": torch.randn(
+            1, args.text, config.joint_attention_dim, generator=generator, dtype=dtype, **kw
+        ),
+        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator, dtype=dtype, **kw),
+        "timestep": torch.full((1,), 0.5, dtype=dtype, **kw),
+        "guidance": torch.full((1,), 3.5, **kw),
+        "img_ids": ids,
+        "txt_ids": torch.zeros(args.text, 3, **kw),
+        "return_dict": False,
+    }
+
+    def timed(transformer: torch.nn.Module) -> float:
+        if args.device != "cpu":
+            torch.accelerator.synchronize()
+        start = time.perf_counter()
+        with torch.inference_mode(), transformer.cache_context("cond"):
+            transformer(**inputs)
+        if args.device != "cpu":
+            torch.accelerator.synchronize()
+        return time.perf_counter() - start
+
+    times: dict[str, list[float]] = {"uncached": [], "disabled": [], "all hit": [], "structure miss": [], "heads": []}
+    for turn in range(args.rounds + 5):
+        row = {"uncached": timed(model)}
+        h2cache.enable(model, H2Config(tau1=INF, tau2=INF))
+        timed(model)  # the first step computes
+        row["all hit"] = timed(model)
+        hit_blocks = sum(r.blocks_run for r in h2cache.step_records(model)[-2:])
+        h2cache.enable(model, H2Config(tau1=0, tau2=INF))
+        timed(model)
+        row["structure miss"] = timed(model)
+        h2cache.disable(model)
+        row["disabled"] = timed(model)
+        row["heads"] = timed(heads)
+        if turn >= 5:
+            for name, seconds in row.items():
+                times[name].append(seconds)
+    medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor()} {args.threads} threads"
+    print(
+        json.dumps(
+            {
+                "milliseconds": {name: round(value, 4) for name, value in medians.items()},
+                "all hit / heads": round(medians["all hit"] / medians["heads"], 3),
+                "disabled / uncached": round(medians["disabled"] / medians["uncached"], 3),
+                "blocks of an all-hit step": hit_blocks,
+                "rounds": args.rounds,
+                "device": device,
+                "settings": vars(args),
+            },
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""No cache: every block of every step runs. The baseline that all others are measured against."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from h2cache.method import Method, MethodConfig
+from h2cache.stages import Run
+
+if TYPE_CHECKING:
+    from h2cache.memory import Memory
+    from h2cache.stages import Program, Span
+
+
+@dataclass(frozen=True)
+class NoneConfig(MethodConfig):
+    """There is nothing to set."""
+
+    name = "none"
+
+    def build(self) -> Uncached:
+        return Uncached(self)
+
+
+class Uncached(Method):
+    """Runs everything and keeps nothing; it only counts blocks."""
+
+    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+        for stage in stages:
+            yield Run(stage.blocks)
+        for stage in stages:
+            memory.record(stage, None, None, "miss")

@@ -1,0 +1,127 @@
+"""H2-Cache: a structure stage and a detail stage, each with its own check and its own threshold.
+
+Source: "H2-Cache" (arXiv 2510.27171) and the authors' code, whose published numbers this follows: the measure
+is the relative L1 change of the head block's pooled residual against the last *computed* step.
+Deviations, all marked below: checks are made per sample, pooled references are stored instead of full ones,
+the pooling window is at least 1, and a non-finite measure computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+
+from h2cache.method import Method, MethodConfig, check
+from h2cache.policies import SmartThreshold, below
+from h2cache.predictors import LastResidual
+from h2cache.similarity import pooled_summary, relative_l1
+from h2cache.stages import Run, Skip
+
+if TYPE_CHECKING:
+    from h2cache.memory import Memory, Slot
+    from h2cache.stages import Program, Span
+
+
+@dataclass(frozen=True)
+class H2Config(MethodConfig):
+    """Settings of H2-Cache. The defaults are the authors' for FLUX.1-dev at 1024x1024 and 50 to 100 steps."""
+
+    name = "h2cache"
+
+    tau1: float = 0.15
+    """Structure threshold, relative change in [0, inf]. Higher: faster, the layout drifts. 0: always compute."""
+    tau2: float = 0.22
+    """Detail threshold, relative change in [0, inf]. Higher: faster, textures and letters blur. 0: compute."""
+    pool1: int = 2048
+    """PFS of the structure check: image tokens kept at least (window = tokens // pool1). Fewer: cheaper check."""
+    pool2: int = 384
+    """PFS of the detail check: joint tokens kept at least. Changing either pool makes thresholds incomparable."""
+    reduce: str = "sample"
+    """"sample": every image decides for itself; "mean": one measure over the batch, as the authors do."""
+    warmup_steps: int = 0
+    """First steps that are always computed, in steps. Raising it costs speed and fixes the layout."""
+    last_steps: int = 0
+    """Last steps that are always computed, in steps. Needs the step count (a pipeline, or enable(steps=...))."""
+    max_consecutive_hits: int | None = None
+    """Compute a stage after this many hits in a row, >= 1; None: no limit. Lower: slower and closer."""
+    adaptive: bool = False
+    """Replace tau1 and tau2 by the authors' SmartThreshold (it needs the step count)."""
+    adaptive_lowest: float = 0.05
+    """Adaptive threshold at both ends of the run, in [0, adaptive_highest]."""
+    adaptive_highest: float = 0.5
+    """Adaptive threshold in the middle of the run."""
+
+    def __post_init__(self) -> None:
+        for field in ("tau1", "tau2"):
+            check(field, getattr(self, field), 0.0, float("inf"), "a threshold is a relative change; 0 switches off")
+        for field in ("pool1", "pool2"):
+            check(field, getattr(self, field), 1, float("inf"), "it is a number of tokens")
+        for field in ("warmup_steps", "last_steps"):
+            check(field, getattr(self, field), 0, float("inf"), "it is a number of steps")
+        if self.max_consecutive_hits is not None:
+            check("max_consecutive_hits", self.max_consecutive_hits, 1, float("inf"), "use None for no limit")
+        check("adaptive_lowest", self.adaptive_lowest, 0.0, self.adaptive_highest, "it must not exceed adaptive_highest")
+        if self.reduce not in ("sample", "mean"):
+            raise ValueError(f"reduce={self.reduce!r} is unknown: choose 'sample' or 'mean'")
+
+    @property
+    def needs_total_steps(self) -> bool:
+        return self.adaptive or self.last_steps > 0
+
+    def build(self) -> H2Cache:
+        return H2Cache(self)
+
+
+class H2Cache(Method):
+    """The paper's method; `step` is the algorithm."""
+
+    config: H2Config
+
+    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+        """One denoising step of one branch (the numbers are the steps of the paper's Algorithm)."""
+        cfg = self.config
+        hit = [False] * memory.batch  # per sample
+        for stage, tau, pool in zip(stages, (cfg.tau1, cfg.tau2), (cfg.pool1, cfg.pool2), strict=True):
+            slot = memory.slot(stage.name, LastResidual)
+            head = yield Run(stage.head)  # 1: a stage's head always runs
+            change, thresholds, forced = None, None, all(hit)
+            if not forced:  # 2: a structure hit forces the detail hit, without a look
+                summary = pooled_summary(stage.measured(head), pool)
+                change = slot.compare(summary, relative_l1, per_sample=cfg.reduce == "sample")
+                thresholds = self._thresholds(tau, slot, memory)
+                hit = self._decide(hit, change, thresholds, slot, memory)
+            if all(hit):
+                yield Skip(stage.rest, slot.predictor.predict())  # 3: head's fresh output + stored residual
+            else:
+                rest = yield Run(stage.rest, kept=hit, stand_in=slot.predictor.predict())
+                slot.predictor.learn(rest.residual, kept=hit)  # 4: residual from the head's output to the end
+                slot.refer(summary, kept=hit)  # the reference is written on a miss only
+            slot.count_hits(hit)
+            memory.record(stage, change, thresholds, "forced" if forced else "hit" if all(hit) else "miss")
+
+    def _decide(
+        self, hit: list[bool], change: list[float] | None, thresholds: list[float], slot: Slot, memory: Memory
+    ) -> list[bool]:
+        """Which samples may reuse this stage; a sample that hit the stage before stays a hit."""
+        cfg = self.config
+        if change is None or memory.in_warmup(cfg.warmup_steps) or memory.in_last(cfg.last_steps):
+            return [False] * memory.batch
+        fresh = below(change, thresholds)
+        if cfg.max_consecutive_hits is not None:
+            fresh = [f and n < cfg.max_consecutive_hits for f, n in zip(fresh, slot.hits_in_a_row, strict=True)]
+        if cfg.adaptive:
+            smart = self._smart
+            slot.means = [
+                m if h else smart.update(m, c) for m, c, h in zip(slot.means, change, hit, strict=True)
+            ]
+        return [h or f for h, f in zip(hit, fresh, strict=True)]
+
+    @property
+    def _smart(self) -> SmartThreshold:
+        return SmartThreshold(self.config.adaptive_lowest, self.config.adaptive_highest)
+
+    def _thresholds(self, tau: float, slot: Slot, memory: Memory) -> list[float]:
+        if not self.config.adaptive:
+            return [tau] * memory.batch
+        return [self._smart.threshold(memory.step, memory.total_steps, mean) for mean in slot.means]

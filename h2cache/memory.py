@@ -1,0 +1,195 @@
+"""State of one request: one `Memory` for each guidance branch, one `Slot` in it for each stage.
+
+A request is one pipeline call. Nothing outlives it: a new call, a timestep that goes up, or inputs of another
+shape, dtype, device or batch start afresh, and so does anything that leaves a doubt.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from h2cache.records import StepRecord
+from h2cache.similarity import sample_mask
+from h2cache.stages import Span, Stream
+
+
+class Slot:
+    """The memory of one stage: what was compared last and what the predictor has learnt."""
+
+    def __init__(self, memory: Memory, new_predictor: Callable[[], Any]) -> None:
+        self._memory, self._new_predictor = memory, new_predictor
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget everything, in place: a method that holds this slot sees it empty."""
+        self.predictor = self._new_predictor()
+        self.reference: Tensor | None = None
+        self.hits_in_a_row = [0] * self._memory.batch
+        self.means: list[float | None] = [None] * self._memory.batch  # of SmartThreshold, per sample
+
+    def compare(self, current: Tensor, measure: Callable[..., Tensor], **options: Any) -> list[float] | None:
+        """`measure(reference, current)` per sample, on the host; None when there is nothing to compare with."""
+        if self.reference is None:
+            return None
+        values = self._memory.read(measure(self.reference, current, **options))
+        if values is None:  # the read has shown that another request began: the reference is void
+            return None
+        return values * self._memory.batch if len(values) < self._memory.batch else values
+
+    def refer(self, summary: Tensor, kept: list[bool]) -> None:
+        """Make `summary` the reference, except for the samples marked in `kept`."""
+        if self.reference is not None and any(kept):
+            summary = torch.where(sample_mask(kept, summary), self.reference, summary)
+        self.reference = summary.detach()
+
+    def count_hits(self, hits: list[bool]) -> None:
+        """Note which samples hit, for a limit on hits in a row."""
+        self.hits_in_a_row = [n + 1 if hit else 0 for n, hit in zip(self.hits_in_a_row, hits, strict=True)]
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all tensors that this slot keeps from step to step."""
+        kept = {id(t): t for t in _tensors([self.reference, vars(self.predictor)])}
+        return sum(t.nbytes for t in kept.values())
+
+
+def _tensors(held: Any) -> Iterator[Tensor]:
+    if isinstance(held, Tensor):
+        yield held
+    elif isinstance(held, Stream):
+        yield from _tensors([held.img, held.txt])
+    elif isinstance(held, dict):
+        yield from _tensors(list(held.values()))
+    elif isinstance(held, (list, tuple)):
+        for item in held:
+            yield from _tensors(item)
+
+
+class Memory:
+    """State of one guidance branch of one request."""
+
+    def __init__(self, request: Request, branch: str, batch: int) -> None:
+        self._request, self.branch, self.batch = request, branch, batch
+        self.slots: dict[str, Slot] = {}
+        self.blocks_run: Counter[str] = Counter()  # by stage, in the current step
+        self._step = -1
+        self._timestep: float | None = None  # of the newest step whose timestep has been read
+        self._pending: Tensor | None = None  # timestep of the current step, not yet read
+        self._conditions: tuple = ()
+
+    def slot(self, stage: str, new_predictor: Callable[[], Any]) -> Slot:
+        """The slot of `stage`, made with an empty `new_predictor()` at the first step."""
+        if stage not in self.slots:
+            self.slots[stage] = Slot(self, new_predictor)
+        return self.slots[stage]
+
+    def begin_step(self, timestep: Tensor | float, conditions: tuple) -> None:
+        """A forward call begins, at `timestep` (of any shape: one value counts), under some `conditions`.
+
+        On an accelerator the timestep is not read here but together with the first decision of the step; only
+        the first step of a branch reads at once, when nothing is under way that the wait could stall.
+        """
+        if conditions != self._conditions and self._step >= 0:  # a ControlNet or IP-Adapter came or went
+            self._clear_slots()
+        self._conditions = conditions
+        self.blocks_run.clear()
+        self._step += 1
+        if isinstance(timestep, float):
+            self._resolve(timestep)
+            return
+        self._pending = timestep.detach().reshape(-1)[:1].float()
+        if self._step == 0 or self._pending.device.type == "cpu":
+            self._resolve(self._pending.item())  # a wait only at the first step
+
+    @property
+    def step(self) -> int:
+        """Index of the current step in its request, from 0."""
+        if self._pending is not None:
+            self._resolve(self._pending.item())  # a wait, for a method that asks before it has measured
+        return self._step
+
+    @property
+    def total_steps(self) -> int | None:
+        """Number of steps of the request; None when neither a pipeline nor the caller has told it."""
+        return self._request.total_steps
+
+    def in_warmup(self, steps: int) -> bool:
+        """Whether the current step is among the first `steps`."""
+        return steps > 0 and self.step < steps
+
+    def in_last(self, steps: int) -> bool:
+        """Whether the current step is among the last `steps`."""
+        return steps > 0 and self.step >= self.total_steps - steps
+
+    def read(self, values: Tensor) -> list[float] | None:
+        """`values` (n,) on the host, with the timestep in the same copy; None if that shows a new request."""
+        if self._pending is None:
+            return values.tolist()  # the one wait of a decision
+        *numbers, timestep = torch.cat([values, self._pending]).tolist()  # the one wait of a decision
+        return numbers if self._resolve(timestep) else None
+
+    def _resolve(self, timestep: float) -> bool:
+        """Take the current timestep; False, with everything forgotten, if it went up: a new request."""
+        self._pending = None
+        goes_on = self._timestep is None or timestep <= self._timestep
+        if not goes_on:
+            self._request.restart("the timestep went up", keep=self)
+            self._clear_slots()
+            self._step = 0
+        self._timestep = timestep
+        return goes_on
+
+    def _clear_slots(self) -> None:
+        for slot in self.slots.values():
+            slot.clear()
+
+    def record(
+        self, stage: Span, changes: list[float] | None, thresholds: list[float] | None, outcome: str
+    ) -> None:
+        """Append the `StepRecord` of one stage at the current step."""
+        self._request.records.append(
+            StepRecord(
+                step=self.step,
+                timestep=self._timestep,
+                branch=self.branch,
+                stage=stage.name,
+                measure=None if changes is None else max(changes),
+                threshold=None if thresholds is None else min(thresholds),
+                outcome=outcome,
+                blocks_run=self.blocks_run[stage.name],
+                blocks=len(stage.blocks),
+            )
+        )
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all tensors that this branch keeps from step to step."""
+        return sum(slot.bytes_held for slot in self.slots.values())
+
+
+class Request:
+    """One pipeline call: its branches and the records of its steps."""
+
+    def __init__(self, token: tuple, total_steps: int | None, reason: str) -> None:
+        self.token, self.total_steps = token, total_steps
+        self.reason = reason  # why it was started afresh, for the summary
+        self.memories: dict[str, Memory] = {}
+        self.signatures: dict[str, tuple] = {}
+        self.records: list[StepRecord] = []
+
+    def restart(self, reason: str, keep: Memory) -> None:
+        """Forget all branches but `keep`, and all records."""
+        self.reason = reason
+        self.memories = {keep.branch: keep}
+        self.signatures = {keep.branch: self.signatures[keep.branch]}
+        self.records.clear()
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of all tensors kept from step to step, over all branches."""
+        return sum(memory.bytes_held for memory in self.memories.values())

@@ -1,0 +1,105 @@
+"""The contract of a caching method, and finding methods by their file name.
+
+A method is one file: a frozen configuration dataclass and a `Method` whose `step` reads like the paper.
+H2-Cache is `h2cache/h2.py`; every other method is a file in `baselines/`, found by its name alone.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import pkgutil
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from h2cache.memory import Memory
+    from h2cache.stages import Program, Span
+
+
+@dataclass(frozen=True)
+class MethodConfig(ABC):
+    """Settings of one method. Subclasses are frozen dataclasses that validate in `__post_init__`."""
+
+    name: ClassVar[str]  # as written in records and tables
+
+    @property
+    def needs_total_steps(self) -> bool:
+        """Whether these settings need the number of steps of a request before it starts."""
+        return False
+
+    @abstractmethod
+    def build(self) -> Method:
+        """The method with these settings."""
+
+
+class Method(ABC):
+    """One caching method. Holds settings only: everything that changes lives in the `Memory` of a request."""
+
+    def __init__(self, config: MethodConfig) -> None:
+        self.config = config
+
+    @abstractmethod
+    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+        """One forward call: yield `Run` or `Skip` for every block, in order; `Run` gives back a `Ran`."""
+
+
+def check(name: str, value: float, low: float, high: float, why: str) -> None:
+    """Raise ValueError unless low <= value <= high; NaN is refused."""
+    if not low <= value <= high:
+        raise ValueError(f"{name}={value!r} is out of range [{low}, {high}]: {why}")
+
+
+def method_names() -> list[str]:
+    """All methods that `find_method` knows: h2cache and the files of `baselines/`."""
+    package = importlib.import_module("baselines")
+    return ["h2cache", *sorted(m.name for m in pkgutil.iter_modules(package.__path__))]
+
+
+def find_method(name: str) -> type[MethodConfig]:
+    """The configuration class of the method `name`; ValueError lists the known ones."""
+    if name not in method_names():
+        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(method_names())}")
+    module = importlib.import_module("h2cache.h2" if name == "h2cache" else f"baselines.{name}")
+    return _config_class(module)
+
+
+def _config_class(module: ModuleType) -> type[MethodConfig]:
+    found = [
+        c
+        for c in vars(module).values()
+        if inspect.isclass(c) and issubclass(c, MethodConfig) and c.__module__ == module.__name__
+    ]
+    if len(found) != 1:
+        raise TypeError(f"{module.__name__} must define exactly one MethodConfig, it defines {len(found)}")
+    return found[0]
+
+
+def parse_settings(config: type[MethodConfig], settings: list[str]) -> dict[str, Any]:
+    """`["warmup_steps=3"]` as keyword arguments for `config`, each value in the type of the field's default.
+
+    Raises ValueError for an unknown key (naming the known ones) or a value that does not fit its field.
+    """
+    known = {f.name: f for f in fields(config)}
+    values = {}
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals or key not in known:
+            raise ValueError(f"cannot set {setting!r}: {config.name} has the fields {', '.join(known)} (key=value)")
+        try:
+            values[key] = _parse(text, known[key].default)
+        except ValueError as error:
+            raise ValueError(f"cannot set {key} to {text!r}: {error}") from None
+    return values
+
+
+def _parse(text: str, default: Any) -> Any:
+    if isinstance(default, bool):
+        if text.lower() not in ("true", "false"):
+            raise ValueError("write true or false")
+        return text.lower() == "true"
+    if default is None:
+        return None if text.lower() == "none" else int(text)
+    return type(default)(text)

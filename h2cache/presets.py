@@ -1,0 +1,3 @@
+"""Named settings, each with what it was measured on."""
+
+PRESETS = {}

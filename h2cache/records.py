@@ -1,0 +1,137 @@
+"""What every step leaves behind, and the summary of a run."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import asdict, dataclass
+
+HIT, FORCED, MISS = "hit", "forced", "miss"
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One stage at one step of one branch."""
+
+    step: int  # from 0, within the request
+    timestep: float  # as the transformer gets it (FLUX: 1 .. 0)
+    branch: str  # guidance branch: "cond", "uncond", or "call 0", "call 1" where the pipeline gives no names
+    stage: str
+    measure: float | None  # relative change; the largest of a batch; None: nothing to compare, or forced
+    threshold: float | None  # that it was compared with; the smallest of a batch
+    outcome: str  # "hit", "forced" (hit without a look) or "miss"; a batch that disagrees is a miss
+    blocks_run: int  # executed in this stage
+    blocks: int  # in this stage
+
+    def to_dict(self) -> dict:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """One stage over a request."""
+
+    stage: str
+    steps: int
+    hits: int  # forced ones included
+    forced: int
+    blocks_run: int
+    blocks: int
+    percentiles: tuple[float, ...] | None  # 5, 25, 50, 75, 95 % of the measures
+    thresholds: tuple[float, ...] | None  # that would have let 25, 50, 75 % of the measured steps hit
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A request in numbers; `str()` is the table."""
+
+    method: str
+    stages: tuple[StageSummary, ...]
+    steps: int
+    branches: tuple[str, ...]
+    bytes_held: int
+    started_because: str
+
+    @property
+    def blocks_run(self) -> int:
+        return sum(s.blocks_run for s in self.stages)
+
+    @property
+    def blocks(self) -> int:
+        return sum(s.blocks for s in self.stages)
+
+    @property
+    def block_ratio(self) -> float:
+        """How many times fewer blocks were executed than without a cache."""
+        return self.blocks / self.blocks_run if self.blocks_run else 1.0
+
+    @property
+    def hits(self) -> dict[str, int]:
+        return {s.stage: s.hits for s in self.stages}
+
+    @property
+    def warning(self) -> str | None:
+        """What the user should know about a run in which nothing was reused."""
+        if not self.stages:
+            return "no step has been recorded: run the pipeline once, then ask for the summary"
+        if any(s.hits for s in self.stages) or self.method == "none":
+            return None
+        measured = [s.percentiles[0] for s in self.stages if s.percentiles]
+        if not measured:
+            return (
+                f"nothing was reused: every step began a new request (last reason: {self.started_because}); "
+                "is the text embedding made anew at each step?"
+            )
+        return (
+            f"nothing was reused: the smallest changes are about {min(measured):.3f}; "
+            "raise the thresholds above that, see the last columns"
+        )
+
+    def __str__(self) -> str:
+        if not self.stages:
+            return f"{self.method}: {self.warning}"
+        lines = [f"{'stage':<11}{'steps':>6}{'hits':>6}{'forced':>8}{'blocks run':>13}   change 5/25/50/75/95 %"]
+        for s in self.stages:
+            changes = "/".join(f"{p:.3f}" for p in s.percentiles) if s.percentiles else "-"
+            lines.append(
+                f"{s.stage:<11}{s.steps:>6}{s.hits:>6}{s.forced:>8}{f'{s.blocks_run} of {s.blocks}':>13}   {changes}"
+            )
+            if s.thresholds:
+                a, b, c = (f"{t:.3f}" for t in s.thresholds)
+                lines.append(f"{'':<11}thresholds for about 25/50/75 % hits: {a}/{b}/{c}")
+        lines.append(
+            f"{self.method}: {self.blocks_run} of {self.blocks} blocks executed, {self.block_ratio:.2f}x fewer; "
+            f"{len(self.branches)} branch(es); {self.bytes_held / 2**20:.2f} MiB held"
+        )
+        if self.warning:
+            lines.append(f"warning: {self.warning}")
+        return "\n".join(lines)
+
+
+def summarise(method: str, records: list[StepRecord], bytes_held: int, started_because: str) -> Summary:
+    """Sum up the records of one request."""
+    names = list(dict.fromkeys(r.stage for r in records))
+    return Summary(
+        method=method,
+        stages=tuple(_stage_summary(name, [r for r in records if r.stage == name]) for name in names),
+        steps=1 + max((r.step for r in records), default=-1),
+        branches=tuple(dict.fromkeys(r.branch for r in records)),
+        bytes_held=bytes_held,
+        started_because=started_because,
+    )
+
+
+def _stage_summary(name: str, records: list[StepRecord]) -> StageSummary:
+    measures = [r.measure for r in records if r.measure is not None]
+    many = len(measures) >= 2
+    grid = statistics.quantiles(measures, n=20, method="inclusive") if many else None  # 5 %, 10 %, ... 95 %
+    return StageSummary(
+        stage=name,
+        steps=len(records),
+        hits=sum(r.outcome in (HIT, FORCED) for r in records),
+        forced=sum(r.outcome == FORCED for r in records),
+        blocks_run=sum(r.blocks_run for r in records),
+        blocks=sum(r.blocks for r in records),
+        percentiles=tuple(grid[i] for i in (0, 4, 9, 14, 18)) if many else None,
+        thresholds=tuple(grid[i] for i in (4, 9, 14)) if many else None,
+    )

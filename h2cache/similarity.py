@@ -1,0 +1,38 @@
+"""How alike two feature tensors are: pooled feature summaries (PFS) and the relative L1 change.
+
+Source: specs of H2-Cache (arXiv 2510.27171) as in the authors' code, with one correction: the pooling window
+is at least 1, so that images of fewer than `target` tokens (512x512) work.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def pooled_summary(features: Tensor, target: int) -> Tensor:
+    """Average-pool `features` (B, tokens, C) with a square window over neighbouring tokens and channels.
+
+    The window is k = max(1, tokens // target), its stride is k too; incomplete windows at the end of either
+    axis are dropped. With k = 1 the tensor itself comes back. Returns (B, tokens // k, C // k), same dtype.
+    """
+    tokens, channels = features.shape[1:]
+    k = max(1, tokens // target)
+    if k == 1:
+        return features
+    return F.avg_pool2d(features.unsqueeze(1), (k, min(k, channels))).squeeze(1)
+
+
+def relative_l1(reference: Tensor, current: Tensor, per_sample: bool = True) -> Tensor:
+    """mean|reference - current| / mean|reference| in float32: (B,), or (1,) over the batch as the authors do.
+
+    A zero reference gives inf or nan, which no threshold accepts: the caller computes.
+    """
+    dims = tuple(range(int(per_sample), reference.ndim))
+    reference = reference.float()
+    change = (reference - current.float()).abs().mean(dims) / reference.abs().mean(dims)
+    return change.reshape(-1)
+
+
+def sample_mask(hits: list[bool], like: Tensor) -> Tensor:
+    """(B, 1, 1) boolean mask of the samples that hit, on the device of `like`."""
+    return torch.tensor(hits, device=like.device).view(-1, *[1] * (like.ndim - 1))
