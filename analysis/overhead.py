@@ -1,7 +1,8 @@
-"""What a cache costs by itself: an all-hit step against its two head blocks, and the disabled library.
+r"""What a cache costs by itself: an all-hit step against its two head blocks, and the disabled library.
 
     python -m analysis.overhead                                   # the embedded model
-    python -m analysis.overhead --width 3072 --heads 24 --tokens 4096 --text 512 --device cuda --dtype bfloat16
+    python -m analysis.overhead --width 3072 --heads 24 --tokens 4096 --text 512 --device cuda \
+        --dtype bfloat16
 
 The reference is the same transformer with only its head blocks: embeddings, one block of each stage and the
 output layer. Contestants take turns, call by call; medians are reported, blocks executed are counted.
@@ -26,8 +27,12 @@ INF = float("inf")
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=None, help="random model of this width (default: embedded)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--width", type=int, default=None, help="random model of this width (default: embedded)"
+    )
     parser.add_argument("--heads", type=int, default=24)
     parser.add_argument("--double", type=int, default=19, help="double-stream blocks of the random model")
     parser.add_argument("--single", type=int, default=38, help="single-stream blocks of the random model")
@@ -82,11 +87,15 @@ def main() -> None:
     ids[:, 2] = torch.arange(args.tokens, **kw) % side
     generator = torch.Generator(args.device).manual_seed(0)
     inputs = {
-        "hidden_states": torch.randn(1, args.tokens, config.in_channels, generator=generator, dtype=dtype, **kw),
+        "hidden_states": torch.randn(
+            1, args.tokens, config.in_channels, generator=generator, dtype=dtype, **kw
+        ),
         "encoder_hidden_states": torch.randn(
             1, args.text, config.joint_attention_dim, generator=generator, dtype=dtype, **kw
         ),
-        "pooled_projections": torch.randn(1, config.pooled_projection_dim, generator=generator, dtype=dtype, **kw),
+        "pooled_projections": torch.randn(
+            1, config.pooled_projection_dim, generator=generator, dtype=dtype, **kw
+        ),
         "timestep": torch.full((1,), 0.5, dtype=dtype, **kw),
         "guidance": torch.full((1,), 3.5, **kw),
         "img_ids": ids,
@@ -104,7 +113,13 @@ def main() -> None:
             torch.accelerator.synchronize()
         return time.perf_counter() - start
 
-    times: dict[str, list[float]] = {"uncached": [], "disabled": [], "all hit": [], "structure miss": [], "heads": []}
+    times: dict[str, list[float]] = {
+        "uncached": [],
+        "disabled": [],
+        "all hit": [],
+        "structure miss": [],
+        "heads": [],
+    }
     for turn in range(args.rounds + 5):
         row = {"uncached": timed(model)}
         h2cache.enable(model, H2Config(tau1=INF, tau2=INF))
@@ -121,7 +136,11 @@ def main() -> None:
             for name, seconds in row.items():
                 times[name].append(seconds)
     medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
-    device = torch.cuda.get_device_name() if args.device == "cuda" else f"{platform.processor()} {args.threads} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if args.device == "cuda"
+        else f"{platform.processor()} {args.threads} threads"
+    )
     print(
         json.dumps(
             {

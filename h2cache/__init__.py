@@ -1,10 +1,10 @@
 """H2-Cache: training-free caching for diffusion transformers (arXiv 2510.27171).
 
-    import h2cache
-    h2cache.enable(pipe, h2cache.H2Config(tau1=0.15, tau2=0.22))
-    image = pipe("a sign").images[0]
-    print(h2cache.summary(pipe))
-    h2cache.disable(pipe)
+import h2cache
+h2cache.enable(pipe, h2cache.H2Config(tau1=0.15, tau2=0.22))
+image = pipe("a sign").images[0]
+print(h2cache.summary(pipe))
+h2cache.disable(pipe)
 """
 
 from typing import Any

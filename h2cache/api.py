@@ -29,14 +29,16 @@ def enable(target: Any, config: MethodConfig | None = None, *, steps: int | None
 
     config: the settings of a method, by default `H2Config()` with the paper's thresholds for FLUX.1-dev.
     steps: the number of steps of a request, for a bare transformer and methods that must know it (a pipeline
-    tells it by itself). Enabling again replaces what was enabled before. One line undoes it: `disable(target)`.
+    tells it by itself). Enabling again replaces what was enabled before; `disable(target)` undoes it.
 
     Raises TypeError for a model without an engine or a config that is none, ValueError for a transformer that
     is compiled as a whole, has a cache of diffusers enabled, or lacks the step count that the method needs.
     """
     config = H2Config() if config is None else config
     if not isinstance(config, MethodConfig):
-        raise TypeError(f"config is a {type(config).__name__}: give a method's settings, such as H2Config(tau1=0.1)")
+        raise TypeError(
+            f"config is a {type(config).__name__}: give a method's settings, such as H2Config(tau1=0.1)"
+        )
     transformer = _transformer_of(target)
     engine = find_engine(transformer)
     if getattr(transformer, "_compiled_call_impl", None) is not None:
@@ -45,11 +47,13 @@ def enable(target: Any, config: MethodConfig | None = None, *, steps: int | None
             "compile its blocks instead, with transformer.compile_repeated_blocks()"
         )
     if getattr(transformer, "is_cache_enabled", False):
-        raise ValueError("diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first")
+        raise ValueError(
+            "diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first"
+        )
     pipeline = target if target is not transformer else None
     if config.needs_total_steps and steps is None and pipeline is None:
         raise ValueError(
-            f"these settings of {config.name} must know the number of steps: enable the cache on the pipeline, "
+            f"these settings of {config.name} must know the number of steps: enable it on the pipeline, "
             "or pass enable(transformer, config, steps=N)"
         )
     disable(transformer)
@@ -58,7 +62,7 @@ def enable(target: Any, config: MethodConfig | None = None, *, steps: int | None
 
 
 def disable(target: Any) -> Any:
-    """Put everything back as it was before `enable`; returns `target`. Nothing happens where nothing is enabled."""
+    """Put everything back as it was before `enable`; returns `target`. Harmless where none is on."""
     transformer = _transformer_of(target)
     attachment = getattr(transformer, _ATTRIBUTE, None)
     if attachment is not None:
@@ -89,7 +93,7 @@ def _transformer_of(target: Any) -> nn.Module:
         )
     if not isinstance(transformer, nn.Module):
         raise TypeError(
-            f"{type(target).__name__} is neither a transformer nor a pipeline with one (it has no .transformer)"
+            f"{type(target).__name__} is no transformer and no pipeline with one (it has no .transformer)"
         )
     return transformer
 
@@ -145,9 +149,7 @@ class Attachment:
         return getattr(self._local, "request", None) or self._newest_request
 
     def summary(self) -> Summary:
-        return summarise(
-            self.config.name, self.request.records, self.request.bytes_held, self.request.reason
-        )
+        return summarise(self.config.name, self.request.records, self.request.bytes_held, self.request.reason)
 
     # One forward call: `_begin`, the model's own forward over our stages, `_end`.
 
@@ -167,8 +169,12 @@ class Attachment:
 
     def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         if transformer.training:
-            raise RuntimeError("a cache is for inference: call transformer.eval(), or h2cache.disable it to train")
-        if self._current_call() is not None:  # the last call never came to its end (Ctrl-C): its state is void
+            raise RuntimeError(
+                "a cache is for inference: call transformer.eval(), or h2cache.disable it to train"
+            )
+        if (
+            self._current_call() is not None
+        ):  # the last call never came to its end (Ctrl-C): its state is void
             self._forget("the call before was broken off")
         memory = self._memory(self.engine.inputs(args, kwargs))
         self._local.call = Call(self.engine, memory, self.method.step(self.spans, memory))
@@ -186,7 +192,7 @@ class Attachment:
     # Which request, which branch.
 
     def _memory(self, inputs: Inputs) -> Memory:
-        """The memory of the branch that this call belongs to, in this thread's request, new where in doubt."""
+        """The memory of the branch that this call belongs to, in this thread's request; new if in doubt."""
         token, total = self._request_token()
         batch = inputs.latents.shape[0]
         signature = _signature(inputs)
@@ -228,7 +234,7 @@ class Attachment:
 
 
 def _signature(inputs: Inputs) -> tuple:
-    """What must stay the same from step to step, as (what, value) pairs; the text states are kept alive in it."""
+    """What must stay the same from step to step, as (what, value) pairs; keeps the text states alive."""
     latents, text = inputs.latents, inputs.text
     return (
         ("shape", tuple(latents.shape)),

@@ -11,7 +11,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-
 from h2cache.method import Method, MethodConfig, check
 from h2cache.policies import SmartThreshold, below
 from h2cache.predictors import LastResidual
@@ -30,19 +29,19 @@ class H2Config(MethodConfig):
     name = "h2cache"
 
     tau1: float = 0.15
-    """Structure threshold, relative change in [0, inf]. Higher: faster, the layout drifts. 0: always compute."""
+    """Structure threshold, a relative change >= 0. Higher: faster, the layout drifts. 0: always compute."""
     tau2: float = 0.22
-    """Detail threshold, relative change in [0, inf]. Higher: faster, textures and letters blur. 0: compute."""
+    """Detail threshold, a relative change >= 0. Higher: faster, textures and letters blur. 0: compute."""
     pool1: int = 2048
-    """PFS of the structure check: image tokens kept at least (window = tokens // pool1). Fewer: cheaper check."""
+    """PFS of the structure check: image tokens kept at least (window = tokens // pool1)."""
     pool2: int = 384
-    """PFS of the detail check: joint tokens kept at least. Changing either pool makes thresholds incomparable."""
+    """PFS of the detail check: joint tokens kept at least. Another pool asks for other thresholds."""
     reduce: str = "sample"
     """"sample": every image decides for itself; "mean": one measure over the batch, as the authors do."""
     warmup_steps: int = 0
     """First steps that are always computed, in steps. Raising it costs speed and fixes the layout."""
     last_steps: int = 0
-    """Last steps that are always computed, in steps. Needs the step count (a pipeline, or enable(steps=...))."""
+    """Last steps that are always computed, in steps. Needs a pipeline, or enable(..., steps=N)."""
     max_consecutive_hits: int | None = None
     """Compute a stage after this many hits in a row, >= 1; None: no limit. Lower: slower and closer."""
     adaptive: bool = False
@@ -54,14 +53,26 @@ class H2Config(MethodConfig):
 
     def __post_init__(self) -> None:
         for field in ("tau1", "tau2"):
-            check(field, getattr(self, field), 0.0, float("inf"), "a threshold is a relative change; 0 switches off")
+            check(
+                field,
+                getattr(self, field),
+                0.0,
+                float("inf"),
+                "a threshold is a relative change; 0 switches off",
+            )
         for field in ("pool1", "pool2"):
             check(field, getattr(self, field), 1, float("inf"), "it is a number of tokens")
         for field in ("warmup_steps", "last_steps"):
             check(field, getattr(self, field), 0, float("inf"), "it is a number of steps")
         if self.max_consecutive_hits is not None:
             check("max_consecutive_hits", self.max_consecutive_hits, 1, float("inf"), "use None for no limit")
-        check("adaptive_lowest", self.adaptive_lowest, 0.0, self.adaptive_highest, "it must not exceed adaptive_highest")
+        check(
+            "adaptive_lowest",
+            self.adaptive_lowest,
+            0.0,
+            self.adaptive_highest,
+            "it must not exceed adaptive_highest",
+        )
         if self.reduce not in ("sample", "mean"):
             raise ValueError(f"reduce={self.reduce!r} is unknown: choose 'sample' or 'mean'")
 
@@ -109,7 +120,9 @@ class H2Cache(Method):
             return [False] * memory.batch
         fresh = below(change, thresholds)
         if cfg.max_consecutive_hits is not None:
-            fresh = [f and n < cfg.max_consecutive_hits for f, n in zip(fresh, slot.hits_in_a_row, strict=True)]
+            fresh = [
+                f and n < cfg.max_consecutive_hits for f, n in zip(fresh, slot.hits_in_a_row, strict=True)
+            ]
         if cfg.adaptive:
             smart = self._smart
             slot.means = [

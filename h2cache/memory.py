@@ -33,7 +33,7 @@ class Slot:
         self.means: list[float | None] = [None] * self._memory.batch  # of SmartThreshold, per sample
 
     def compare(self, current: Tensor, measure: Callable[..., Tensor], **options: Any) -> list[float] | None:
-        """`measure(reference, current)` per sample, on the host; None when there is nothing to compare with."""
+        """`measure(reference, current)` per sample, on the host; None with nothing to compare with."""
         if self.reference is None:
             return None
         values = self._memory.read(measure(self.reference, current, **options))

@@ -87,7 +87,9 @@ def parse_settings(config: type[MethodConfig], settings: list[str]) -> dict[str,
     for setting in settings:
         key, equals, text = setting.partition("=")
         if not equals or key not in known:
-            raise ValueError(f"cannot set {setting!r}: {config.name} has the fields {', '.join(known)} (key=value)")
+            raise ValueError(
+                f"cannot set {setting!r}: {config.name} has the fields {', '.join(known)} (key=value)"
+            )
         try:
             values[key] = _parse(text, known[key].default)
         except ValueError as error:

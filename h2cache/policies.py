@@ -1,4 +1,4 @@
-"""When to compute: decisions on measured changes, as plain functions of numbers that are already on the host."""
+"""When to compute: decisions on measured changes, as plain functions of numbers on the host."""
 
 import math
 from dataclasses import dataclass

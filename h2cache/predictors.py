@@ -13,7 +13,7 @@ class LastResidual:
         self.residual: Stream | None = None
 
     def learn(self, residual: Stream, kept: list[bool]) -> None:
-        """Keep what was just computed; samples marked in `kept` were not in need of it and keep their old one."""
+        """Keep what was just computed, but for the samples marked in `kept`: they keep what they had."""
         if self.residual is not None and any(kept):
             residual = residual.map(
                 lambda new, old: torch.where(sample_mask(kept, new), old, new), self.residual

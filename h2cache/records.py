@@ -90,18 +90,20 @@ class Summary:
     def __str__(self) -> str:
         if not self.stages:
             return f"{self.method}: {self.warning}"
-        lines = [f"{'stage':<11}{'steps':>6}{'hits':>6}{'forced':>8}{'blocks run':>13}   change 5/25/50/75/95 %"]
+        lines = [
+            f"{'stage':<11}{'steps':>6}{'hits':>6}{'forced':>8}{'blocks run':>13}   change 5/25/50/75/95 %"
+        ]
         for s in self.stages:
             changes = "/".join(f"{p:.3f}" for p in s.percentiles) if s.percentiles else "-"
-            lines.append(
-                f"{s.stage:<11}{s.steps:>6}{s.hits:>6}{s.forced:>8}{f'{s.blocks_run} of {s.blocks}':>13}   {changes}"
-            )
+            blocks = f"{s.blocks_run} of {s.blocks}"
+            lines.append(f"{s.stage:<11}{s.steps:>6}{s.hits:>6}{s.forced:>8}{blocks:>13}   {changes}")
             if s.thresholds:
                 a, b, c = (f"{t:.3f}" for t in s.thresholds)
                 lines.append(f"{'':<11}thresholds for about 25/50/75 % hits: {a}/{b}/{c}")
         lines.append(
-            f"{self.method}: {self.blocks_run} of {self.blocks} blocks executed, {self.block_ratio:.2f}x fewer; "
-            f"{len(self.branches)} branch(es); {self.bytes_held / 2**20:.2f} MiB held"
+            f"{self.method}: {self.blocks_run} of {self.blocks} blocks executed, "
+            f"{self.block_ratio:.2f}x fewer; {len(self.branches)} branch(es); "
+            f"{self.bytes_held / 2**20:.2f} MiB held"
         )
         if self.warning:
             lines.append(f"warning: {self.warning}")

@@ -1,10 +1,10 @@
 """Where a model can be cut, and how a method's step drives the model's own forward through the cuts.
 
-A method is written as one generator (see `h2.py`): it yields `Run` or `Skip` for the next blocks and gets back
-what the run saw. The model's forward stays untouched: its block lists are replaced by `Stage` lists, and
-iterating one of them inside a cached forward asks the generator what to hand out, a real block with a tap on
-it, or a pass-through. So whatever the model does between its blocks (ControlNet residuals, for one) still
-happens, at every step, fresh.
+A method is written as one generator (see `h2.py`): it yields `Run` or `Skip` for the next blocks and gets
+back what the run saw. The model's forward stays untouched: its block lists are replaced by `Stage` lists,
+and iterating one of them inside a cached forward asks the generator what to hand out, a real block with a
+tap on it, or a pass-through. So whatever the model does between its blocks (ControlNet residuals, for one)
+still happens, at every step, fresh.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Skip:
 
 
 class Ran:
-    """What a `Run` saw: the stream before and after it, and what the model itself added between its blocks."""
+    """What a `Run` saw: the stream before and after it, and what the model added between its blocks."""
 
     def __init__(self, before: Stream) -> None:
         self.before = self.after = before
@@ -122,7 +122,7 @@ Program = Generator[Run | Skip, Ran | None, None]
 
 
 class Call:
-    """One forward call of the transformer: carries out a method's program while the model iterates its stages."""
+    """One forward call of the transformer: carries out a method's program while the model iterates."""
 
     def __init__(self, engine: Engine, memory: Memory, program: Program) -> None:
         self.engine, self.memory, self.program = engine, memory, program
@@ -153,8 +153,8 @@ class Call:
             command = self.command
             if command is None or command.blocks.start > self.position:
                 raise RuntimeError(
-                    f"the method asked for {command} while the model is at block {self.position}: a method's step "
-                    "must run or skip every block once, in order"
+                    f"the method asked for {command} while the model is at block {self.position}: a method's "
+                    "step must run or skip every block once, in order"
                 )
             end = min(command.blocks.stop, stage.last)
             ends = end == command.blocks.stop  # else the command goes on in the next stage

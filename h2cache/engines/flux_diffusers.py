@@ -41,7 +41,9 @@ class FluxDiffusers:
                 _argument(args, kwargs, 8, "controlnet_block_samples") is not None,
                 _argument(args, kwargs, 9, "controlnet_single_block_samples") is not None,
                 attention.get("scale"),  # of the LoRA
-                *sorted(attention.keys() - {"scale", "ip_hidden_states"}),  # the model itself adds the last one
+                *sorted(
+                    attention.keys() - {"scale", "ip_hidden_states"}
+                ),  # the model itself adds the last one
             ),
         )
 

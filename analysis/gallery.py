@@ -1,0 +1,127 @@
+"""A folder of pictures with their records: draws what is missing, finds what is there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from analysis import keep
+from analysis.metrics import fidelity
+from analysis.prompts import Prompt
+from analysis.runs import draw, side_by_side
+from h2cache import MethodConfig
+
+
+@dataclass
+class Gallery:
+    """Pictures of one pipeline with fixed settings in `folder`, and `records.jsonl` beside them.
+
+    resume: take a picture whose record and file are there as it is; else draw it again and replace both.
+    """
+
+    folder: Path
+    pipeline: DiffusionPipeline
+    model: str  # folder or hub id, for the records
+    call: dict[str, Any]  # keyword arguments of the pipeline, the same for all pictures
+    resume: bool = False
+    rows: dict[str, dict] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.rows = keep.read_records(self.folder / "records.jsonl")
+
+    def picture(
+        self,
+        prompt: Prompt,
+        config: MethodConfig,
+        seed: int,
+        uncached: tuple[Image.Image, dict] | None = None,
+    ) -> tuple[Image.Image, dict]:
+        """The picture of `prompt` by the method of `config`, and its record.
+
+        uncached: picture and record to compare with, for speed-up, PSNR and SSIM.
+        """
+        seed = seed if prompt.seed is None else prompt.seed
+        decisive = {
+            "prompt": prompt.text,
+            "seed": seed,
+            "model": self.model,
+            "steps": self.call["num_inference_steps"],
+            "height": self.call["height"],
+            "width": self.call["width"],
+            "guidance": self.call["guidance_scale"],
+            "device": str(self.pipeline.device),
+            "dtype": str(self.pipeline.dtype),
+            "method": config.name,
+            "config": keep.settings_of(config),
+        }
+        key = keep.run_key(id=prompt.id, **decisive)
+        path = self.folder / f"{prompt.id}-{config.name}-{key[:6]}.png"
+        row = self.rows.get(key)
+        if not (self.resume and row and path.is_file()):
+            drawn = draw(self.pipeline, config, seed, prompt=prompt.text, **self.call)
+            keep.save_png(path, drawn.image)
+            row = {
+                "key": key,
+                "id": prompt.id,
+                **decisive,
+                "file": path.name,
+                "seconds": round(drawn.seconds, 4),
+                "speed_up": None,
+                "blocks_run": drawn.summary.blocks_run,
+                "blocks": drawn.summary.blocks,
+                "hits": drawn.summary.hits,
+                "steps_recorded": drawn.summary.steps,
+                "bytes_held": drawn.summary.bytes_held,
+                "warning": drawn.summary.warning,
+                "psnr": None,
+                "ssim": None,
+                "identical": None,
+                "machine": keep.machine(),
+                "date": keep.now(),
+                "trace": drawn.trace,
+            }
+            image = drawn.image
+        else:
+            image = Image.open(path)
+        if uncached and row["identical"] is None:
+            row |= {
+                "speed_up": round(uncached[1]["seconds"] / row["seconds"], 3),
+                **fidelity(image, uncached[0]),
+            }
+        self.rows[key] = row
+        keep.write_records(self.folder / "records.jsonl", self.rows)
+        return image, row
+
+    def pair(self, prompt: Prompt, uncached: MethodConfig, config: MethodConfig, seed: int) -> list[dict]:
+        """Draw `prompt` without and with the cache, and both side by side; returns the two records."""
+        reference = self.picture(prompt, uncached, seed)
+        cached = self.picture(prompt, config, seed, reference)
+        images, rows = zip(reference, cached, strict=True)
+        labels = [f"{r['method']}  {r['seconds']:.2f} s\n{r['blocks_run']} blocks executed" for r in rows]
+        name = rows[1]["file"].replace(".png", "-compared.png")
+        keep.save_png(self.folder / name, side_by_side(list(images), labels))
+        return list(rows)
+
+
+HEADER = (
+    f"{'id':<10} {'method':<11}{'seconds':>8} {'speed-up':>9} {'blocks run':>11}  {'PSNR, SSIM':<16} hits"
+)
+
+
+def table_line(row: dict) -> str:
+    """One record as a line of the table under `HEADER`."""
+    hits = ", ".join(f"{stage} {n}/{row['steps_recorded']}" for stage, n in row["hits"].items())
+    speed = f"{row['speed_up']:.2f}x" if row["speed_up"] else "-"
+    blocks = f"{row['blocks_run']}/{row['blocks']}"
+    likeness = "identical" if row["identical"] else "-"
+    if row["psnr"] is not None:
+        likeness = f"{row['psnr']:.1f} dB, {row['ssim']:.3f}"
+    return (
+        f"{row['id']:<10.10} {row['method']:<11}{row['seconds']:>8.2f} {speed:>9} {blocks:>11}  "
+        f"{likeness:<16} {hits}"
+    )

@@ -1,0 +1,86 @@
+"""Prompt files: one prompt a line, or one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One thing to draw. `id` names its files; `words` is what a reader should find in the picture."""
+
+    id: str
+    text: str
+    words: tuple[str, ...] | None = None
+    seed: int | None = None
+
+
+def read_prompts(path: Path) -> list[Prompt]:
+    """Read `.txt` (one prompt a line, id = line number) or `.jsonl`.
+
+    A JSON line is {"prompt", "id"?, "words"?, "seed"?}, or the paper's {"file_path", "image_caption": [...]}
+    (id = stem of the file, first caption). Empty lines are skipped.
+    Raises ValueError naming the line for an empty or broken one and a duplicate id, OSError if unreadable.
+    """
+    if path.suffix not in (".txt", ".jsonl"):
+        raise ValueError(
+            f"{path}: a prompt file is .txt (one prompt a line) or .jsonl, not {path.suffix or 'this'!r}"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        line = path.read_bytes()[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path} line {line}: not UTF-8 text") from None
+    prompts, seen = [], {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            prompt = (
+                Prompt(f"{number:04d}", line.strip()) if path.suffix == ".txt" else _from_json(line, number)
+            )
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{path} line {number}: {error}") from None
+        if prompt.id in seen:
+            raise ValueError(
+                f"{path} line {number}: id {prompt.id!r} stands already in line {seen[prompt.id]}"
+            )
+        seen[prompt.id] = number
+        prompts.append(prompt)
+    if not prompts:
+        raise ValueError(f"{path} holds no prompt")
+    return prompts
+
+
+def _from_json(line: str, number: int) -> Prompt:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"broken JSON ({error.msg} at column {error.colno})") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    if "image_caption" in row:  # the paper's file
+        captions = row["image_caption"]
+        text = captions[0] if isinstance(captions, list) and captions else captions
+        identity = Path(str(row.get("file_path", f"{number:04d}"))).stem
+    elif "prompt" in row:
+        text, identity = row["prompt"], row.get("id", f"{number:04d}")
+    else:
+        raise ValueError('found neither "prompt" nor "image_caption"')
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("the prompt is empty")
+    if not isinstance(identity, (str, int)) or not str(identity).strip():
+        raise ValueError(f"the id {identity!r} is not a name")
+    words, seed = row.get("words"), row.get("seed")
+    if words is not None and not (isinstance(words, list) and all(isinstance(w, str) for w in words)):
+        raise ValueError(f'"words" is not a list of words: {words!r}')
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise ValueError(f'"seed" is not a whole number: {seed!r}')
+    return Prompt(_file_name(str(identity)), text.strip(), None if words is None else tuple(words), seed)
+
+
+def _file_name(identity: str) -> str:
+    """The id as the stem of a file: no folder, no surprising character."""
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in identity).lstrip(".") or "_"

@@ -1,0 +1,125 @@
+"""Draw pictures with H2-Cache, and the same pictures without it to compare with.
+
+    python run.py                                          # the FLUX that ships with the repository
+    python run.py --prompt 'a blue oval badge that says "OPEN" on a dotted pink background' --seed 7
+    python run.py --prompts my.txt --tau1 0.1 --tau2 0.2 --set warmup_steps=3
+    python run.py --model black-forest-labs/FLUX.1-dev     # needs the weights and a GPU
+
+Into --out go the images, a labelled side-by-side PNG of each pair, and records.jsonl: one line per image with
+its settings, seconds, blocks executed, hits, fidelity to the uncached image and the decision of every step.
+With --prompts, a run that was stopped goes on where it ended.
+"""
+
+import argparse
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from analysis import keep
+from analysis.gallery import HEADER, Gallery, table_line
+from analysis.prompts import Prompt, read_prompts
+from analysis.runs import Limits, call_arguments, default_device, load_pipeline
+from h2cache import MethodConfig, find_method, method_names
+from h2cache.method import parse_settings
+from h2cache.presets import PRESETS, find_preset
+
+TINY = "assets/tiny_flux"
+PROMPT = 'a red round sign that says "CAFE" on a striped green background'
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--prompt", default=PROMPT, help="what to draw")
+    what.add_argument("--prompts", type=Path, help=".txt, one a line; or .jsonl with prompt or image_caption")
+    parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
+    parser.add_argument("--method", default="h2cache", choices=method_names(), help="default: %(default)s")
+    parser.add_argument("--preset", choices=PRESETS, help="settings by name (default: the model's)")
+    parser.add_argument("--tau1", help="structure threshold, >= 0")
+    parser.add_argument("--tau2", help="detail threshold, >= 0")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="any field of the method"
+    )
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="the same for every prompt (default: 0)")
+    parser.add_argument("--height", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--device", default=default_device(), help="default here: %(default)s")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
+    parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
+    parser.add_argument("--no-compare", action="store_true", help="do not draw the uncached image")
+    args = parser.parse_args(argv)
+    if args.steps < 1:
+        parser.error(f"--steps {args.steps}: at least one step is needed")
+    return args
+
+
+def settings(args: argparse.Namespace) -> MethodConfig:
+    """The method's settings: a preset's or the defaults, overridden by --tau1, --tau2 and --set."""
+    kind = find_method(args.method)
+    preset = PRESETS[args.preset] if args.preset else find_preset(args.model, args.method)
+    if preset and preset.config.name != args.method:
+        raise ValueError(f"--preset {args.preset} is one of {preset.config.name}, not of {args.method}")
+    given = [f"{k}={v}" for k, v in (("tau1", args.tau1), ("tau2", args.tau2)) if v is not None] + args.set
+    if not preset and not given and fields(kind):
+        warn(f"nothing has been measured for {args.method} on {args.model}: its defaults are used")
+    return replace(preset.config if preset else kind(), **parse_settings(kind, given))
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def run(args: argparse.Namespace) -> None:
+    config, uncached = settings(args), find_method("none")()
+    limits = Limits.of(args.model)
+    limits.check_size(args.height, args.width)
+    prompts = read_prompts(args.prompts) if args.prompts else [Prompt("picture", args.prompt)]
+    for prompt in prompts:
+        for text in limits.warnings(prompt.text):
+            warn(f"{prompt.id}: {text}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    keep.require_space(args.out, 16 + 8 * len(prompts))
+
+    torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
+    pipeline = load_pipeline(args.model, args.device, args.dtype)
+    pipeline.set_progress_bar_config(delay=3, leave=False)  # seen only where a picture takes longer
+    call = call_arguments(pipeline, limits, args.height, args.width, args.guidance)
+    pipeline(prompt=prompts[0].text, num_inference_steps=2, output_type="latent", **call)  # warm-up, untimed
+    call["num_inference_steps"] = args.steps
+    gallery = Gallery(args.out, pipeline, args.model, call, resume=bool(args.prompts))
+
+    print(HEADER)
+    for prompt in tqdm(prompts, unit="picture", delay=3, leave=False, disable=len(prompts) == 1):
+        if args.no_compare or config == uncached:
+            rows = [gallery.picture(prompt, config, args.seed)[1]]
+        else:
+            rows = gallery.pair(prompt, uncached, config, args.seed)
+        for row in rows:
+            tqdm.write(table_line(row))
+        if rows[-1]["warning"]:
+            warn(rows[-1]["warning"])
+    print(f"pictures and records.jsonl are in {args.out}/")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print(f"stopped: finished pictures and their records are kept in {args.out}/", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
