@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import asdict, dataclass
 
@@ -124,7 +125,7 @@ def summarise(method: str, records: list[StepRecord], bytes_held: int, started_b
 
 
 def _stage_summary(name: str, records: list[StepRecord]) -> StageSummary:
-    measures = [r.measure for r in records if r.measure is not None]
+    measures = [r.measure for r in records if r.measure is not None and math.isfinite(r.measure)]
     many = len(measures) >= 2
     grid = statistics.quantiles(measures, n=20, method="inclusive") if many else None  # 5 %, 10 %, ... 95 %
     return StageSummary(

@@ -368,7 +368,7 @@ def test_the_subclass_comes_enabled_and_has_the_same_keys(tiny):
 
 
 def test_refusals_say_what_to_do(flux):
-    with pytest.raises(TypeError, match="no engine for UNet2DModel.*FluxTransformer2DModel"):
+    with pytest.raises(TypeError, match=r"no engine for UNet2DModel.*FluxTransformer2DModel"):
         h2cache.enable(
             UNet2DModel(
                 block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)

@@ -12,7 +12,7 @@ def test_methods_are_found_by_file_name():
     assert find_method("h2cache") is H2Config
     for name in method_names():
         assert find_method(name).name == name
-    with pytest.raises(ValueError, match="unknown method 'nope'.*h2cache"):
+    with pytest.raises(ValueError, match=r"unknown method 'nope'.*h2cache"):
         find_method("nope")
 
 

@@ -1,0 +1,183 @@
+"""Measure H2-Cache's thresholds on a model: the whole (tau1, tau2) plane, and the best pair for a speed-up.
+
+    python -m analysis.calibrate                     # embedded model, 32 prompts, 50 steps
+    python -m analysis.calibrate --model black-forest-labs/FLUX.1-dev --steps 50 --prompts my.jsonl
+
+Every pair draws the same prompts with the same seeds; contestants take turns prompt by prompt, so that a
+machine that drifts is fair. After each prompt the rows are written (records.jsonl): a killed run goes on.
+The best pair for a speed-up S is the one of highest mean PSNR among those with at least S times fewer blocks.
+--shard I/N does every N-th prompt only, for N processes that share --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from dataclasses import fields
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from tqdm import tqdm
+
+from analysis import keep
+from analysis.metrics import fidelity
+from analysis.ocr import word_recall
+from analysis.prompts import read_prompts
+from analysis.runs import Limits, call_arguments, default_device, draw, load_pipeline
+from h2cache import H2Config, find_method
+
+GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
+WANTED = (2.0, 3.0, 4.0, 5.08, 6.0)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="assets/tiny_flux")
+    parser.add_argument("--prompts", type=Path, default=Path("assets/prompts/tiny32.jsonl"))
+    parser.add_argument("--tau1", type=float, nargs="+", default=GRID)
+    parser.add_argument("--tau2", type=float, nargs="+", default=GRID)
+    parser.add_argument("--pairs", nargs="+", metavar="TAU1/TAU2", help="these pairs instead of the grid")
+    parser.add_argument("--words", action="store_true", help="read the words back (OCR) in every image")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--shard", default="0/1", help="I/N: every N-th prompt, from the I-th")
+    parser.add_argument("--out", type=Path, default=Path("outputs/calibration"))
+    return parser.parse_args()
+
+
+def configurations(args: argparse.Namespace) -> list[H2Config]:
+    if args.pairs:
+        pairs = [tuple(map(float, pair.split("/"))) for pair in args.pairs]
+    else:
+        pairs = itertools.product(args.tau1, args.tau2)
+    return [H2Config(tau1=a, tau2=b) for a, b in pairs]
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Fill `records.jsonl` (of this shard) with a row for each prompt and pair."""
+    limits = Limits.of(args.model)
+    torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
+    pipeline = load_pipeline(args.model, args.device, args.dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    call = call_arguments(pipeline, limits, None, None, args.guidance) | {"num_inference_steps": args.steps}
+    index, count = map(int, args.shard.split("/"))
+    prompts = read_prompts(args.prompts)[index::count]
+    path = args.out / f"records-{index}-of-{count}.jsonl"
+    rows = keep.read_records(path)
+    contestants = [find_method("none")(), *configurations(args)]
+    draw(pipeline, contestants[0], 0, prompt=prompts[0].text, **call)  # warm-up, untimed
+    for prompt in tqdm(prompts, unit="prompt"):
+        seed = args.seed if prompt.seed is None else prompt.seed
+        reference = None
+        for config in contestants:
+            key = keep.run_key(
+                model=args.model,
+                prompt=prompt.text,
+                seed=seed,
+                call=call,
+                method=config.name,
+                config=repr(config),
+            )
+            if key in rows and (reference or config.name != "none"):
+                continue
+            drawn = draw(pipeline, config, seed, prompt=prompt.text, **call)
+            reference = reference or drawn
+            rows[key] = {
+                "key": key,
+                "id": prompt.id,
+                "method": config.name,
+                **{f.name: getattr(config, f.name) for f in fields(config)},
+                "seconds": round(drawn.seconds, 4),
+                "blocks_run": drawn.summary.blocks_run,
+                "blocks": drawn.summary.blocks,
+                "hits": drawn.summary.hits,
+                **fidelity(drawn.image, reference.image),
+                "words": word_recall(prompt.words or (), drawn.image) if args.words else None,
+            }
+        keep.write_records(path, rows)
+
+
+def table(rows: list[dict]) -> list[dict]:
+    """One line for each pair: means over prompts, against the uncached images of the same prompts."""
+    base = {r["id"]: r for r in rows if r["method"] == "none"}
+    pairs = sorted({(r["tau1"], r["tau2"]) for r in rows if r["method"] != "none"})
+    lines = []
+    for tau1, tau2 in pairs:
+        mine = [r for r in rows if r["method"] != "none" and (r["tau1"], r["tau2"]) == (tau1, tau2)]
+        psnr = [r["psnr"] for r in mine if r["psnr"] is not None]
+        words = [r["words"] for r in mine if r["words"] is not None]
+        lines.append(
+            {
+                "tau1": tau1,
+                "tau2": tau2,
+                "prompts": len(mine),
+                "blocks": sum(base[r["id"]]["blocks_run"] for r in mine) / sum(r["blocks_run"] for r in mine),
+                "speed_up": sum(base[r["id"]]["seconds"] for r in mine) / sum(r["seconds"] for r in mine),
+                "psnr": fmean(psnr) if psnr else None,
+                "worst_psnr": min(psnr, default=None),
+                "ssim": fmean(r["ssim"] for r in mine),
+                "words": fmean(words) if words else None,
+                "words_uncached": fmean(base[r["id"]]["words"] for r in mine) if words else None,
+            }
+        )
+    return lines
+
+
+def best(lines: list[dict], blocks: float) -> dict | None:
+    """The pair of highest PSNR with at least `blocks` times fewer blocks."""
+    return max(
+        (p for p in lines if p["blocks"] >= blocks and p["psnr"]), key=lambda p: p["psnr"], default=None
+    )
+
+
+def show(line: dict) -> str:
+    words = (
+        ""
+        if line["words"] is None
+        else f"  words {line['words']:.3f} (uncached {line['words_uncached']:.3f})"
+    )
+    return (
+        f"tau1 {line['tau1']:<5} tau2 {line['tau2']:<5} blocks {line['blocks']:5.2f}x  "
+        f"time {line['speed_up']:5.2f}x  "
+        f"PSNR {line['psnr']:5.2f} dB (worst {line['worst_psnr']:.2f})  SSIM {line['ssim']:.4f}{words}"
+    )
+
+
+def main() -> int:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    try:
+        measure(args)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = [
+        row for path in sorted(args.out.glob("records-*.jsonl")) for row in keep.read_records(path).values()
+    ]
+    lines = table(rows)
+    summary = {
+        "command": f"python -m analysis.calibrate {' '.join(sys.argv[1:])}",
+        "machine": keep.machine(),
+        "date": keep.now(),
+        "table": lines,
+        "best": {str(wanted): best(lines, wanted) for wanted in WANTED},
+    }
+    keep.write_atomically(args.out / "summary.json", json.dumps(summary, indent=1).encode())
+    for line in lines:
+        print(show(line))
+    for wanted in WANTED:
+        found = best(lines, wanted)
+        print(f"best with at least {wanted}x fewer blocks: {show(found) if found else 'none'}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

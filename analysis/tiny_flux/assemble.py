@@ -1,0 +1,106 @@
+"""Put the trained parts together as a diffusers folder (fp16) that `FluxPipeline.from_pretrained` loads.
+
+    python -m analysis.tiny_flux.assemble --work work/tiny --out assets/tiny_flux
+
+--work holds text_encoder, text_encoder_2, tokenizer, tokenizer_2 (from text_encoders), vae (from vae) and
+checkpoint.pt (from train). Only the files of the pipeline and limits.json are written; others in --out stay.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
+
+from analysis.tiny_flux.model import load_transformer
+from analysis.tiny_flux.text_encoders import MAX_TOKENS
+
+EXAMPLE = 'a red round sign that says "CAFE" on a striped green background'
+
+
+def scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """FLUX.1-dev's own."""
+    return FlowMatchEulerDiscreteScheduler(
+        num_train_timesteps=1000,
+        shift=3.0,
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=1.15,
+        base_image_seq_len=256,
+        max_image_seq_len=4096,
+    )
+
+
+def portable_tokenizers(folder: Path) -> None:
+    """transformers 5 writes the class as TokenizersBackend, unknown to 4.x; both know the Fast class.
+
+    FluxPipeline reads the text length from model_max_length, and other lengths than the trained one change
+    pictures.
+    """
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
+    for name in ("tokenizer", "tokenizer_2"):
+        file = folder / name / "tokenizer_config.json"
+        config = json.loads(file.read_text())
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_TOKENS}
+        file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def forget_origin(config: Path) -> None:
+    """diffusers stores the folder a part came from, which means nothing elsewhere."""
+    kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
+    config.write_text(json.dumps(kept, indent=2) + "\n")
+
+
+def limits(tokenizer: PreTrainedTokenizerFast) -> dict:
+    """What the model can be asked for, in the form the command line reads."""
+    words = sorted(
+        word for word in tokenizer.get_vocab() if len(word) > 1 and word.isalpha() and word.islower()
+    )
+    return {
+        "height": [128],
+        "width": [128],
+        "quoted_word": "[A-Z]{1,5}",
+        "vocabulary": ["a", *words],
+        "example": EXAMPLE,
+        "cpu_threads": 1,  # so small a model only loses by sharing its work
+    }
+
+
+def assemble(work: Path, out: Path) -> None:
+    half = torch.float16
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
+    pipe = FluxPipeline(
+        scheduler=scheduler(),
+        vae=AutoencoderKL.from_pretrained(work / "vae", torch_dtype=half),
+        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder", torch_dtype=half),
+        tokenizer=tokenizer,
+        text_encoder_2=T5EncoderModel.from_pretrained(work / "text_encoder_2", torch_dtype=half),
+        tokenizer_2=PreTrainedTokenizerFast.from_pretrained(work / "tokenizer_2"),
+        transformer=load_transformer(work / "checkpoint.pt").to(half),
+    )
+    with tempfile.TemporaryDirectory() as scratch:  # a half-written folder must never be taken for a model
+        folder = Path(scratch) / "model"
+        pipe.save_pretrained(folder)
+        portable_tokenizers(folder)
+        forget_origin(folder / "vae/config.json")
+        (folder / "limits.json").write_text(json.dumps(limits(tokenizer), indent=2) + "\n")
+        shutil.copytree(folder, out, dirs_exist_ok=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path("work/tiny"))
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    assemble(args.work, args.out)
+    total = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
+    print(f"{args.out}: {total:,} bytes")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""`python run.py` as a user types it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from PIL import Image
+
+import run as script
+
+FAST = ["--steps", "4", "--tau1", "0.3", "--tau2", "0.3"]
+
+
+def rows(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "records.jsonl").read_text().splitlines()]
+
+
+def test_without_arguments_it_draws_both_and_compares(tmp_path):
+    """One whole process, with nothing but the folder to write to."""
+    done = subprocess.run(
+        [sys.executable, "run.py", "--out", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    assert "none" in done.stdout
+    assert "h2cache" in done.stdout
+    reference, cached = rows(tmp_path)
+    assert (reference["method"], cached["method"]) == ("none", "h2cache")
+    assert reference["blocks_run"] == reference["blocks"] == cached["blocks"] == 900
+    assert cached["blocks_run"] < 450
+    assert cached["psnr"] > 20
+    assert cached["seed"] == reference["seed"]
+    assert cached["hits"]["structure"] == sum(
+        r["outcome"] == "hit" for r in cached["trace"] if r["stage"] == "structure"
+    )
+    assert {"versions", "device_name"} <= set(cached["machine"])
+    for row in (reference, cached):
+        assert Image.open(tmp_path / row["file"]).size == (128, 128)
+    pair = Image.open(tmp_path / cached["file"].replace(".png", "-compared.png"))
+    assert pair.width > 2 * 384
+    assert len(os.listdir(tmp_path)) == 4  # nothing temporary is left
+
+
+def test_a_prompt_file_is_drawn_and_a_second_run_resumes(tmp_path, capsys):
+    prompts = tmp_path / "p.jsonl"
+    texts = [f'a red round sign that says "{w}" on a plain white background' for w in ("A", "GO")]
+    prompts.write_text("\n".join(json.dumps({"prompt": t}) for t in texts))
+    out = tmp_path / "out"
+    command = ["--prompts", str(prompts), "--out", str(out), *FAST]
+    assert script.main(command) == 0
+    first = rows(out)
+    assert [r["id"] for r in first] == ["0001", "0001", "0002", "0002"]
+    os.remove(out / first[3]["file"])
+    capsys.readouterr()
+    assert script.main(command) == 0
+    again = rows(out)
+    assert again[:3] == first[:3]  # seconds and date included: not drawn again
+    assert again[3]["date"] >= first[3]["date"]
+    assert (out / again[3]["file"]).is_file()
+    assert script.main([*command, "--seed", "1"]) == 0
+    assert len(rows(out)) == 8  # another seed never reuses
+
+
+def test_one_method_alone(tmp_path, capsys):
+    assert script.main(["--method", "none", "--out", str(tmp_path), "--steps", "2"]) == 0
+    assert script.main(["--no-compare", "--out", str(tmp_path), *FAST]) == 0
+    assert [r["method"] for r in rows(tmp_path)] == ["none", "h2cache"]
+    assert not list(tmp_path.glob("*compared*"))
+
+
+@pytest.mark.parametrize(
+    ("bad", "says"),
+    [
+        (["--tau1", "-1"], "tau1=-1.0 is out of range"),
+        (["--tau1", "fast"], "cannot set tau1 to 'fast'"),
+        (["--set", "colour=red"], "cannot set 'colour=red'"),
+        (["--method", "none", "--tau1", "0.1"], "cannot set 'tau1=0.1'"),
+        (["--prompts", "missing.txt"], "missing.txt"),
+        (["--height", "256"], "height=256: this model draws height 128 only"),
+        (["--model", "no/such/folder"], "no model folder 'no/such/folder'"),
+        (["--model", "tests"], "no model_index.json"),
+        (["--device", "nonsense"], "device 'nonsense' cannot be used here"),
+    ],
+)
+def test_bad_input_is_named_and_nothing_is_written(tmp_path, capsys, bad, says):
+    out = tmp_path / "out"
+    assert script.main([*bad, "--out", str(out)]) == 2
+    assert says in capsys.readouterr().err
+    assert not out.exists() or not os.listdir(out)
+
+
+@pytest.mark.parametrize("bad", [["--frobnicate"], ["--method", "nope"], ["--steps", "0"], ["--steps", "x"]])
+def test_bad_flags_exit_with_usage(bad, capsys):
+    with pytest.raises(SystemExit) as error:
+        script.main(bad)
+    assert error.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+def test_a_broken_prompt_file_names_the_line(tmp_path, capsys):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"prompt": "ok"}\n{oops\n')
+    assert script.main(["--prompts", str(path), "--out", str(tmp_path / "o")]) == 2
+    assert "line 2: broken JSON" in capsys.readouterr().err
+
+
+def test_a_hub_model_that_cannot_be_had_says_what_to_do(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert script.main(["--model", "nobody/nothing", "--out", str(tmp_path)]) == 2
+    assert "hf download nobody/nothing" in capsys.readouterr().err
+
+
+def test_words_the_model_cannot_spell_are_warned_about(tmp_path, capsys):
+    prompt = 'a red round sign that says "Coffee" on a plain white background'
+    assert script.main(["--prompt", prompt, "--out", str(tmp_path), "--no-compare", *FAST]) == 0
+    assert 'this model cannot spell "Coffee"' in capsys.readouterr().err
+
+
+def test_a_full_disk_is_refused_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 2**20}))
+    assert script.main(["--out", str(tmp_path)]) == 2
+    assert "1 MiB are free" in capsys.readouterr().err
+
+
+def test_ctrl_c_keeps_what_is_finished(tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text(
+        "".join(f'a red round sign that says "{c}" on a white background\n' for c in "ABCDEFGH" * 5)
+    )
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "run.py", "--prompts", str(prompts), "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(600):
+        if (out / "records.jsonl").exists():
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "finished pictures and their records are kept" in errors
+    kept = rows(out)
+    assert 0 < len(kept) < 80
+    assert not list(out.glob(".*"))
+    for row in kept:
+        Image.open(out / row["file"]).load()
