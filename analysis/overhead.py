@@ -5,7 +5,7 @@ r"""What a cache costs by itself: an all-hit step against its two head blocks, a
         --dtype bfloat16
 
 The reference is the same transformer with only its head blocks: embeddings, one block of each stage and the
-output layer. Contestants take turns, call by call; medians are reported, blocks executed are counted.
+output layer. Contestants take turns, a burst of steps each; medians are reported, blocks are counted.
 The second model is made of random weights with the depth and width that you name.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import time
 
@@ -21,6 +20,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import h2cache
+from analysis.keep import cpu_name
 from h2cache import H2Config
 
 INF = float("inf")
@@ -40,8 +40,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=int, default=24, help="text tokens")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--burst", type=int, default=20, help="steps timed together")
     return parser.parse_args()
 
 
@@ -104,42 +105,44 @@ def main() -> None:
     }
 
     def timed(transformer: torch.nn.Module) -> float:
-        if args.device != "cpu":
-            torch.accelerator.synchronize()
+        """Seconds of one step: the mean of a burst, since in a run hits follow hits."""
+        synchronise()
         start = time.perf_counter()
-        with torch.inference_mode(), transformer.cache_context("cond"):
-            transformer(**inputs)
+        with torch.inference_mode():
+            for _ in range(args.burst):
+                with transformer.cache_context("cond"):
+                    transformer(**inputs)
+        synchronise()
+        return (time.perf_counter() - start) / args.burst
+
+    def synchronise() -> None:
         if args.device != "cpu":
             torch.accelerator.synchronize()
-        return time.perf_counter() - start
 
-    times: dict[str, list[float]] = {
-        "uncached": [],
-        "disabled": [],
-        "all hit": [],
-        "structure miss": [],
-        "heads": [],
-    }
-    for turn in range(args.rounds + 5):
+    def first_step() -> None:
+        with torch.inference_mode(), model.cache_context("cond"):
+            model(**inputs)
+
+    contestants = ("uncached", "all hit", "structure miss", "disabled", "heads")
+    times: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(args.rounds + 2):
         row = {"uncached": timed(model)}
         h2cache.enable(model, H2Config(tau1=INF, tau2=INF))
-        timed(model)  # the first step computes
+        first_step()  # computes
         row["all hit"] = timed(model)
         hit_blocks = sum(r.blocks_run for r in h2cache.step_records(model)[-2:])
         h2cache.enable(model, H2Config(tau1=0, tau2=INF))
-        timed(model)
+        first_step()
         row["structure miss"] = timed(model)
         h2cache.disable(model)
         row["disabled"] = timed(model)
         row["heads"] = timed(heads)
-        if turn >= 5:
+        if turn >= 2:  # burn-in
             for name, seconds in row.items():
                 times[name].append(seconds)
     medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
     device = (
-        torch.cuda.get_device_name()
-        if args.device == "cuda"
-        else f"{platform.processor()} {args.threads} threads"
+        torch.cuda.get_device_name() if args.device == "cuda" else f"{cpu_name()}, {args.threads} thread(s)"
     )
     print(
         json.dumps(

@@ -176,8 +176,10 @@ class Attachment:
             self._current_call() is not None
         ):  # the last call never came to its end (Ctrl-C): its state is void
             self._forget("the call before was broken off")
-        memory = self._memory(self.engine.inputs(args, kwargs))
-        self._local.call = Call(self.engine, memory, self.method.step(self.spans, memory))
+        inputs = self.engine.inputs(args, kwargs)
+        memory = self._memory(inputs)
+        program = self.method.step(self.spans, memory)
+        self._local.call = Call(self.engine, memory, program, inputs.adds_between)
 
     def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:
         call, self._local.call = self._current_call(), None
@@ -208,16 +210,16 @@ class Attachment:
             calls = calls + 1 if request is not None and timestep == last else 0
             self._local.position = (timestep, calls)
             branch = f"call {calls}"
-        if request is not None and branch in request.signatures:
-            changed = _difference(request.signatures[branch], signature)
-            if changed:
-                request, reason = None, f"another {changed} came in"
+        if request is not None and request.signatures.get(branch, signature) != signature:
+            changed = next(a[0] for a, b in zip(request.signatures[branch], signature, strict=True) if a != b)
+            request, reason = None, f"another {changed} came in"
         if request is None:
             request = self._local.request = self._newest_request = Request(token, total, reason)
             self._local.reason = None
         if branch not in request.memories:
             request.memories[branch] = Memory(request, branch, batch)
             request.signatures[branch] = signature
+            request.texts[branch] = inputs.text
         memory = request.memories[branch]
         memory.begin_step(timestep, inputs.conditions)
         return memory
@@ -234,17 +236,11 @@ class Attachment:
 
 
 def _signature(inputs: Inputs) -> tuple:
-    """What must stay the same from step to step, as (what, value) pairs; keeps the text states alive."""
+    """What must stay the same from step to step, as (what, value) pairs."""
     latents, text = inputs.latents, inputs.text
     return (
-        ("shape", tuple(latents.shape)),
+        ("shape", latents.shape),
         ("dtype", latents.dtype),
         ("device", latents.device),
-        ("prompt", None if text is None else (text.data_ptr(), tuple(text.shape), text.dtype)),
-        ("text", text),
+        ("prompt", None if text is None else (text.data_ptr(), text.shape, text.dtype)),
     )
-
-
-def _difference(old: tuple, new: tuple) -> str | None:
-    """The first thing that differs between two signatures."""
-    return next((what for (what, a), (_, b) in zip(old[:-1], new[:-1], strict=True) if a != b), None)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from h2cache.method import Method, MethodConfig, check
 from h2cache.policies import SmartThreshold, below
 from h2cache.predictors import LastResidual
-from h2cache.similarity import pooled_summary, relative_l1
+from h2cache.similarity import pooled_summary
 from h2cache.stages import Run, Skip
 
 if TYPE_CHECKING:
@@ -99,7 +99,7 @@ class H2Cache(Method):
             change, thresholds, forced = None, None, all(hit)
             if not forced:  # 2: a structure hit forces the detail hit, without a look
                 summary = pooled_summary(stage.measured(head), pool)
-                change = slot.compare(summary, relative_l1, per_sample=cfg.reduce == "sample")
+                change = slot.compare(summary, per_sample=cfg.reduce == "sample")
                 thresholds = self._thresholds(tau, slot, memory)
                 hit = self._decide(hit, change, thresholds, slot, memory)
             if all(hit):

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from h2cache.records import StepRecord
-from h2cache.similarity import sample_mask
+from h2cache.similarity import magnitude, relative_l1, sample_mask
 from h2cache.stages import Span, Stream
 
 
@@ -29,14 +29,17 @@ class Slot:
         """Forget everything, in place: a method that holds this slot sees it empty."""
         self.predictor = self._new_predictor()
         self.reference: Tensor | None = None
+        self._scale: Tensor | None = None  # magnitude of the reference, once it has been asked for
         self.hits_in_a_row = [0] * self._memory.batch
         self.means: list[float | None] = [None] * self._memory.batch  # of SmartThreshold, per sample
 
-    def compare(self, current: Tensor, measure: Callable[..., Tensor], **options: Any) -> list[float] | None:
-        """`measure(reference, current)` per sample, on the host; None with nothing to compare with."""
+    def compare(self, current: Tensor, per_sample: bool = True) -> list[float] | None:
+        """Relative L1 change of `current` since the reference, per sample, on the host; None without one."""
         if self.reference is None:
             return None
-        values = self._memory.read(measure(self.reference, current, **options))
+        if self._scale is None:
+            self._scale = magnitude(self.reference, per_sample)
+        values = self._memory.read(relative_l1(self.reference, current, per_sample, self._scale))
         if values is None:  # the read has shown that another request began: the reference is void
             return None
         return values * self._memory.batch if len(values) < self._memory.batch else values
@@ -45,7 +48,7 @@ class Slot:
         """Make `summary` the reference, except for the samples marked in `kept`."""
         if self.reference is not None and any(kept):
             summary = torch.where(sample_mask(kept, summary), self.reference, summary)
-        self.reference = summary.detach()
+        self.reference, self._scale = summary.detach(), None
 
     def count_hits(self, hits: list[bool]) -> None:
         """Note which samples hit, for a limit on hits in a row."""
@@ -102,9 +105,10 @@ class Memory:
         if isinstance(timestep, float):
             self._resolve(timestep)
             return
-        self._pending = timestep.detach().reshape(-1)[:1].float()
-        if self._step == 0 or self._pending.device.type == "cpu":
-            self._resolve(self._pending.item())  # a wait only at the first step
+        if self._step == 0 or timestep.device.type == "cpu":
+            self._resolve(timestep.reshape(-1)[0].item())  # a wait only at the first step
+        else:
+            self._pending = timestep.detach().reshape(-1)[:1].float()
 
     @property
     def step(self) -> int:
@@ -180,6 +184,7 @@ class Request:
         self.reason = reason  # why it was started afresh, for the summary
         self.memories: dict[str, Memory] = {}
         self.signatures: dict[str, tuple] = {}
+        self.texts: dict[str, Tensor | None] = {}  # held, so that no other prompt can take their address
         self.records: list[StepRecord] = []
 
     def restart(self, reason: str, keep: Memory) -> None:
@@ -187,6 +192,7 @@ class Request:
         self.reason = reason
         self.memories = {keep.branch: keep}
         self.signatures = {keep.branch: self.signatures[keep.branch]}
+        self.texts = {keep.branch: self.texts[keep.branch]}
         self.records.clear()
 
     @property

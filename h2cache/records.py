@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 HIT, FORCED, MISS = "hit", "forced", "miss"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepRecord:
     """One stage at one step of one branch."""
 

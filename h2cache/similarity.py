@@ -22,15 +22,23 @@ def pooled_summary(features: Tensor, target: int) -> Tensor:
     return F.avg_pool2d(features.unsqueeze(1), (k, min(k, channels))).squeeze(1)
 
 
-def relative_l1(reference: Tensor, current: Tensor, per_sample: bool = True) -> Tensor:
+def magnitude(features: Tensor, per_sample: bool = True) -> Tensor:
+    """Sum of |features| in float32: (B,), or (1,) over the batch."""
+    dims = (1, 2) if per_sample else (0, 1, 2)
+    return torch.linalg.vector_norm(features, 1, dims, dtype=torch.float32).reshape(-1)
+
+
+def relative_l1(
+    reference: Tensor, current: Tensor, per_sample: bool = True, scale: Tensor | None = None
+) -> Tensor:
     """mean|reference - current| / mean|reference| in float32: (B,), or (1,) over the batch as the authors do.
 
-    A zero reference gives inf or nan, which no threshold accepts: the caller computes.
+    scale: `magnitude(reference)` where it is known. Both means are over as many elements, so sums do. A zero
+    reference gives inf or nan, which no threshold accepts: the caller computes.
     """
-    dims = tuple(range(int(per_sample), reference.ndim))
-    reference = reference.float()
-    change = (reference - current.float()).abs().mean(dims) / reference.abs().mean(dims)
-    return change.reshape(-1)
+    if scale is None:
+        scale = magnitude(reference, per_sample)
+    return magnitude(reference.float() - current.float(), per_sample) / scale
 
 
 def sample_mask(hits: list[bool], like: Tensor) -> Tensor:

@@ -124,8 +124,9 @@ Program = Generator[Run | Skip, Ran | None, None]
 class Call:
     """One forward call of the transformer: carries out a method's program while the model iterates."""
 
-    def __init__(self, engine: Engine, memory: Memory, program: Program) -> None:
+    def __init__(self, engine: Engine, memory: Memory, program: Program, every_index: bool) -> None:
         self.engine, self.memory, self.program = engine, memory, program
+        self.every_index = every_index  # the model does something after each block, skipped or not
         self.position = 0  # number of the next block, through the whole model
         self.ran: Ran | None = None
         self.command: Run | Skip | None = next(program)
@@ -148,7 +149,7 @@ class Call:
         return self.command is None
 
     def serve(self, stage: Stage) -> Iterator[Callable]:
-        """Yield, one for each block of `stage`, what the model's own loop shall call."""
+        """Yield what the model's own loop over `stage` shall call."""
         while self.position < stage.last:
             command = self.command
             if command is None or command.blocks.start > self.position:
@@ -163,9 +164,10 @@ class Call:
                 for index in range(self.position, end):
                     yield _Tap(self, stage[index - stage.first], command, ends and index == end - 1)
             else:
-                pass_through = self.engine.pass_through
-                for _ in range(self.position, end - ends):
-                    yield pass_through
+                if self.every_index:
+                    pass_through = self.engine.pass_through
+                    for _ in range(self.position, end - ends):
+                        yield pass_through
                 if ends:
                     yield _Add(self.engine, command.stand_in)
             self.position = end

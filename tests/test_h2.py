@@ -119,10 +119,7 @@ def test_the_reference_is_written_on_a_miss_only(flux):
     slot = flux._h2cache.request.memories["cond"].slots["structure"]
     reference, residual = slot.reference, slot.predictor.residual
     with torch.no_grad(), flux.cache_context("cond"):
-        flux(
-            **make_inputs(timestep=0.1)
-            | {"encoder_hidden_states": flux._h2cache.request.signatures["cond"][-1][1]}
-        )
+        flux(**make_inputs(timestep=0.1) | {"encoder_hidden_states": flux._h2cache.request.texts["cond"]})
     assert slot.reference is reference
     assert slot.predictor.residual is residual
 

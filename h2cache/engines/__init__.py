@@ -30,6 +30,7 @@ class Inputs:
     latents: Tensor  # (B, I, C_in)
     text: Tensor | None  # the text states: another tensor means another prompt
     conditions: tuple  # hashable; a change of it during a request makes stored residuals void
+    adds_between: bool = True  # the model itself may add something after each block: it must see every index
 
 
 class Engine(Protocol):

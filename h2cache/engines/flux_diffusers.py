@@ -32,19 +32,23 @@ class FluxDiffusers:
         return "FluxTransformer2DModel" in class_names(transformer)
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
+        controlled = (
+            _argument(args, kwargs, 8, "controlnet_block_samples") is not None,
+            _argument(args, kwargs, 9, "controlnet_single_block_samples") is not None,
+        )
         attention = _argument(args, kwargs, 7, "joint_attention_kwargs") or {}
         return Inputs(
             timestep=_argument(args, kwargs, 3, "timestep"),
             latents=_argument(args, kwargs, 0, "hidden_states"),
             text=_argument(args, kwargs, 1, "encoder_hidden_states"),
             conditions=(
-                _argument(args, kwargs, 8, "controlnet_block_samples") is not None,
-                _argument(args, kwargs, 9, "controlnet_single_block_samples") is not None,
+                *controlled,
                 attention.get("scale"),  # of the LoRA
                 *sorted(
                     attention.keys() - {"scale", "ip_hidden_states"}
                 ),  # the model itself adds the last one
             ),
+            adds_between=any(controlled),
         )
 
     def read_input(self, args: tuple, kwargs: dict[str, Any]) -> Stream:
