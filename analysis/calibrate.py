@@ -15,9 +15,9 @@ import argparse
 import itertools
 import json
 import sys
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 
 import torch
 from tqdm import tqdm
@@ -28,6 +28,7 @@ from analysis.ocr import word_recall
 from analysis.prompts import read_prompts
 from analysis.runs import Limits, call_arguments, default_device, draw, load_pipeline
 from h2cache import H2Config, find_method
+from h2cache.method import parse_settings
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
 WANTED = (2.0, 3.0, 4.0, 5.08, 6.0)
@@ -42,6 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tau1", type=float, nargs="+", default=GRID)
     parser.add_argument("--tau2", type=float, nargs="+", default=GRID)
     parser.add_argument("--pairs", nargs="+", metavar="TAU1/TAU2", help="these pairs instead of the grid")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other field")
     parser.add_argument("--words", action="store_true", help="read the words back (OCR) in every image")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
@@ -58,7 +60,8 @@ def configurations(args: argparse.Namespace) -> list[H2Config]:
         pairs = [tuple(map(float, pair.split("/"))) for pair in args.pairs]
     else:
         pairs = itertools.product(args.tau1, args.tau2)
-    return [H2Config(tau1=a, tau2=b) for a, b in pairs]
+    others = parse_settings(H2Config, args.set)
+    return [H2Config(tau1=a, tau2=b, **others) for a, b in pairs]
 
 
 def measure(args: argparse.Namespace) -> None:
@@ -76,51 +79,46 @@ def measure(args: argparse.Namespace) -> None:
     draw(pipeline, contestants[0], 0, prompt=prompts[0].text, **call)  # warm-up, untimed
     for prompt in tqdm(prompts, unit="prompt"):
         seed = args.seed if prompt.seed is None else prompt.seed
-        reference = None
-        for config in contestants:
-            key = keep.run_key(
-                model=args.model,
-                prompt=prompt.text,
-                seed=seed,
-                call=call,
-                method=config.name,
-                config=repr(config),
-            )
-            if key in rows and (reference or config.name != "none"):
-                continue
-            drawn = draw(pipeline, config, seed, prompt=prompt.text, **call)
-            reference = reference or drawn
+        fixed = {"model": args.model, "prompt": prompt.text, "seed": seed, "call": call, "words": args.words}
+        keys = [keep.run_key(**fixed, config=repr(config)) for config in contestants]
+        if all(key in rows for key in keys):
+            continue
+        # All pictures first, then the metrics: reading words would leave cold caches to the next picture.
+        drawn = [draw(pipeline, config, seed, prompt=prompt.text, **call) for config in contestants]
+        for key, config, result in zip(keys, contestants, drawn, strict=True):
             rows[key] = {
                 "key": key,
                 "id": prompt.id,
                 "method": config.name,
-                **{f.name: getattr(config, f.name) for f in fields(config)},
-                "seconds": round(drawn.seconds, 4),
-                "blocks_run": drawn.summary.blocks_run,
-                "blocks": drawn.summary.blocks,
-                "hits": drawn.summary.hits,
-                **fidelity(drawn.image, reference.image),
-                "words": word_recall(prompt.words or (), drawn.image) if args.words else None,
+                "config": keep.settings_of(config),
+                "seconds": round(result.seconds, 4),
+                "blocks_run": result.summary.blocks_run,
+                "blocks": result.summary.blocks,
+                "hits": result.summary.hits,
+                **fidelity(result.image, drawn[0].image),
+                "words": word_recall(prompt.words or (), result.image) if args.words else None,
             }
         keep.write_records(path, rows)
 
 
 def table(rows: list[dict]) -> list[dict]:
-    """One line for each pair: means over prompts, against the uncached images of the same prompts."""
+    """One line for each pair, over prompts: means (of time: medians), against the uncached pictures."""
     base = {r["id"]: r for r in rows if r["method"] == "none"}
-    pairs = sorted({(r["tau1"], r["tau2"]) for r in rows if r["method"] != "none"})
+    cached = [r for r in rows if r["method"] != "none"]
+    settings = {json.dumps(r["config"]): r["config"] for r in cached}
     lines = []
-    for tau1, tau2 in pairs:
-        mine = [r for r in rows if r["method"] != "none" and (r["tau1"], r["tau2"]) == (tau1, tau2)]
+    for config in sorted(settings.values(), key=lambda c: (float(c["tau1"]), float(c["tau2"]))):
+        mine = [r for r in cached if r["config"] == config]
         psnr = [r["psnr"] for r in mine if r["psnr"] is not None]
         words = [r["words"] for r in mine if r["words"] is not None]
         lines.append(
             {
-                "tau1": tau1,
-                "tau2": tau2,
+                "config": config,
                 "prompts": len(mine),
                 "blocks": sum(base[r["id"]]["blocks_run"] for r in mine) / sum(r["blocks_run"] for r in mine),
-                "speed_up": sum(base[r["id"]]["seconds"] for r in mine) / sum(r["seconds"] for r in mine),
+                "speed_up": median(base[r["id"]]["seconds"] / r["seconds"] for r in mine),
+                "seconds": median(r["seconds"] for r in mine),
+                "seconds_uncached": median(base[r["id"]]["seconds"] for r in mine),
                 "psnr": fmean(psnr) if psnr else None,
                 "worst_psnr": min(psnr, default=None),
                 "ssim": fmean(r["ssim"] for r in mine),
@@ -139,16 +137,16 @@ def best(lines: list[dict], blocks: float) -> dict | None:
 
 
 def show(line: dict) -> str:
-    words = (
-        ""
-        if line["words"] is None
-        else f"  words {line['words']:.3f} (uncached {line['words_uncached']:.3f})"
-    )
-    return (
-        f"tau1 {line['tau1']:<5} tau2 {line['tau2']:<5} blocks {line['blocks']:5.2f}x  "
-        f"time {line['speed_up']:5.2f}x  "
-        f"PSNR {line['psnr']:5.2f} dB (worst {line['worst_psnr']:.2f})  SSIM {line['ssim']:.4f}{words}"
-    )
+    usual = asdict(H2Config())
+    changed = ", ".join(f"{k} {v}" for k, v in line["config"].items() if v != usual[k])
+    parts = [f"{changed or 'defaults':<24} blocks {line['blocks']:5.2f}x  time {line['speed_up']:5.2f}x"]
+    if line["psnr"] is None:
+        parts.append("identical")
+    else:
+        parts.append(f"PSNR {line['psnr']:5.2f} dB (worst {line['worst_psnr']:.2f})  SSIM {line['ssim']:.4f}")
+    if line["words"] is not None:
+        parts.append(f"words {line['words']:.3f} (uncached {line['words_uncached']:.3f})")
+    return "  ".join(parts)
 
 
 def main() -> int:

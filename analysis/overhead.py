@@ -54,13 +54,14 @@ def build(args: argparse.Namespace) -> FluxTransformer2DModel:
         with torch.device(args.device):
             torch.set_default_dtype(getattr(torch, args.dtype))
             head = args.width // args.heads
+            side = head * 7 // 32 * 2  # FLUX.1-dev: (16, 56, 56) of 128
             model = FluxTransformer2DModel(
                 num_layers=args.double,
                 num_single_layers=args.single,
                 attention_head_dim=head,
                 num_attention_heads=args.heads,
                 guidance_embeds=True,
-                axes_dims_rope=(head // 8, (head - head // 8) // 2, (head - head // 8) // 2),
+                axes_dims_rope=(head - 2 * side, side, side),
             )
             torch.set_default_dtype(torch.float32)
     return model.to(args.device, getattr(torch, args.dtype)).eval()

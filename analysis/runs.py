@@ -159,7 +159,8 @@ def draw(pipeline: DiffusionPipeline, config: MethodConfig, seed: int, **call: A
         generator = torch.Generator("cpu").manual_seed(seed)
         synchronise(pipeline.device)
         start = time.perf_counter()
-        image = pipeline(**call, generator=generator).images[0]
+        with torch.inference_mode():
+            image = pipeline(**call, generator=generator).images[0]
         synchronise(pipeline.device)
         seconds = time.perf_counter() - start
         trace = [record.to_dict() for record in h2cache.step_records(pipeline)]

@@ -23,13 +23,31 @@ class Preset:
     source: str  # command, machine and date of our measurement, or the publication
 
 
-PRESETS: dict[str, Preset] = {
+_TINY = (
+    "python -m analysis.calibrate --pairs ... (for 7x: inf/inf --set max_consecutive_hits=29), "
+    "AMD EPYC, 1 thread, 2026-11-21, 32 prompts: assets/results/tiny_flux_presets"
+)
+
+
+def _tiny(measured: str, **settings: float) -> Preset:
+    return Preset("tiny_flux", H2Config(**settings), 50, "128x128", f"{measured}. {_TINY}")
+
+
+PRESETS: dict[str, Preset] = {  # the first of a model is its default
     "flux1-dev": Preset(
         model="FLUX.1-dev",
         config=H2Config(tau1=0.15, tau2=0.22),
         steps=100,
         size="1024x1024",
         source="published: arXiv 2510.27171, 5.08x at -0.07 % CLIP-IQA on CUTE80; not measured by us",
+    ),
+    "tiny_flux-5x": _tiny("5.16x fewer blocks, 31.7 dB", tau1=0.35, tau2=0.2),
+    "tiny_flux-2x": _tiny("2.01x fewer blocks, 48.6 dB", tau1=0.06, tau2=0.02),
+    "tiny_flux-3x": _tiny("3.08x fewer blocks, 41.9 dB", tau1=0.12, tau2=0.02),
+    "tiny_flux-4x": _tiny("4.01x fewer blocks, 37.4 dB", tau1=0.2, tau2=0.05),
+    "tiny_flux-6x": _tiny("6.25x fewer blocks, 26.9 dB", tau1=0.5, tau2=0.3),
+    "tiny_flux-7x": _tiny(
+        "6.82x fewer blocks, 26.1 dB", tau1=float("inf"), tau2=float("inf"), max_consecutive_hits=29
     ),
 }
 

@@ -36,10 +36,10 @@ class Stream:
         return Stream(img, None if self.txt is None else function(self.txt, *(o.txt for o in others)))
 
     def __add__(self, other: Stream) -> Stream:
-        return self.map(torch.add, other)
+        return Stream(self.img + other.img, None if self.txt is None else self.txt + other.txt)
 
     def __sub__(self, other: Stream) -> Stream:
-        return self.map(torch.sub, other)
+        return Stream(self.img - other.img, None if self.txt is None else self.txt - other.txt)
 
     @property
     def joint(self) -> Tensor:

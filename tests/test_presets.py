@@ -1,5 +1,10 @@
 """Presets are found by model, and carry their source."""
 
+import json
+from pathlib import Path
+
+from analysis.calibrate import table
+from analysis.keep import read_records, settings_of
 from h2cache.presets import PRESETS, find_preset
 
 
@@ -15,3 +20,15 @@ def test_every_preset_says_where_it_was_measured():
         assert preset.source, name
         assert preset.steps > 0
         preset.config.build()
+
+
+def test_presets_of_the_embedded_model_agree_with_the_shipped_records():
+    """Every figure in a preset's text stands in the records of its run."""
+    rows = []
+    for path in Path("assets/results/tiny_flux_presets").glob("records-*.jsonl"):
+        rows += read_records(path).values()
+    lines = {json.dumps(line["config"]): line for line in table(rows)}
+    for preset in (p for p in PRESETS.values() if p.model == "tiny_flux"):
+        line = lines[json.dumps(settings_of(preset.config))]
+        assert preset.source.startswith(f"{line['blocks']:.2f}x fewer blocks, {line['psnr']:.1f} dB.")
+        assert line["prompts"] == 32

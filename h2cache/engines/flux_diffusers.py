@@ -52,9 +52,9 @@ class FluxDiffusers:
         )
 
     def read_input(self, args: tuple, kwargs: dict[str, Any]) -> Stream:
-        return Stream(
-            _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 1, "encoder_hidden_states")
-        )
+        if args:  # gradient checkpointing calls by position
+            return Stream(args[0], args[1])
+        return Stream(kwargs["hidden_states"], kwargs["encoder_hidden_states"])
 
     def read_output(self, output: tuple) -> Stream:
         txt, img = output
