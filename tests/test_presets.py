@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from analysis.calibrate import table
-from analysis.keep import read_records, settings_of
+from analysis.calibrate import markdown, read, table
+from analysis.keep import settings_of
 from h2cache.presets import PRESETS, find_preset
 
 
@@ -24,11 +24,14 @@ def test_every_preset_says_where_it_was_measured():
 
 def test_presets_of_the_embedded_model_agree_with_the_shipped_records():
     """Every figure in a preset's text stands in the records of its run."""
-    rows = []
-    for path in Path("assets/results/tiny_flux_presets").glob("records-*.jsonl"):
-        rows += read_records(path).values()
+    rows = read(Path("assets/results/tiny_flux_presets"))
     lines = {json.dumps(line["config"]): line for line in table(rows)}
     for preset in (p for p in PRESETS.values() if p.model == "tiny_flux"):
         line = lines[json.dumps(settings_of(preset.config))]
         assert preset.source.startswith(f"{line['blocks']:.2f}x fewer blocks, {line['psnr']:.1f} dB.")
         assert line["prompts"] == 32
+
+
+def test_the_readmes_table_is_that_of_the_shipped_records():
+    """Nobody typed it: `python -m analysis.calibrate --table --out assets/results/tiny_flux_presets`."""
+    assert markdown(table(read(Path("assets/results/tiny_flux_presets")))) in Path("README.md").read_text()
