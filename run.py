@@ -2,7 +2,7 @@
 
     python run.py                                          # the FLUX that ships with the repository
     python run.py --prompt 'a blue oval badge that says "OPEN" on a dotted pink background' --seed 7
-    python run.py --prompts my.txt --tau1 0.1 --tau2 0.2 --set warmup_steps=3
+    python run.py --prompts my.txt --tau1 0.1 --set warmup_steps=3
     python run.py --model black-forest-labs/FLUX.1-dev     # needs the weights and a GPU
 
 Into --out go the images, a labelled side-by-side PNG of each pair, and records.jsonl: one line per image with
@@ -31,9 +31,7 @@ PROMPT = 'a red round sign that says "CAFE" on a striped green background'
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", default=PROMPT, help="what to draw")
     what.add_argument("--prompts", type=Path, help=".txt, one a line; or .jsonl with prompt or image_caption")
@@ -42,9 +40,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--preset", choices=PRESETS, help="settings by name (default: the model's)")
     parser.add_argument("--tau1", help="structure threshold, >= 0")
     parser.add_argument("--tau2", help="detail threshold, >= 0")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="any field of the method"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other field")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="the same for every prompt (default: 0)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's)")
@@ -55,9 +51,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
     parser.add_argument("--no-compare", action="store_true", help="do not draw the uncached image")
     args = parser.parse_args(argv)
-    if args.steps < 1:
-        parser.error(f"--steps {args.steps}: at least one step is needed")
-    return args
+    return args if args.steps > 0 else parser.error(f"--steps {args.steps}: at least one is needed")
 
 
 def settings(args: argparse.Namespace) -> MethodConfig:
@@ -97,10 +91,8 @@ def run(args: argparse.Namespace) -> None:
 
     print(HEADER)
     for prompt in tqdm(prompts, unit="picture", delay=3, leave=False, disable=len(prompts) == 1):
-        if args.no_compare or config == uncached:
-            rows = [gallery.picture(prompt, config, args.seed)[1]]
-        else:
-            rows = gallery.pair(prompt, uncached, config, args.seed)
+        alone = args.no_compare or config == uncached
+        rows = gallery.pair(prompt, None if alone else uncached, config, args.seed)
         for row in rows:
             tqdm.write(table_line(row))
         if rows[-1]["warning"]:

@@ -97,8 +97,15 @@ class Gallery:
         keep.write_records(self.folder / "records.jsonl", self.rows)
         return image, row
 
-    def pair(self, prompt: Prompt, uncached: MethodConfig, config: MethodConfig, seed: int) -> list[dict]:
-        """Draw `prompt` without and with the cache, and both side by side; returns the two records."""
+    def pair(
+        self, prompt: Prompt, uncached: MethodConfig | None, config: MethodConfig, seed: int
+    ) -> list[dict]:
+        """Draw `prompt` without and with the cache, and both side by side; returns the two records.
+
+        uncached: None draws the cached picture alone.
+        """
+        if uncached is None:
+            return [self.picture(prompt, config, seed)[1]]
         reference = self.picture(prompt, uncached, seed)
         cached = self.picture(prompt, config, seed, reference)
         images, rows = zip(reference, cached, strict=True)

@@ -172,9 +172,7 @@ class Attachment:
             raise RuntimeError(
                 "a cache is for inference: call transformer.eval(), or h2cache.disable it to train"
             )
-        if (
-            self._current_call() is not None
-        ):  # the last call never came to its end (Ctrl-C): its state is void
+        if self._current_call() is not None:  # the last one never came to its end (Ctrl-C): void
             self._forget("the call before was broken off")
         inputs = self.engine.inputs(args, kwargs)
         memory = self._memory(inputs)
@@ -229,7 +227,7 @@ class Attachment:
         pipeline = self._pipeline()
         if pipeline is None:
             return (None,), self.steps
-        # `set_timesteps` makes a new tensor at each call; it is held, so that its identity is not used again.
+        # `set_timesteps` makes a new tensor at each call; it is held, so that its address is not used again.
         timesteps = getattr(pipeline.scheduler, "timesteps", None)
         total = self.steps or getattr(pipeline, "num_timesteps", None)
         return (timesteps,), total or (None if timesteps is None else len(timesteps))

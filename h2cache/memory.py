@@ -134,7 +134,8 @@ class Memory:
         """`values` (n,) on the host, with the timestep in the same copy; None if that shows a new request."""
         if self._pending is None:
             return values.tolist()  # the one wait of a decision
-        *numbers, timestep = torch.cat([values, self._pending]).tolist()  # the one wait of a decision
+        both = torch.cat([values, self._pending.to(values.device)])
+        *numbers, timestep = both.tolist()  # the one wait of a decision
         return numbers if self._resolve(timestep) else None
 
     def _resolve(self, timestep: float) -> bool:

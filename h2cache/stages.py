@@ -154,8 +154,9 @@ class Call:
             command = self.command
             if command is None or command.blocks.start > self.position:
                 raise RuntimeError(
-                    f"the method asked for {command} while the model is at block {self.position}: a method's "
-                    "step must run or skip every block once, in order"
+                    f"the model is at block {self.position}, the method asks for "
+                    f"{'nothing more' if command is None else command.blocks}: its step must run or skip "
+                    "every block once, in order"
                 )
             end = min(command.blocks.stop, stage.last)
             ends = end == command.blocks.stop  # else the command goes on in the next stage

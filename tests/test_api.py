@@ -8,10 +8,15 @@ from conftest import PROMPT, denoise, generate, make_flux, make_inputs
 from diffusers import (
     FirstBlockCacheConfig,
     FlowMatchHeunDiscreteScheduler,
+    FluxControlNetModel,
+    FluxControlNetPipeline,
     FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
+    FluxKontextPipeline,
     FluxPipeline,
     UNet2DModel,
 )
+from PIL import Image
 
 import h2cache
 from h2cache import H2Config
@@ -149,7 +154,7 @@ def test_image_to_image_at_zero_thresholds_is_exact(tiny):
 
 def generate_with(pipe, **call):
     return pipe(
-        PROMPT,
+        prompt=PROMPT,
         height=128,
         width=128,
         num_inference_steps=10,
@@ -424,3 +429,47 @@ def test_nothing_is_printed(tiny, capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert captured.err == ""
+
+
+# Further pipelines around text-to-image: exact at zero, and skipping.
+
+
+def around(tiny, kind: str):
+    """A pipeline of another kind on the embedded model, and the arguments that are its own."""
+    parts = {k: v for k, v in tiny.components.items() if v is not None}
+    picture = torch.zeros(1, 3, 128, 128)
+    if kind == "inpaint":
+        mask = torch.zeros(1, 1, 128, 128)
+        mask[..., 32:96, 32:96] = 1
+        return FluxInpaintPipeline(**parts), {"image": picture, "mask_image": mask, "strength": 0.9}
+    if kind == "kontext":  # reference tokens, and two unnamed calls a step under true guidance
+        own = {"image": Image.new("RGB", (128, 128), "red"), "_auto_resize": False, "max_area": 128 * 128}
+        return FluxKontextPipeline(**parts), own | {"negative_prompt": OTHER, "true_cfg_scale": 2.0}
+    torch.manual_seed(0)
+    config = dict(tiny.transformer.config, num_layers=2, num_single_layers=3)
+    controlnet = FluxControlNetModel.from_config(config).eval()
+    for zero in [*controlnet.controlnet_blocks, *controlnet.controlnet_single_blocks]:
+        torch.nn.init.normal_(zero.weight, std=0.02)
+    return FluxControlNetPipeline(**parts, controlnet=controlnet), {"control_image": picture}
+
+
+@pytest.mark.parametrize("kind", ["inpaint", "kontext", "controlnet"])
+def test_other_flux_pipelines(tiny, kind):
+    pipe, own = around(tiny, kind)
+    pipe.set_progress_bar_config(disable=True)
+
+    def draw():
+        return generate_with(pipe, generator=torch.Generator().manual_seed(0), **own)
+
+    expected = draw()
+    h2cache.enable(pipe, H2Config(tau1=0, tau2=0))
+    assert torch.equal(draw(), expected)
+    h2cache.enable(pipe, ALL_HIT)
+    first = draw()
+    branches = h2cache.summary(pipe).branches
+    assert len(branches) == (2 if kind == "kontext" else 1)
+    for branch in branches:
+        found = outcomes(pipe, branch=branch)
+        assert found == ["miss"] + ["hit"] * (len(found) - 1)
+        assert len(found) >= 9
+    assert torch.equal(draw(), first)

@@ -136,6 +136,8 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
         [sys.executable, "run.py", "--prompts", str(prompts), "--out", str(out)],
         stderr=subprocess.PIPE,
         text=True,
+        # A test run in the background of a shell ignores SIGINT, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(600):
         if (out / "records.jsonl").exists():
