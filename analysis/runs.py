@@ -158,6 +158,7 @@ def draw(pipeline: DiffusionPipeline, config: MethodConfig, seed: int, **call: A
     h2cache.enable(pipeline, config)
     try:
         generator = torch.Generator("cpu").manual_seed(seed)
+        call["num_inference_steps"] = config.requested_steps(call["num_inference_steps"])
         synchronise(pipeline.device)
         start = time.perf_counter()
         with torch.inference_mode():

@@ -6,9 +6,10 @@ Everything is kept on the object it was given: no global, no patched class. A tr
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +33,8 @@ def enable(target: Any, config: MethodConfig | None = None, *, steps: int | None
     tells it by itself). Enabling again replaces what was enabled before; `disable(target)` undoes it.
 
     Raises TypeError for a model without an engine or a config that is none, ValueError for a transformer that
-    is compiled as a whole, has a cache of diffusers enabled, or lacks the step count that the method needs.
+    is compiled as a whole, has a cache of diffusers enabled, or lacks what the method needs: the step count,
+    constants fitted to the checkpoint, or a finer cut than the engine offers.
     """
     config = H2Config() if config is None else config
     if not isinstance(config, MethodConfig):
@@ -51,6 +53,12 @@ def enable(target: Any, config: MethodConfig | None = None, *, steps: int | None
             "diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first"
         )
     pipeline = target if target is not transformer else None
+    config = config.for_checkpoint(checkpoint_name(pipeline) or checkpoint_name(transformer))
+    if missing := config.requires - engine.offers:
+        raise ValueError(
+            f"{config.name} with these settings needs of the model: {', '.join(sorted(missing))}; the engine "
+            f"of {engine.name} cannot give that"
+        )
     if config.needs_total_steps and steps is None and pipeline is None:
         raise ValueError(
             f"these settings of {config.name} must know the number of steps: enable it on the pipeline, "
@@ -82,6 +90,15 @@ def summary(target: Any) -> Summary:
 def step_records(target: Any) -> list[StepRecord]:
     """The `StepRecord`s of the newest request, in the order of execution."""
     return list(_attachment_of(target).request.records)
+
+
+def checkpoint_name(loaded: Any) -> str | None:
+    """Last part of the folder or hub id that a pipeline or transformer was loaded from; None if made anew."""
+    config = getattr(loaded, "config", None)
+    path = config.get("_name_or_path") if isinstance(config, Mapping) else None
+    parts = [part for part in re.split(r"[/\\]", path or "") if part not in ("", "transformer")]
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]  # the hub's cache
+    return (cached or parts or [None])[-1]
 
 
 def _transformer_of(target: Any) -> nn.Module:

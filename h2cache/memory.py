@@ -7,7 +7,7 @@ shape, dtype, device or batch start afresh, and so does anything that leaves a d
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Slot:
         self._scale: Tensor | None = None  # magnitude of the reference, once it has been asked for
         self.hits_in_a_row = [0] * self._memory.batch
         self.means: list[float | None] = [None] * self._memory.batch  # of SmartThreshold, per sample
+        self.sums = [0.0] * self._memory.batch  # of accumulating policies, per sample
 
     def compare(self, current: Tensor, per_sample: bool = True) -> list[float] | None:
         """Relative L1 change of `current` since the reference, per sample, on the host; None without one."""
@@ -44,7 +45,7 @@ class Slot:
             return None
         return values * self._memory.batch if len(values) < self._memory.batch else values
 
-    def refer(self, summary: Tensor, kept: list[bool]) -> None:
+    def refer(self, summary: Tensor, kept: Sequence[bool] = ()) -> None:
         """Make `summary` the reference, except for the samples marked in `kept`."""
         if self.reference is not None and any(kept):
             summary = torch.where(sample_mask(kept, summary), self.reference, summary)
@@ -170,6 +171,14 @@ class Memory:
                 blocks=len(stage.blocks),
             )
         )
+
+    def record_stack(
+        self, stages: tuple[Span, ...], changes: list[float] | None, threshold: float, hit: bool
+    ) -> None:
+        """Append the records of one decision for all `stages`; the first has the measure."""
+        for n, stage in enumerate(stages):
+            measure = (changes, [threshold]) if n == 0 and changes is not None else (None, None)
+            self.record(stage, *measure, ("forced" if n else "hit") if hit else "miss")
 
     @property
     def bytes_held(self) -> int:

@@ -7,7 +7,9 @@ H2-Cache is `h2cache/h2.py`; every other method is a file in `baselines/`, found
 from __future__ import annotations
 
 import importlib
+import importlib.resources
 import inspect
+import json
 import pkgutil
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
@@ -24,6 +26,19 @@ class MethodConfig(ABC):
     """Settings of one method. Subclasses are frozen dataclasses that validate in `__post_init__`."""
 
     name: ClassVar[str]  # as written in records and tables
+    requires: ClassVar[frozenset[str]] = frozenset()  # of an engine, beyond whole blocks: see `Engine.offers`
+
+    def for_checkpoint(self, checkpoint: str | None) -> MethodConfig:
+        """These settings with the constants fitted to `checkpoint` (last part of its folder or hub id).
+
+        Methods with fitted constants override this and raise ValueError, naming the command that fits them,
+        for a checkpoint without any.
+        """
+        return self
+
+    def requested_steps(self, steps: int) -> int:
+        """How many steps to ask of a pipeline where the user asked for `steps`."""
+        return steps
 
     @property
     def needs_total_steps(self) -> bool:
@@ -50,6 +65,22 @@ def check(name: str, value: float, low: float, high: float, why: str) -> None:
     """Raise ValueError unless low <= value <= high; NaN is refused."""
     if not low <= value <= high:
         raise ValueError(f"{name}={value!r} is out of range [{low}, {high}]: {why}")
+
+
+def fitted_constants(method: str, checkpoint: str | None) -> dict[str, Any]:
+    """The constants of `method` fitted to `checkpoint`, with their source: `baselines/constants/METHOD.json`.
+
+    Raises ValueError with the command that fits them when there are none.
+    """
+    path = importlib.resources.files("baselines") / "constants" / f"{method}.json"
+    table = json.loads(path.read_text(encoding="utf-8"))
+    if checkpoint not in table:
+        raise ValueError(
+            f"{method} has no constants fitted to {checkpoint or 'this model, which has no name'}, only for "
+            f"{', '.join(table)}: fit them with `python -m analysis.fit_{method} --model FOLDER --save`, or "
+            f"name the checkpoint that the model was made of, as in checkpoint={next(iter(table))}"
+        )
+    return table[checkpoint]
 
 
 def method_names() -> list[str]:
@@ -104,4 +135,6 @@ def _parse(text: str, default: Any) -> Any:
         return text.lower() == "true"
     if default is None:
         return None if text.lower() == "none" else int(text)
+    if isinstance(default, tuple):
+        return tuple(float(part) for part in text.split("/"))
     return type(default)(text)

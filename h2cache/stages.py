@@ -90,6 +90,14 @@ class Skip:
     stand_in: Stream
 
 
+@dataclass(slots=True)
+class Look:
+    """Show the input of the next block after its first norm and modulation, (B, I, C); nothing runs yet.
+
+    Only for methods that list "modulated input" in `MethodConfig.requires`.
+    """
+
+
 class Ran:
     """What a `Run` saw: the stream before and after it, and what the model added between its blocks."""
 
@@ -118,7 +126,7 @@ class Ran:
         return self.after.map(lambda new, old: torch.where(sample_mask(kept, new), old, new), skipped)
 
 
-Program = Generator[Run | Skip, Ran | None, None]
+Program = Generator[Run | Skip | Look, Ran | Tensor | None, None]
 
 
 class Call:
@@ -129,7 +137,7 @@ class Call:
         self.every_index = every_index  # the model does something after each block, skipped or not
         self.position = 0  # number of the next block, through the whole model
         self.ran: Ran | None = None
-        self.command: Run | Skip | None = next(program)
+        self.command: Run | Skip | Look | None = next(program)
 
     def _next_command(self) -> None:
         """Hand the outcome to the program and take its next wish; a wish for no blocks is met at once."""
@@ -139,7 +147,7 @@ class Call:
             except StopIteration:
                 self.command = None
                 return
-            if len(self.command.blocks):
+            if isinstance(self.command, Look) or len(self.command.blocks):
                 self.ran = None
                 return
             self.ran = self.ran and Ran(self.ran.after)
@@ -150,30 +158,36 @@ class Call:
 
     def serve(self, stage: Stage) -> Iterator[Callable]:
         """Yield what the model's own loop over `stage` shall call."""
-        while self.position < stage.last:
-            command = self.command
-            if command is None or command.blocks.start > self.position:
-                raise RuntimeError(
-                    f"the model is at block {self.position}, the method asks for "
-                    f"{'nothing more' if command is None else command.blocks}: its step must run or skip "
-                    "every block once, in order"
-                )
-            end = min(command.blocks.stop, stage.last)
-            ends = end == command.blocks.stop  # else the command goes on in the next stage
-            if isinstance(command, Run):
-                self.memory.blocks_run[stage.name] += end - self.position
-                for index in range(self.position, end):
-                    yield _Tap(self, stage[index - stage.first], command, ends and index == end - 1)
-            else:
-                if self.every_index:
-                    pass_through = self.engine.pass_through
-                    for _ in range(self.position, end - ends):
-                        yield pass_through
-                if ends:
-                    yield _Add(self.engine, command.stand_in)
-            self.position = end
-            if ends:
+        for index in range(stage.first, stage.last):
+            turn = self.turn(stage, index)
+            if turn is not None:
+                yield turn
+            self.position = index + 1
+            if self.position == self.command.blocks.stop:
                 self._next_command()
+
+    def turn(self, stage: Stage, index: int) -> Callable | None:
+        """What stands in the place of block `index`; None: nothing, the model need not see this index."""
+        command = self.command
+        if isinstance(command, Look):
+            return _Look(self, stage, index)
+        if command is None or index not in command.blocks:
+            raise RuntimeError(
+                f"the model is at block {index}, the method asks for "
+                f"{'nothing more' if command is None else command.blocks}: its step must run or skip "
+                "every block once, in order"
+            )
+        last = index == command.blocks.stop - 1
+        if isinstance(command, Run):
+            self.memory.blocks_run[stage.name] += 1
+            return _Tap(self, stage[index - stage.first], command, last)
+        if last:
+            return _Add(self.engine, command.stand_in)
+        return self.engine.pass_through if self.every_index else None
+
+    def look(self, seen: Tensor) -> None:
+        """Hand the program what it wished to see."""
+        self.command = self.program.send(seen)
 
 
 class _Tap:
@@ -196,6 +210,21 @@ class _Tap:
         if self.ends and self.command.kept is not None and any(self.command.kept):
             return engine.write_output(ran.replaced(self.command.kept, self.command.stand_in))
         return out
+
+
+class _Look:
+    """Stands before the first block: shows the method its modulated input, then does what the method says."""
+
+    __slots__ = ("call", "index", "stage")
+
+    def __init__(self, call: Call, stage: Stage, index: int) -> None:
+        self.call, self.stage, self.index = call, stage, index
+
+    def __call__(self, *args, **kwargs):
+        call, engine = self.call, self.call.engine
+        call.look(engine.modulated_input(self.stage[self.index - self.stage.first], args, kwargs))
+        turn = call.turn(self.stage, self.index) or engine.pass_through
+        return turn(*args, **kwargs)
 
 
 class _Add:

@@ -10,12 +10,22 @@ import h2cache
 from h2cache import find_method, method_names
 
 OFF = {"tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1}
+INFINITE = {"tau1": float("inf"), "tau2": float("inf"), "threshold": float("inf")}
+FITTED = {"coefficients": (0.0, 0.0, 0.0, 1.0, 0.0)}  # the random models have no constants of their own
+
+
+def with_fields(config: h2cache.MethodConfig, values: dict) -> h2cache.MethodConfig:
+    return replace(config, **{k: v for k, v in values.items() if k in {f.name for f in fields(config)}})
+
+
+def usual(name: str) -> h2cache.MethodConfig:
+    """The default settings of a method."""
+    return with_fields(find_method(name)(), FITTED)
 
 
 def switched_off(name: str) -> h2cache.MethodConfig:
     """The settings of a method that let it skip nothing."""
-    config = find_method(name)()
-    return replace(config, **{k: v for k, v in OFF.items() if k in {f.name for f in fields(config)}})
+    return with_fields(usual(name), OFF)
 
 
 @pytest.fixture(params=method_names())
@@ -68,7 +78,7 @@ def test_disable_restores_exactly(method, model):
     before = dict(vars(model))
     keys = list(model.state_dict())
     expected = denoise(model, inputs=inputs)
-    h2cache.enable(model, find_method(method)(), steps=6)
+    h2cache.enable(model, usual(method), steps=6)
     assert list(model.state_dict()) == keys
     denoise(model, inputs=inputs)
     h2cache.disable(model)
@@ -83,7 +93,7 @@ def test_disable_restores_exactly(method, model):
 
 
 def test_enabling_twice_leaves_one(method, model):
-    h2cache.enable(model, find_method(method)(), steps=6)
+    h2cache.enable(model, usual(method), steps=6)
     h2cache.enable(model, switched_off(method), steps=6)
     assert len(model._forward_pre_hooks) == 1
     inputs = inputs_for(model)
@@ -93,7 +103,7 @@ def test_enabling_twice_leaves_one(method, model):
 
 
 def test_every_block_is_accounted_for(method, model):
-    h2cache.enable(model, find_method(method)(), steps=6)
+    h2cache.enable(model, usual(method), steps=6)
     denoise(model, inputs=inputs_for(model))
     records = h2cache.step_records(model)
     per_step = (
@@ -108,7 +118,7 @@ def test_every_block_is_accounted_for(method, model):
 
 
 def test_two_requests_are_the_same(method, tiny):
-    h2cache.enable(tiny, find_method(method)())
+    h2cache.enable(tiny, usual(method))
     first = generate(tiny)
     generate(tiny, 'a teal hexagon badge that says "GO" on a plain white background', steps=5, seed=3)
     assert torch.equal(first, generate(tiny))

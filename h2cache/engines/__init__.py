@@ -38,6 +38,7 @@ class Engine(Protocol):
 
     name: str
     cuts: tuple[Cut, ...]
+    offers: frozenset[str]  # what methods may require beyond whole blocks, such as "modulated input"
 
     def matches(self, transformer: nn.Module) -> bool:
         """Whether this engine serves `transformer` (by class name: no optional package is imported)."""
@@ -53,6 +54,12 @@ class Engine(Protocol):
 
     def write_output(self, stream: Stream) -> Any:
         """A block's return value made of `stream`."""
+
+    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        """The image tokens (B, I, C) in a block call's arguments after the block's first norm and modulation.
+
+        Only asked of engines that offer "modulated input"; the block itself does not run.
+        """
 
     def pass_through(self, *args: Any, **kwargs: Any) -> Any:
         """A block that does nothing."""

@@ -27,6 +27,7 @@ class FluxDiffusers:
         Cut("structure", "transformer_blocks", joint=False),
         Cut("detail", "single_transformer_blocks", joint=True),
     )
+    offers = frozenset({"modulated input"})
 
     def matches(self, transformer: nn.Module) -> bool:
         return "FluxTransformer2DModel" in class_names(transformer)
@@ -62,6 +63,10 @@ class FluxDiffusers:
 
     def write_output(self, stream: Stream) -> tuple:
         return stream.txt, stream.img
+
+    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        img, temb = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 2, "temb")
+        return block.norm1(img, emb=temb)[0]
 
     def pass_through(self, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> tuple:
         return encoder_hidden_states, hidden_states

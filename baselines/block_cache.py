@@ -1,0 +1,63 @@
+"""Block Cache (first-block cache): the first block's change decides for all the others.
+
+Source: ParaAttention's first-block cache, the same scheme as nunchaku's `fbcache` and diffusers'
+`FirstBlockCacheConfig`; "Block Cache" in the tables of H2-Cache (arXiv 2510.27171). One threshold, no
+pooling. Deviations: per-sample decisions, float32 means, a non-finite measure computes (diffusers would
+reuse).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from h2cache.method import Method, MethodConfig, check
+from h2cache.policies import below
+from h2cache.predictors import LastResidual
+from h2cache.stages import Run, Skip
+
+if TYPE_CHECKING:
+    from h2cache.memory import Memory
+    from h2cache.stages import Program, Span
+
+
+@dataclass(frozen=True)
+class BlockCacheConfig(MethodConfig):
+    """Settings of Block Cache. ParaAttention's threshold for FLUX.1-dev at 28 steps is the default."""
+
+    name = "block_cache"
+
+    threshold: float = 0.08
+    """Relative change of the first block's residual, >= 0. Higher: faster, less alike. 0: always compute."""
+    warmup_steps: int = 0
+    """First steps that are always computed, in steps."""
+
+    def __post_init__(self) -> None:
+        check("threshold", self.threshold, 0.0, float("inf"), "it is a relative change; 0 switches off")
+        check("warmup_steps", self.warmup_steps, 0, float("inf"), "it is a number of steps")
+
+    def build(self) -> BlockCache:
+        return BlockCache(self)
+
+
+class BlockCache(Method):
+    """One head block and one check for the whole network."""
+
+    config: BlockCacheConfig
+
+    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+        """One denoising step of one branch."""
+        slot = memory.slot("stack", LastResidual)
+        head = yield Run(range(1))  # the first block always runs
+        residual = head.after.img - head.before.img  # image tokens only, (B, I, C)
+        change = slot.compare(residual)  # against the last computed step
+        hit, rest = [False] * memory.batch, range(1, stages[-1].last)
+        if change is not None and not memory.in_warmup(self.config.warmup_steps):
+            hit = below(change, [self.config.threshold] * memory.batch)
+        if all(hit):
+            yield Skip(rest, slot.predictor.predict())
+        else:
+            ran = yield Run(rest, kept=hit, stand_in=slot.predictor.predict())
+            slot.predictor.learn(ran.residual, kept=hit)  # from after the first block to the end of the last
+            slot.refer(residual, kept=hit)
+        memory.record_stack(stages, change, self.config.threshold, all(hit))

@@ -1,0 +1,109 @@
+"""TeaCache: the change of the first block's modulated input, rescaled and summed over steps, decides.
+
+Source: arXiv 2411.19108 (CVPR 2025) and the authors' repository. The polynomial maps the change of the input
+to the expected change of the output; it is fitted to a checkpoint (`constants/teacache.json`,
+`analysis/fit_teacache.py`). Deviations: per-sample decisions, float32 means, non-finite values compute, the
+number of steps is the request's own.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from h2cache.method import Method, MethodConfig, check, fitted_constants
+from h2cache.predictors import LastResidual
+from h2cache.stages import Look, Run, Skip
+
+if TYPE_CHECKING:
+    from h2cache.memory import Memory
+    from h2cache.stages import Program, Span
+
+
+@dataclass(frozen=True)
+class TeaCacheConfig(MethodConfig):
+    """Settings of TeaCache. The authors' threshold for 1.5x on FLUX.1-dev at 28 steps is the default."""
+
+    name = "teacache"
+    requires = frozenset({"modulated input"})
+
+    threshold: float = 0.25
+    """Limit of the summed rescaled change, >= 0. Higher: faster, less faithful. 0: always compute."""
+    coefficients: tuple[float, ...] = ()
+    """Polynomial of degree 4, highest power first; empty: that of the checkpoint."""
+    fitted_range: tuple[float, ...] = ()
+    """Lowest and highest change that the fit has seen; changes are clamped to it. Empty: not clamped."""
+    checkpoint: str = ""
+    """Whose coefficients to take; empty: the name of the folder or hub id that the model came from."""
+    clamp: bool = False
+    """Take a negative value of the polynomial for 0; the authors let the sum fall."""
+    max_consecutive_hits: int | None = None
+    """Compute after this many hits in a row, >= 1; None: no limit, as the authors."""
+
+    def __post_init__(self) -> None:
+        check("threshold", self.threshold, 0.0, float("inf"), "it is a summed change; 0 switches off")
+        if len(self.coefficients) not in (0, 5):
+            raise ValueError(f"coefficients={self.coefficients}: five are needed, highest power first")
+        if len(self.fitted_range) not in (0, 2):
+            raise ValueError(f"fitted_range={self.fitted_range}: a lowest and a highest change are needed")
+        if self.max_consecutive_hits is not None:
+            check("max_consecutive_hits", self.max_consecutive_hits, 1, float("inf"), "use None for no limit")
+
+    @property
+    def needs_total_steps(self) -> bool:
+        return True  # the last step is always computed
+
+    def for_checkpoint(self, checkpoint: str | None) -> TeaCacheConfig:
+        if self.coefficients:
+            return self
+        constants = fitted_constants("teacache", self.checkpoint or checkpoint)
+        fitted = {key: tuple(constants.get(key, ())) for key in ("coefficients", "fitted_range")}
+        return replace(self, **fitted)
+
+    def build(self) -> TeaCache:
+        return TeaCache(self)
+
+
+class TeaCache(Method):
+    """Nothing of the stack runs on a hit, not even the first block."""
+
+    config: TeaCacheConfig
+
+    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+        """One denoising step of one branch (the numbers are those of the specification)."""
+        slot = memory.slot("stack", LastResidual)
+        modulated = yield Look()  # 1: block 0 itself does not run
+        change = slot.compare(modulated)  # 2: against the previous step
+        hit = [False] * memory.batch
+        if change is not None and not memory.in_last(1):
+            slot.sums = [s + self.rescaled(c) for s, c in zip(slot.sums, change, strict=True)]
+            hit = [self._below(s, n) for s, n in zip(slot.sums, slot.hits_in_a_row, strict=True)]
+        sums = slot.sums
+        slot.sums = [s if h else 0.0 for s, h in zip(sums, hit, strict=True)]
+        slot.refer(modulated)  # 3: moves on hits too
+        blocks = range(stages[-1].last)
+        if all(hit):
+            yield Skip(blocks, slot.predictor.predict())  # 4
+        else:
+            ran = yield Run(blocks, kept=hit, stand_in=slot.predictor.predict())
+            slot.predictor.learn(
+                ran.residual, kept=hit
+            )  # from the embedded input to the end of the last block
+        slot.count_hits(hit)
+        memory.record_stack(stages, None if change is None else sums, self.config.threshold, all(hit))
+
+    def rescaled(self, change: float) -> float:
+        """The expected change of the output for a `change` of the modulated input."""
+        if self.config.fitted_range and math.isfinite(change):
+            low, high = self.config.fitted_range
+            change = min(max(change, low), high)
+        value = 0.0
+        for coefficient in self.config.coefficients:
+            value = value * change + coefficient
+        return max(value, 0.0) if self.config.clamp else value
+
+    def _below(self, total: float, hits: int) -> bool:
+        """Whether a sample may be skipped; at threshold 0 never, though a sum may be negative."""
+        limit, most = self.config.threshold, self.config.max_consecutive_hits
+        return limit > 0 and math.isfinite(total) and total < limit and (most is None or hits < most)
