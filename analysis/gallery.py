@@ -12,7 +12,8 @@ from PIL import Image
 from analysis import keep
 from analysis.metrics import fidelity
 from analysis.prompts import Prompt
-from analysis.runs import draw, side_by_side
+from analysis.runs import draw
+from analysis.sheets import side_by_side
 from h2cache import MethodConfig
 
 
@@ -70,14 +71,8 @@ class Gallery:
                 "id": prompt.id,
                 **decisive,
                 "file": path.name,
-                "seconds": round(drawn.seconds, 4),
+                **drawn.costs(),
                 "speed_up": None,
-                "blocks_run": drawn.summary.blocks_run,
-                "blocks": drawn.summary.blocks,
-                "hits": drawn.summary.hits,
-                "steps_recorded": drawn.summary.steps,
-                "bytes_held": drawn.summary.bytes_held,
-                "warning": drawn.summary.warning,
                 "psnr": None,
                 "ssim": None,
                 "identical": None,

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -67,6 +68,40 @@ def write_records(path: Path, rows: dict[str, dict]) -> None:
     """Write all rows, one JSON object a line, atomically."""
     text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows.values())
     write_atomically(path, text.encode())
+
+
+def write_json(path: Path, row: dict) -> None:
+    """Write one JSON object, atomically."""
+    write_atomically(path, (json.dumps(row, allow_nan=False) + "\n").encode())
+
+
+def read_json(path: Path) -> dict | None:
+    """The object in a file of `write_json`; None if there is none, or none that can be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def compact(trace: list[dict]) -> list[dict]:
+    """Step records by branch and stage: measures and thresholds of five digits, outcomes as letters.
+
+    H hit, F forced hit, M miss; `measures` and `thresholds` hold null where nothing was compared.
+    """
+    lines: dict[tuple[str, str], dict] = {}
+    for record in trace:
+        line = lines.setdefault(
+            (record["branch"], record["stage"]),
+            {"branch": record["branch"], "stage": record["stage"], "blocks": record["blocks"]}
+            | {"timesteps": [], "measures": [], "thresholds": [], "outcomes": "", "blocks_run": []},
+        )
+        line["timesteps"].append(round(record["timestep"], 5))
+        for many, one in (("measures", "measure"), ("thresholds", "threshold")):
+            value = record[one]
+            line[many].append(None if value is None or not math.isfinite(value) else round(value, 5))
+        line["outcomes"] += record["outcome"][0].upper()
+        line["blocks_run"].append(record["blocks_run"])
+    return list(lines.values())
 
 
 def machine() -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
 import time
@@ -10,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-import matplotlib
 import torch
 import transformers
 from diffusers import DiffusionPipeline
 from packaging.version import Version
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image
 
 import h2cache
+from analysis.peak import PeakMemory
 from h2cache import MethodConfig, Summary
 
 # Loading.
@@ -149,25 +150,92 @@ class Drawn:
 
     image: Image.Image
     seconds: float  # of the whole pipeline call: text encoders, steps and VAE
+    seconds_steps: float | None  # from the first entry into the transformer to the end of the last step
+    peak: int | None  # bytes, see PeakMemory
+    peak_kind: str
     summary: Summary
     trace: list[dict]
+
+    def costs(self) -> dict[str, Any]:
+        """What was spent, for a record."""
+        s = self.summary
+        return {
+            "seconds": round(self.seconds, 4),
+            "seconds_steps": self.seconds_steps and round(self.seconds_steps, 4),
+            "blocks_run": s.blocks_run,
+            "blocks": s.blocks,
+            "hits": s.hits,
+            "steps_recorded": s.steps,
+            "bytes_held": s.bytes_held,
+            "peak_bytes": self.peak,
+            "peak_kind": self.peak_kind,
+            "warning": s.warning,
+        }
+
+
+class StepClock:
+    """Times the denoising steps of a pipeline call: waits for the device at the first and after the last."""
+
+    def __init__(self, pipeline: DiffusionPipeline) -> None:
+        self._start: float | None = None
+        self._end: float | None = None
+        self._pipeline = pipeline
+        self._handle = pipeline.transformer.register_forward_pre_hook(self._before_first)
+
+    def _before_first(self, *_: Any) -> None:
+        self.close()
+        synchronise(self._pipeline.device)
+        self._start = time.perf_counter()
+
+    def close(self) -> None:
+        """Take the hook off the transformer, whatever became of the call."""
+        self._handle.remove()
+
+    @property
+    def seconds(self) -> float | None:
+        """None for a pipeline that does not call back after its steps."""
+        return None if self._end is None else self._end - self._start
+
+    @property
+    def argument(self) -> dict[str, Any]:
+        """The callback as an argument of the pipeline's call, where it takes one."""
+        takes = "callback_on_step_end" in inspect.signature(self._pipeline.__call__).parameters
+        return {"callback_on_step_end": self._after_step} if takes else {}
+
+    def _after_step(self, pipeline: DiffusionPipeline, step: int, timestep: Any, kwargs: dict) -> dict:
+        if step == pipeline.num_timesteps - 1:
+            synchronise(pipeline.device)
+            self._end = time.perf_counter()
+        return kwargs
 
 
 def draw(pipeline: DiffusionPipeline, config: MethodConfig, seed: int, **call: Any) -> Drawn:
     """Call `pipeline(**call)` under the method of `config`, with a generator of its own from `seed`."""
     h2cache.enable(pipeline, config)
+    clock, peak = StepClock(pipeline), PeakMemory(pipeline.device)
     try:
         generator = torch.Generator("cpu").manual_seed(seed)
         call["num_inference_steps"] = config.requested_steps(call["num_inference_steps"])
+        call |= {"generator": generator, **clock.argument}
         synchronise(pipeline.device)
+        peak.start()
         start = time.perf_counter()
         with torch.inference_mode():
-            image = pipeline(**call, generator=generator).images[0]
+            image = pipeline(**call).images[0]
         synchronise(pipeline.device)
-        seconds = time.perf_counter() - start
+        end = time.perf_counter()
         trace = [record.to_dict() for record in h2cache.step_records(pipeline)]
-        return Drawn(image, seconds, h2cache.summary(pipeline), trace)
+        return Drawn(
+            image=image,
+            seconds=end - start,
+            seconds_steps=clock.seconds,
+            peak=peak.bytes(),
+            peak_kind=peak.kind,
+            summary=h2cache.summary(pipeline),
+            trace=trace,
+        )
     finally:
+        clock.close()
         h2cache.disable(pipeline)
 
 
@@ -175,19 +243,3 @@ def synchronise(device: torch.device) -> None:
     """Wait for the accelerator; the CPU has nothing to wait for."""
     if device.type != "cpu":
         torch.accelerator.synchronize()
-
-
-def side_by_side(images: list[Image.Image], labels: list[str]) -> Image.Image:
-    """The images in a row, small ones enlarged, each with its label below."""
-    factor = max(1, 384 // images[0].height)
-    font = ImageFont.truetype(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf", 15)
-    images = [i.resize((i.width * factor, i.height * factor), Image.Resampling.BICUBIC) for i in images]
-    lines = max(label.count("\n") + 1 for label in labels)
-    width, height = images[0].size
-    sheet = Image.new("RGB", ((width + 12) * len(images) + 12, height + 24 + 20 * lines), "white")
-    pen = ImageDraw.Draw(sheet)
-    for n, (image, label) in enumerate(zip(images, labels, strict=True)):
-        left = 12 + n * (width + 12)
-        sheet.paste(image, (left, 12))
-        pen.multiline_text((left, height + 16), label, font=font, fill="black", spacing=4)
-    return sheet

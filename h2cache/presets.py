@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Any
 
-from h2cache.h2 import H2Config
-from h2cache.method import MethodConfig
+from h2cache.method import MethodConfig, find_method
 
 
 @dataclass(frozen=True)
@@ -17,10 +17,16 @@ class Preset:
     """Settings and where they come from."""
 
     model: str  # last part of the folder or hub id
-    config: MethodConfig
+    method: str
+    settings: dict[str, Any]  # of the method, where they are not its defaults
     steps: int
     size: str
     source: str  # command, machine and date of our measurement, or the publication
+
+    @property
+    def config(self) -> MethodConfig:
+        """The method with these settings."""
+        return find_method(self.method)(**self.settings)
 
 
 _TINY = (
@@ -30,13 +36,14 @@ _TINY = (
 
 
 def _tiny(measured: str, **settings: float) -> Preset:
-    return Preset("tiny_flux", H2Config(**settings), 50, "128x128", f"{measured}. {_TINY}")
+    return Preset("tiny_flux", "h2cache", settings, 50, "128x128", f"{measured}. {_TINY}")
 
 
 PRESETS: dict[str, Preset] = {  # the first of a model is its default
     "flux1-dev": Preset(
         model="FLUX.1-dev",
-        config=H2Config(tau1=0.15, tau2=0.22),
+        method="h2cache",
+        settings={"tau1": 0.15, "tau2": 0.22},
         steps=100,
         size="1024x1024",
         source="published: arXiv 2510.27171, 5.08x at -0.07 % CLIP-IQA on CUTE80; not measured by us",
@@ -55,4 +62,4 @@ PRESETS: dict[str, Preset] = {  # the first of a model is its default
 def find_preset(model: str, method: str) -> Preset | None:
     """The first preset of `method` for `model` (folder or hub id); None if there is none."""
     last = re.split(r"[/\\]", model.rstrip("/\\"))[-1]
-    return next((p for p in PRESETS.values() if p.model == last and p.config.name == method), None)
+    return next((p for p in PRESETS.values() if p.model == last and p.method == method), None)

@@ -1,0 +1,306 @@
+"""The paper's experiment: every method draws the same prompts with the same seeds, and a table compares them.
+
+    python -m analysis.experiment                                    # embedded model, its measured presets
+    python -m analysis.experiment --limit 12 --methods none block_cache:threshold=0.1,0.2 h2cache:tau1=0.3,0.4
+    python -m analysis.experiment --model black-forest-labs/FLUX.1-dev --prompts assets/prompts/cute80.jsonl
+    torchrun --nproc_per_node 4 -m analysis.experiment --model ...   # one process a GPU, prompts divided
+
+A contestant is METHOD or METHOD:KEY=VALUE[,VALUE...][:KEY=...]; several values make several contestants.
+Without settings it is the model's measured preset. Contestants take turns prompt by prompt, each prompt in
+another order, so that a machine that drifts is fair. `seconds` is the whole pipeline call, `seconds_steps`
+the denoising alone.
+
+Pictures and rows are kept in --out/runs/ID, where ID stands for model, steps, size, guidance, seed, device,
+dtype and number of processes: another setting is another folder. A run that was stopped, however, goes on
+where it ended. The table goes to --out: table.md, table.csv, table.json, rows.jsonl, compare.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import itertools
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from PIL import Image
+from tqdm import tqdm
+
+from analysis import keep
+from analysis.flops import count_step
+from analysis.metrics import ClipIqa, fidelity, more_fidelity
+from analysis.ocr import word_recall
+from analysis.prompts import Prompt, read_prompts
+from analysis.runs import Limits, call_arguments, default_device, draw, load_pipeline
+from analysis.table import write_tables
+from h2cache import MethodConfig, find_method, method_names
+from h2cache.api import checkpoint_name
+from h2cache.method import parse_settings
+from h2cache.presets import find_preset
+
+TINY = "assets/tiny_flux"
+PROMPTS = {TINY: Path("assets/prompts/cute80_tiny.jsonl")}
+CUTE80 = Path("assets/prompts/cute80.jsonl")
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
+    parser.add_argument(
+        "--prompts", type=Path, help="default: our 80 for CUTE80, its short words for the embedded"
+    )
+    parser.add_argument("--limit", type=int, help="only the first N prompts")
+    parser.add_argument("--methods", nargs="+", default=method_names(), metavar="METHOD[:KEY=VALUE...]")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="the same for every prompt, as in the paper")
+    parser.add_argument("--height", type=int)
+    parser.add_argument("--width", type=int)
+    parser.add_argument("--guidance", type=float, default=3.5)
+    parser.add_argument("--device", help="default: this machine's accelerator, one for each process")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id (default: the hub's cache)")
+    parser.add_argument("--no-words", action="store_true", help="do not read the words back (OCR)")
+    parser.add_argument("--out", type=Path, default=Path("outputs/experiment"))
+    args = parser.parse_args(argv)
+    if args.steps < 1 or (args.limit is not None and args.limit < 1):
+        parser.error("--steps and --limit must be at least 1")
+    return args
+
+
+# Contestants.
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method with its settings, and its name in tables."""
+
+    label: str
+    config: MethodConfig
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return keep.settings_of(self.config)
+
+
+def contestants(texts: Sequence[str], model: str, checkpoint: str | None) -> list[Contestant]:
+    """The contestants in `texts`, the uncached baseline first; ValueError for what cannot be."""
+    found = [Contestant("none", find_method("none")())]
+    for text in texts:
+        name, *parts = text.split(":")
+        kind = find_method(name)
+        preset = find_preset(model, name)
+        base = preset.config if preset and not parts else kind()
+        choices = []
+        for part in parts:
+            key, _, values = part.partition("=")
+            choices.append([f"{key}={value}" for value in values.split(",")])
+        for given in itertools.product(*choices):
+            config = replace(base, **parse_settings(kind, list(given))).for_checkpoint(checkpoint)
+            found.append(Contestant(" ".join([name, *given]), config))
+    return list(dict.fromkeys(found))
+
+
+# The three phases.
+
+
+class Experiment:
+    """One folder of pictures and rows: draw what is missing, score what is not scored."""
+
+    def __init__(self, args: argparse.Namespace, state: PartialState) -> None:
+        self.args, self.state = args, state
+        limits = Limits.of(args.model)
+        limits.check_size(args.height, args.width)
+        torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
+        path = args.prompts or PROMPTS.get(args.model, CUTE80)
+        self.prompts = read_prompts(path)[: args.limit]
+        device = args.device or (str(state.device) if state.num_processes > 1 else default_device())
+        self.pipeline = load_pipeline(args.model, device, args.dtype)
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.contestants = contestants(args.methods, args.model, checkpoint_name(self.pipeline))
+        self.call = call_arguments(self.pipeline, limits, args.height, args.width, args.guidance)
+        self.call["num_inference_steps"] = args.steps
+        self.settings = {
+            "model": args.model,
+            "steps": args.steps,
+            "height": self.call["height"],
+            "width": self.call["width"],
+            "guidance": args.guidance,
+            "seed": args.seed,
+            "device": self.pipeline.device.type,
+            "dtype": str(self.pipeline.dtype),
+            "processes": state.num_processes,
+        }
+        self.folder = args.out / "runs" / keep.run_key(**self.settings)[:8]
+
+    def prepare(self) -> None:
+        """Make the folders; check the disk; count operations."""
+        for name in ("images", "rows", "scores"):
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
+        keep.write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
+        pictures = len(self.prompts) * len(self.contestants)
+        pixels = self.call["height"] * self.call["width"]
+        keep.require_space(self.folder, 16 + pictures * pixels * 4 // 2**20)
+        self.cost = count_step(self.pipeline, self.call)
+
+    def key(self, prompt: Prompt, contestant: Contestant) -> str:
+        """Names a picture: everything that decides how it looks and what it costs."""
+        return keep.run_key(
+            **self.settings, prompt=prompt.text, id=prompt.id, own_seed=prompt.seed,
+            method=contestant.config.name, config=contestant.settings,
+        )  # fmt: skip
+
+    def row_path(self, key: str) -> Path:
+        return self.folder / "rows" / f"{key}.json"
+
+    def image_path(self, key: str) -> Path:
+        return self.folder / "images" / f"{key}.png"
+
+    def score_path(self, key: str) -> Path:
+        return self.folder / "scores" / f"{key}.json"
+
+    def mine(self) -> list[tuple[int, Prompt]]:
+        """The prompts of this process, with their numbers."""
+        with self.state.split_between_processes(list(enumerate(self.prompts))) as part:
+            return part
+
+    def draw(self) -> int:
+        """Draw every missing picture of this process; returns how many could not be drawn."""
+        turns = []
+        for number, prompt in self.mine():
+            shift = number % len(self.contestants)
+            order = self.contestants[shift:] + self.contestants[:shift]
+            turns += [(prompt, c) for c in order if not self.row_path(self.key(prompt, c)).is_file()]
+        if turns:
+            self._warm_up(turns[0][0])
+        failed = 0
+        for prompt, contestant in tqdm(
+            turns, "drawing", unit="picture", disable=not self.state.is_main_process
+        ):
+            try:
+                self._draw(prompt, contestant)
+            except Exception:  # the others can still be drawn; this one is tried again at the next run
+                failed += 1
+                print(f"{prompt.id} by {contestant.label} failed:\n{traceback.format_exc()}", file=sys.stderr)
+        return failed
+
+    def _warm_up(self, prompt: Prompt) -> None:
+        """One whole uncached picture, and a few steps of each method, untimed."""
+        few = self.call | {"num_inference_steps": min(4, self.args.steps), "output_type": "latent"}
+        draw(self.pipeline, self.contestants[0].config, 0, prompt=prompt.text, **self.call)
+        for config in {c.config.name: c.config for c in self.contestants}.values():
+            draw(self.pipeline, config, 0, prompt=prompt.text, **few)
+
+    def _draw(self, prompt: Prompt, contestant: Contestant) -> None:
+        seed = self.args.seed if prompt.seed is None else prompt.seed
+        key = self.key(prompt, contestant)
+        drawn = draw(self.pipeline, contestant.config, seed, prompt=prompt.text, **self.call)
+        path = self.image_path(key)
+        keep.save_png(path, drawn.image)
+        row = {
+            "key": key,
+            "id": prompt.id,
+            "label": contestant.label,
+            "method": contestant.config.name,
+            "config": contestant.settings,
+            "prompt": prompt.text,
+            "words": prompt.words,
+            **self.settings,
+            "seed": seed,
+            **drawn.costs(),
+            "tflops": round(self.cost.tflops(drawn.trace), 6),
+            "png_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "machine": keep.machine(),
+            "date": keep.now(),
+            "trace": keep.compact(drawn.trace),
+        }
+        keep.write_json(self.row_path(key), row)
+
+    def score(self) -> None:
+        """Compare every picture of this process that has not been compared in this way."""
+        clip, reason = None, None
+        try:
+            clip = ClipIqa(self.args.clip)
+        except OSError as error:
+            reason = str(error)
+        how = {"words": not self.args.no_words, "clip": clip.name if clip else None}
+        tasks = []
+        for _, prompt in self.mine():
+            base = self.key(prompt, self.contestants[0])
+            for contestant in self.contestants:
+                key = self.key(prompt, contestant)
+                if not (self.row_path(key).is_file() and self.row_path(base).is_file()):
+                    continue  # could not be drawn
+                if (keep.read_json(self.score_path(key)) or {}).get("how") != how:
+                    tasks.append((key, base, prompt))
+        for key, base, prompt in tqdm(
+            tasks, "scoring", unit="picture", disable=not self.state.is_main_process
+        ):
+            image, uncached = Image.open(self.image_path(key)), Image.open(self.image_path(base))
+            score = {
+                "how": how,
+                **fidelity(image, uncached),
+                **more_fidelity(image, uncached),
+                "words_read": word_recall(prompt.words or (), image) if how["words"] else None,
+                "clip_iqa": clip(image) if clip else None,
+                "clip_iqa_reason": reason,
+            }
+            keep.write_json(self.score_path(key), score)
+
+    def rows(self) -> list[dict]:
+        """All finished rows of the asked contestants and prompts, with their scores, in their order."""
+        rows = []
+        for contestant, prompt in itertools.product(self.contestants, self.prompts):
+            key = self.key(prompt, contestant)
+            row, score = keep.read_json(self.row_path(key)), keep.read_json(self.score_path(key))
+            if row and score:
+                rows.append(row | score | {"label": contestant.label})
+        return rows
+
+
+def run(args: argparse.Namespace) -> int:
+    state = PartialState(cpu=not torch.accelerator.is_available())
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and state.num_processes == 1:
+        raise ValueError("WORLD_SIZE is above 1 but this process is alone: start it with torchrun")
+    experiment = Experiment(args, state)
+    if state.is_main_process:
+        labels = ", ".join(c.label for c in experiment.contestants)
+        print(f"{len(experiment.prompts)} prompts by {labels}, kept in {experiment.folder}")
+    experiment.prepare()
+    failed = experiment.draw()
+    state.wait_for_everyone()
+    experiment.score()
+    state.wait_for_everyone()
+    if state.is_main_process:
+        rows = experiment.rows()
+        command = f"python -m analysis.experiment {' '.join(sys.argv[1:])}".strip()
+        print(write_tables(args.out, experiment.folder / "images", rows, experiment.settings, command))
+        print(f"table.md, table.csv, table.json, rows.jsonl and compare.png are in {args.out}/")
+    if failed:
+        print(f"{failed} pictures could not be drawn: the same command tries them again", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print(f"stopped: the same command goes on; what is finished is in {args.out}/", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""Floating-point operations of a transformer's blocks, and from them those of a traced request.
+
+Counted once with PyTorch's counter on one real step, per block; a request costs its executed blocks plus, at
+every step, what is no block (embeddings, output layer). "analytic": nothing is counted while images are
+timed. A head's modulation that TeaCache looks at on a skipped step is left out (below 0.01 % of a step).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch.utils.flop_counter import FlopCounterMode
+
+from h2cache.engines import find_engine
+
+
+def _attention(query, key, value, *_, out_shape=None, **__) -> int:
+    batch, heads, tokens, width = query
+    return 4 * batch * heads * tokens * key[-2] * width
+
+
+# PyTorch's own table has no entry for the CPU's attention kernel and counts 0 for it.
+CPU_ATTENTION = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Floating-point operations of one step."""
+
+    blocks: dict[str, float]  # of one block, by stage
+    rest: float  # embeddings and output layer
+
+    def tflops(self, trace: list[dict]) -> float:
+        """Tera-operations of a request, from its step records."""
+        steps = len({(r["branch"], r["step"]) for r in trace})
+        return (sum(self.blocks[r["stage"]] * r["blocks_run"] for r in trace) + self.rest * steps) / 1e12
+
+
+def count_forward(transformer: torch.nn.Module, call) -> StepCost:
+    """Count one forward pass of `transformer`, made by `call()`, uncached."""
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        call()
+    root = type(transformer).__name__
+    counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
+    blocks, rest = {}, counts[root]
+    for cut in find_engine(transformer).cuts:
+        number = len(getattr(transformer, cut.blocks))
+        spent = sum(counts[f"{root}.{cut.blocks}.{n}"] for n in range(number))
+        blocks[cut.name], rest = spent / number, rest - spent
+    return StepCost(blocks, rest)
+
+
+def count_step(pipeline: DiffusionPipeline, call: dict) -> StepCost:
+    """Count one step of `pipeline` at the size and text length of `call`."""
+    one = call | {"num_inference_steps": 1, "output_type": "latent"}
+    return count_forward(pipeline.transformer, lambda: pipeline(prompt="a", **one))

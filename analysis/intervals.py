@@ -1,0 +1,31 @@
+"""How sure a mean over prompts is: bootstrap intervals, paired by prompt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+RESAMPLES = 10_000
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean with its 95 % bootstrap interval."""
+
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def shows_difference(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+
+def bootstrap(values: list[float]) -> Interval:
+    """The mean of `values` (for a comparison: the differences of pairs), resampled over prompts."""
+    numbers = np.asarray(values, float)
+    draws = np.random.default_rng(0).integers(len(numbers), size=(RESAMPLES, len(numbers)))
+    low, high = np.percentile(numbers[draws].mean(1), (2.5, 97.5))
+    return Interval(float(numbers.mean()), float(low), float(high))

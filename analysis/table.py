@@ -1,0 +1,222 @@
+"""The experiment's rows as a table: means over prompts with bootstrap intervals, paired with the uncached
+baseline."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+from PIL import Image
+
+from analysis import keep
+from analysis.intervals import Interval, bootstrap
+from analysis.sheets import grid
+
+PUBLISHED = Path("assets/published_results.jsonl")
+SHOWN = 4  # prompts from the start in compare.png, and as many of the worst
+
+
+def lines(rows: list[dict]) -> list[dict[str, Any]]:
+    """One line for each contestant, in the order of `rows`; a contestant meets the baseline prompt by prompt."""
+    base = {row["id"]: row for row in rows if row["method"] == "none"}
+    labels = dict.fromkeys(row["label"] for row in rows)
+    return [
+        _line(label, [r for r in rows if r["label"] == label and r["id"] in base], base) for label in labels
+    ]
+
+
+def _line(label: str, mine: list[dict], base: dict[str, dict]) -> dict[str, Any]:
+    def mean(name: str) -> float | None:
+        values = [row[name] for row in mine if row[name] is not None]
+        return fmean(values) if values else None
+
+    def difference(name: str) -> Interval | None:
+        pairs = [(row[name], base[row["id"]][name]) for row in mine]
+        values = [a - b for a, b in pairs if a is not None and b is not None]
+        return bootstrap(values) if values and label != "none" else None
+
+    seconds = [row["seconds"] for row in mine]
+    psnr = [row["psnr"] for row in mine if row["psnr"] is not None]
+    ratios = [base[row["id"]]["seconds"] / row["seconds"] for row in mine]
+    return {
+        "label": label,
+        "method": mine[0]["method"],
+        "config": mine[0]["config"],
+        "prompts": len(mine),
+        "blocks_ratio": sum(base[r["id"]]["blocks_run"] for r in mine)
+        / max(1, sum(r["blocks_run"] for r in mine)),
+        "blocks_run": mean("blocks_run"),
+        "speed_up": median(ratios),
+        "speed_up_interval": _ends(bootstrap(ratios)),
+        "seconds_mean": fmean(seconds),
+        "seconds_sd": stdev(seconds) if len(seconds) > 1 else None,
+        "seconds_median": median(seconds),
+        "seconds_steps": mean("seconds_steps"),
+        "tflops": mean("tflops"),
+        "psnr": fmean(psnr) if psnr else None,
+        "psnr_interval": _ends(bootstrap(psnr)) if psnr else None,
+        "psnr_worst": min(psnr, default=None),
+        "identical": sum(row["identical"] for row in mine),
+        **{name: mean(name) for name in ("ssim", "ms_ssim", "gmsd", "lpips", "words_read", "clip_iqa")},
+        "words_difference": _difference(difference("words_read")),
+        "clip_iqa_difference": _difference(difference("clip_iqa")),
+        "peak_bytes": max((row["peak_bytes"] for row in mine if row["peak_bytes"]), default=None),
+        "peak_kind": mine[0]["peak_kind"],
+        "bytes_held": max(row["bytes_held"] for row in mine),
+    }
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
+
+
+def _difference(interval: Interval | None) -> dict | None:
+    if interval is None:
+        return None
+    return {"mean": interval.mean, "interval": _ends(interval), "shown": interval.shows_difference}
+
+
+# As text.
+
+
+def _number(value: float | None, form: str, scale: float = 1.0) -> str:
+    return "-" if value is None else format(value * scale, form)
+
+
+def _compared(value: float | None, difference: dict | None, scale: float, form: str) -> str:
+    """A mean, and its difference to the baseline with interval; one that may be chance is called so."""
+    text = _number(value, form, scale)
+    if difference is None:
+        return text
+    low, high = (format(end * scale, f"+{form}") for end in difference["interval"])
+    verdict = "" if difference["shown"] else ", no difference shown"
+    return f"{text} ({difference['mean'] * scale:+{form}} [{low}, {high}]{verdict})"
+
+
+COLUMNS = {  # heading: a line's cell
+    "method": lambda x: x["label"],
+    "blocks": lambda x: (
+        f"{x['blocks_ratio']:.2f}x fewer" if x["label"] != "none" else f"{x['blocks_run']:.0f}"
+    ),
+    "time": lambda x: f"{x['speed_up']:.2f}x",
+    "s / image": lambda x: f"{x['seconds_median']:.3f}",
+    "of that steps": lambda x: _number(x["seconds_steps"], ".3f"),
+    "TFLOP": lambda x: _number(x["tflops"], ".4g"),
+    "PSNR dB [95 %]": lambda x: (
+        "identical" if x["psnr"] is None else "{:.1f} [{:.1f}, {:.1f}]".format(x["psnr"], *x["psnr_interval"])
+    ),
+    "worst": lambda x: _number(x["psnr_worst"], ".1f"),
+    "SSIM": lambda x: _number(x["ssim"], ".4f"),
+    "MS-SSIM": lambda x: _number(x["ms_ssim"], ".4f"),
+    "GMSD": lambda x: _number(x["gmsd"], ".4f"),
+    "LPIPS": lambda x: _number(x["lpips"], ".4f"),
+    "words read %": lambda x: _compared(x["words_read"], x["words_difference"], 100, ".1f"),
+    "CLIP-IQA": lambda x: _compared(x["clip_iqa"], x["clip_iqa_difference"], 1, ".4f"),
+    "cache MiB": lambda x: _number(x["bytes_held"], ".2f", 2**-20),
+    "peak MiB": lambda x: _number(x["peak_bytes"], ".0f", 2**-20),
+}
+
+
+def markdown(table: list[dict], reasons: list[str]) -> str:
+    """The table; a column that nobody could be measured in is left out and its reason told."""
+    cells = {head: [cell(line) for line in table] for head, cell in COLUMNS.items()}
+    shown = [head for head in cells if head == "method" or set(cells[head]) != {"-"}]
+    parts = [f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
+    parts += [f"| {' | '.join(cells[head][n] for head in shown)} |" for n in range(len(table))]
+    left_out = [head for head in cells if head not in shown]
+    return "\n".join([*parts, "", *(f"- {reason}" for reason in _notes(table, left_out, reasons)), ""])
+
+
+def _notes(table: list[dict], left_out: list[str], reasons: list[str]) -> list[str]:
+    yield f"Over {table[0]['prompts']} prompts. Time is of the whole pipeline call: medians; speed-up: median of pairs."
+    yield "PSNR to GMSD are against the uncached image; intervals are 95 % bootstrap over prompts, paired."
+    yield "TFLOP is analytic: executed blocks times what one block costs."
+    yield f"Peak memory is {table[0]['peak_kind']}, over the process; a cache's own share is in `cache MiB`."
+    if "MS-SSIM" in left_out:
+        yield "MS-SSIM is null: it needs sides above 175 pixels."
+    if "LPIPS" in left_out:
+        yield "LPIPS is null: the optional package `lpips` (with its AlexNet weights) is not there."
+    if "words read %" in left_out:
+        yield "No words were read: the prompts name none, or --no-words."
+    for reason in reasons:
+        yield f"CLIP-IQA is null: {reason}"
+
+
+def published(path: Path = PUBLISHED) -> list[dict]:
+    """What the papers and repositories printed."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def published_markdown(rows: list[dict]) -> str:
+    heads = ("method", "setting", "steps", "seconds", "speed_up", "clip_iqa", "hardware", "source")
+    parts = ["**Published by others, not measured here** (FLUX.1-dev, 1024x1024):", ""]
+    parts += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for row in rows:
+        parts.append(f"| {' | '.join('-' if row[h] is None else str(row[h]) for h in heads)} |")
+    return "\n".join([*parts, ""])
+
+
+# As files.
+
+
+def write_tables(out: Path, images: Path, rows: list[dict], settings: dict, command: str) -> str:
+    """Write table.md, .csv, .json, rows.jsonl and compare.png into `out`; returns the text of our rows."""
+    if not rows:
+        raise ValueError("there is no finished picture to make a table of")
+    table = lines(rows)
+    reasons = sorted({row["clip_iqa_reason"] for row in rows if row["clip_iqa_reason"]})
+    head = {
+        "command": command,
+        "machine": rows[-1]["machine"],
+        "date": max(row["date"] for row in rows),
+        "settings": settings,
+    }
+    ours = markdown(table, reasons)
+    about = f"`{command}`, {head['machine']['device_name']}, {head['machine']['threads']} thread(s), {head['date']}"
+    text = "\n".join([about, "", ours, published_markdown(published())])
+    keep.write_atomically(out / "table.md", text.encode())
+    everything = head | {"rows": table, "published": published()}
+    keep.write_atomically(out / "table.json", (json.dumps(everything, indent=1) + "\n").encode())
+    keep.write_atomically(out / "table.csv", _csv(table).encode())
+    keep.write_records(out / "rows.jsonl", {row["label"] + row["key"]: row for row in rows})
+    keep.save_png(out / "compare.png", compare(rows, images))
+    return ours
+
+
+def _csv(table: list[dict]) -> str:
+    flat = [{k: json.dumps(v) if isinstance(v, (dict, list)) else v for k, v in x.items()} for x in table]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(flat[0]))
+    writer.writeheader()
+    writer.writerows(flat)
+    return text.getvalue()
+
+
+def compare(rows: list[dict], images: Path) -> Image.Image:
+    """Prompts in rows, contestants in columns: the first prompts, then those with the lowest PSNR of all."""
+    by_id: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        by_id.setdefault(row["id"], {})[row["label"]] = row
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    whole = [identity for identity, found in by_id.items() if len(found) == len(labels)]
+
+    def lowest(identity: str) -> float:
+        return min(
+            (r["psnr"] for r in by_id[identity].values() if r["psnr"] is not None), default=float("inf")
+        )
+
+    chosen = dict.fromkeys([*whole[:SHOWN], *sorted(whole, key=lowest)[:SHOWN]])
+    pictures, captions = [], []
+    for identity in chosen:
+        found = [by_id[identity][label] for label in labels]
+        pictures.append([Image.open(images / f"{row['key']}.png").convert("RGB") for row in found])
+        captions.append([identity if n == 0 else _caption(row) for n, row in enumerate(found)])
+    return grid(pictures, labels, captions)
+
+
+def _caption(row: dict) -> str:
+    return "identical" if row["psnr"] is None else f"{row['psnr']:.1f} dB, {row['seconds']:.2f} s"
