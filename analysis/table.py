@@ -21,12 +21,11 @@ SHOWN = 4  # prompts from the start in compare.png, and as many of the worst
 
 
 def lines(rows: list[dict]) -> list[dict[str, Any]]:
-    """One line for each contestant, in the order of `rows`; a contestant meets the baseline prompt by prompt."""
+    """One line for each contestant, in the order of `rows`, compared with the baseline prompt by prompt."""
     base = {row["id"]: row for row in rows if row["method"] == "none"}
     labels = dict.fromkeys(row["label"] for row in rows)
-    return [
-        _line(label, [r for r in rows if r["label"] == label and r["id"] in base], base) for label in labels
-    ]
+    mine = {label: [r for r in rows if r["label"] == label and r["id"] in base] for label in labels}
+    return [_line(label, mine[label], base) for label in labels]
 
 
 def _line(label: str, mine: list[dict], base: dict[str, dict]) -> dict[str, Any]:
@@ -132,7 +131,7 @@ def markdown(table: list[dict], reasons: list[str]) -> str:
 
 
 def _notes(table: list[dict], left_out: list[str], reasons: list[str]) -> list[str]:
-    yield f"Over {table[0]['prompts']} prompts. Time is of the whole pipeline call: medians; speed-up: median of pairs."
+    yield f"Over {table[0]['prompts']} prompts. Time is of the whole call: medians, and the median ratio."
     yield "PSNR to GMSD are against the uncached image; intervals are 95 % bootstrap over prompts, paired."
     yield "TFLOP is analytic: executed blocks times what one block costs."
     yield f"Peak memory is {table[0]['peak_kind']}, over the process; a cache's own share is in `cache MiB`."
@@ -176,7 +175,8 @@ def write_tables(out: Path, images: Path, rows: list[dict], settings: dict, comm
         "settings": settings,
     }
     ours = markdown(table, reasons)
-    about = f"`{command}`, {head['machine']['device_name']}, {head['machine']['threads']} thread(s), {head['date']}"
+    machine = head["machine"]
+    about = f"`{command}`, {machine['device_name']}, {machine['threads']} thread(s), {head['date']}"
     text = "\n".join([about, "", ours, published_markdown(published())])
     keep.write_atomically(out / "table.md", text.encode())
     everything = head | {"rows": table, "published": published()}
