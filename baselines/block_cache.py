@@ -49,7 +49,7 @@ class BlockCache(Method):
         """One denoising step of one branch."""
         slot = memory.slot("stack", LastResidual)
         head = yield Run(range(1))  # the first block always runs
-        residual = head.after.img - head.before.img  # image tokens only, (B, I, C)
+        residual = stages[0].measured(head)  # image tokens only, (B, I, C)
         change = slot.compare(residual)  # against the last computed step
         hit, rest = [False] * memory.batch, range(1, stages[-1].last)
         if change is not None and not memory.in_warmup(self.config.warmup_steps):

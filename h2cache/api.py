@@ -11,71 +11,78 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
-from h2cache.engines import Engine, Inputs, class_names, find_engine
+from h2cache.engines import Engine, Inputs, class_names, find_engine, lay_out
 from h2cache.h2 import H2Config
 from h2cache.memory import Memory, Request
 from h2cache.method import Method, MethodConfig
 from h2cache.records import StepRecord, Summary, summarise
-from h2cache.stages import Call, Span, Stage
+from h2cache.stages import Call, Stage
 
 _ATTRIBUTE = "_h2cache"
 
 
-def enable(target: Any, config: MethodConfig | None = None, *, steps: int | None = None) -> Any:
+def enable(
+    target: Any,
+    config: MethodConfig | None = None,
+    *,
+    steps: int | None = None,
+    split: int | float | None = None,
+) -> Any:
     """Cache the transformer of `target`, a diffusers pipeline or a transformer; returns `target`.
 
     config: the settings of a method, by default `H2Config()` with the paper's thresholds for FLUX.1-dev.
     steps: the number of steps of a request, for a bare transformer and methods that must know it (a pipeline
-    tells it by itself). Enabling again replaces what was enabled before; `disable(target)` undoes it.
+    tells it by itself).
+    split: how many blocks are the structure stage, or their share in (0, 1); by default the model's own cut
+    into two block lists, or a third of the only list. Enabling again replaces what was enabled before;
+    `disable(target)` undoes it. A pipeline with two transformers (Wan 2.2) has both cached.
 
     Raises TypeError for a model without an engine or a config that is none, ValueError for a transformer that
     is compiled as a whole, has a cache of diffusers enabled, or lacks what the method needs: the step count,
-    constants fitted to the checkpoint, or a finer cut than the engine offers.
+    constants fitted to the checkpoint, a finer cut than the engine offers, or a block for each stage.
     """
     config = H2Config() if config is None else config
     if not isinstance(config, MethodConfig):
         raise TypeError(
             f"config is a {type(config).__name__}: give a method's settings, such as H2Config(tau1=0.1)"
         )
-    transformer = _transformer_of(target)
-    engine = find_engine(transformer)
-    if getattr(transformer, "_compiled_call_impl", None) is not None:
-        raise ValueError(
-            "the transformer is compiled as a whole, which would freeze the decisions into the graph: "
-            "compile its blocks instead, with transformer.compile_repeated_blocks()"
-        )
-    if getattr(transformer, "is_cache_enabled", False):
-        raise ValueError(
-            "diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first"
-        )
-    pipeline = target if target is not transformer else None
-    config = config.for_checkpoint(checkpoint_name(pipeline) or checkpoint_name(transformer))
-    if missing := config.requires - engine.offers:
-        raise ValueError(
-            f"{config.name} with these settings needs of the model: {', '.join(sorted(missing))}; the engine "
-            f"of {engine.name} cannot give that"
-        )
-    if config.needs_total_steps and steps is None and pipeline is None:
-        raise ValueError(
-            f"these settings of {config.name} must know the number of steps: enable it on the pipeline, "
-            "or pass enable(transformer, config, steps=N)"
-        )
-    disable(transformer)
-    setattr(transformer, _ATTRIBUTE, Attachment(transformer, engine, config, pipeline, steps))
+    transformers = _transformers_of(target)
+    pipeline = target if target is not transformers[0] else None
+    attachments = []
+    for transformer in transformers:
+        engine = find_engine(transformer)
+        _check_usable(transformer)
+        if missing := config.requires - engine.offers:
+            raise ValueError(
+                f"{config.name} with these settings needs of the model: {', '.join(sorted(missing))}; the "
+                f"engine of {engine.name} cannot give that"
+            )
+        fitted = config.for_checkpoint(checkpoint_name(pipeline) or checkpoint_name(transformer))
+        if fitted.needs_total_steps and steps is None and pipeline is None:
+            raise ValueError(
+                f"these settings of {fitted.name} must know the number of steps: enable it on the pipeline, "
+                "or pass enable(transformer, config, steps=N)"
+            )
+        attachments.append(Attachment(transformer, engine, fitted, pipeline, steps, split))
+    disable(target)
+    for transformer, attachment in zip(transformers, attachments, strict=True):
+        attachment.attach()
+        setattr(transformer, _ATTRIBUTE, attachment)
     return target
 
 
 def disable(target: Any) -> Any:
     """Put everything back as it was before `enable`; returns `target`. Harmless where none is on."""
-    transformer = _transformer_of(target)
-    attachment = getattr(transformer, _ATTRIBUTE, None)
-    if attachment is not None:
-        attachment.detach()
-        delattr(transformer, _ATTRIBUTE)
+    for transformer in _transformers_of(target):
+        attachment = getattr(transformer, _ATTRIBUTE, None)
+        if attachment is not None:
+            attachment.detach()
+            delattr(transformer, _ATTRIBUTE)
     return target
 
 
@@ -84,12 +91,22 @@ def summary(target: Any) -> Summary:
 
     Raises ValueError when no cache is enabled on `target`.
     """
-    return _attachment_of(target).summary()
+    requests = _newest_requests(target)
+    name = _attachments_of(target)[0].config.name
+    held = sum(request.bytes_held for request in requests)
+    return summarise(name, step_records(target), held, requests[0].reason)
 
 
 def step_records(target: Any) -> list[StepRecord]:
-    """The `StepRecord`s of the newest request, in the order of execution."""
-    return list(_attachment_of(target).request.records)
+    """The `StepRecord`s of the newest request, in the order of execution.
+
+    The steps of a second transformer are numbered on from those of the first.
+    """
+    records: list[StepRecord] = []
+    for request in _newest_requests(target):
+        done = 1 + max((r.step for r in records), default=-1)
+        records += [replace(r, step=r.step + done) if done else r for r in request.records]
+    return records
 
 
 def checkpoint_name(loaded: Any) -> str | None:
@@ -101,32 +118,63 @@ def checkpoint_name(loaded: Any) -> str | None:
     return (cached or parts or [None])[-1]
 
 
-def _transformer_of(target: Any) -> nn.Module:
-    transformer = target if isinstance(target, nn.Module) else getattr(target, "transformer", None)
-    if "OptimizedModule" in class_names(transformer):
-        raise ValueError(
-            "the transformer is wrapped by torch.compile, which would freeze the decisions into the graph: "
-            "give the plain one and compile its blocks, with transformer.compile_repeated_blocks()"
-        )
-    if not isinstance(transformer, nn.Module):
+def _transformers_of(target: Any) -> list[nn.Module]:
+    if isinstance(target, nn.Module) or "OptimizedModule" in class_names(target):
+        found = [target]
+    else:
+        found = [getattr(target, name, None) for name in ("transformer", "transformer_2")]
+    for transformer in found:
+        if "OptimizedModule" in class_names(transformer):
+            raise ValueError(
+                "the transformer is wrapped by torch.compile, which would freeze the decisions into the "
+                "graph: give the plain one and compile its blocks, with "
+                "transformer.compile_repeated_blocks()"
+            )
+    found = [transformer for transformer in found if isinstance(transformer, nn.Module)]
+    if not found:
         raise TypeError(
             f"{type(target).__name__} is no transformer and no pipeline with one (it has no .transformer)"
         )
-    return transformer
+    return found
 
 
-def _attachment_of(target: Any) -> Attachment:
-    attachment = getattr(_transformer_of(target), _ATTRIBUTE, None)
-    if attachment is None:
+def _check_usable(transformer: nn.Module) -> None:
+    if getattr(transformer, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "the transformer is compiled as a whole, which would freeze the decisions into the graph: "
+            "compile its blocks instead, with transformer.compile_repeated_blocks()"
+        )
+    if getattr(transformer, "is_cache_enabled", False):
+        raise ValueError(
+            "diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first"
+        )
+
+
+def _attachments_of(target: Any) -> list[Attachment]:
+    found = [getattr(transformer, _ATTRIBUTE, None) for transformer in _transformers_of(target)]
+    if None in found:
         raise ValueError("no cache is enabled here: call h2cache.enable(pipe) first")
-    return attachment
+    return found
+
+
+def _newest_requests(target: Any) -> list[Request]:
+    """The requests of the newest pipeline call: one for each transformer that had a part in it."""
+    requests = [attachment.request for attachment in _attachments_of(target)]
+    newest = max(requests, key=lambda request: request.began)
+    return [r for r in requests if r is newest or (r.token and r.token[0] is newest.token[0] is not None)]
 
 
 class Attachment:
     """A method on a transformer: the stages put in place, the hooks, and the state of each thread."""
 
     def __init__(
-        self, transformer: nn.Module, engine: Engine, config: MethodConfig, pipeline: Any, steps: int | None
+        self,
+        transformer: nn.Module,
+        engine: Engine,
+        config: MethodConfig,
+        pipeline: Any,
+        steps: int | None,
+        split: int | float | None,
     ) -> None:
         self.engine, self.config, self.steps = engine, config, steps
         self.method: Method = config.build()
@@ -135,15 +183,17 @@ class Attachment:
         self._local = threading.local()
         self._newest_request = Request((), None, "nothing has run yet")
 
+        self.spans, self._firsts = lay_out(engine, transformer, split)
         self._lists: dict[str, nn.ModuleList] = {}
-        spans, first = [], 0
-        for cut in engine.cuts:
-            blocks = getattr(transformer, cut.blocks)
-            self._lists[cut.blocks] = blocks
-            spans.append(Span(cut.name, first, first + len(blocks), cut.joint))
-            setattr(transformer, cut.blocks, Stage(blocks, cut.name, first, self._current_call))
-            first += len(blocks)
-        self.spans = tuple(spans)
+        self._handles: tuple = ()
+
+    def attach(self) -> None:
+        """Put the stages and hooks in place."""
+        transformer = self._transformer()
+        forms = {cut.blocks: cut.form for cut in self.engine.cuts}
+        for attribute, first in self._firsts.items():
+            blocks = self._lists[attribute] = getattr(transformer, attribute)
+            setattr(transformer, attribute, Stage(blocks, forms[attribute], first, self._current_call))
         self._handles = (
             transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
             transformer.register_forward_hook(self._end, always_call=True),
@@ -152,7 +202,7 @@ class Attachment:
             transformer.cache_context = self._named_branch
 
     def detach(self) -> None:
-        """Undo `__init__`, exactly."""
+        """Undo `attach`, exactly."""
         transformer = self._transformer()
         for attribute, blocks in self._lists.items():
             setattr(transformer, attribute, blocks)
@@ -164,9 +214,6 @@ class Attachment:
     def request(self) -> Request:
         """This thread's request, else the one that any thread began last."""
         return getattr(self._local, "request", None) or self._newest_request
-
-    def summary(self) -> Summary:
-        return summarise(self.config.name, self.request.records, self.request.bytes_held, self.request.reason)
 
     # One forward call: `_begin`, the model's own forward over our stages, `_end`.
 
@@ -194,7 +241,7 @@ class Attachment:
         inputs = self.engine.inputs(args, kwargs)
         memory = self._memory(inputs)
         program = self.method.step(self.spans, memory)
-        self._local.call = Call(self.engine, memory, program, inputs.adds_between)
+        self._local.call = Call(self.engine, self.spans, inputs, memory, program)
 
     def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:
         call, self._local.call = self._current_call(), None
@@ -210,12 +257,12 @@ class Attachment:
 
     def _memory(self, inputs: Inputs) -> Memory:
         """The memory of the branch that this call belongs to, in this thread's request; new if in doubt."""
-        token, total = self._request_token()
+        token = self._request_token()
         batch = inputs.latents.shape[0]
         signature = _signature(inputs)
         request: Request | None = getattr(self._local, "request", None)
         reason = getattr(self._local, "reason", None) or "it is the first"
-        if request is not None and (request.token[0] is not token[0] or request.token[1:] != token[1:]):
+        if request is not None and request.token[0] is not token[0]:
             request, reason = None, "the pipeline was called anew"
         branch = getattr(self._local, "branch", None)
         timestep: Tensor | float = inputs.timestep
@@ -229,25 +276,31 @@ class Attachment:
             changed = next(a[0] for a, b in zip(request.signatures[branch], signature, strict=True) if a != b)
             request, reason = None, f"another {changed} came in"
         if request is None:
-            request = self._local.request = self._newest_request = Request(token, total, reason)
+            request = Request(token, self._total_steps(), reason)
+            self._local.request = self._newest_request = request
             self._local.reason = None
         if branch not in request.memories:
-            request.memories[branch] = Memory(request, branch, batch)
+            request.memories[branch] = Memory(request, branch, batch, inputs.targets(), inputs.guided())
             request.signatures[branch] = signature
             request.texts[branch] = inputs.text
         memory = request.memories[branch]
         memory.begin_step(timestep, inputs.conditions)
         return memory
 
-    def _request_token(self) -> tuple[tuple, int | None]:
-        """What stays the same during one pipeline call, and its number of steps."""
-        pipeline = self._pipeline()
-        if pipeline is None:
-            return (None,), self.steps
+    def _request_token(self) -> tuple:
+        """What stays the same during one pipeline call."""
         # `set_timesteps` makes a new tensor at each call; it is held, so that its address is not used again.
-        timesteps = getattr(pipeline.scheduler, "timesteps", None)
-        total = self.steps or getattr(pipeline, "num_timesteps", None)
-        return (timesteps,), total or (None if timesteps is None else len(timesteps))
+        return (getattr(getattr(self._pipeline(), "scheduler", None), "timesteps", None),)
+
+    def _total_steps(self) -> int | None:
+        """How many steps of the request that begins now are this transformer's; None if nobody tells."""
+        pipeline = self._pipeline()
+        if pipeline is None or self.steps:
+            return self.steps
+        total = getattr(pipeline, "num_timesteps", None)
+        if total is None and (timesteps := self._request_token()[0]) is not None:
+            total = len(timesteps)
+        return self.engine.own_steps(pipeline, self._transformer(), total)
 
 
 def _signature(inputs: Inputs) -> tuple:

@@ -6,6 +6,7 @@ shape, dtype, device or batch start afresh, and so does anything that leaves a d
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -77,8 +78,12 @@ def _tensors(held: Any) -> Iterator[Tensor]:
 class Memory:
     """State of one guidance branch of one request."""
 
-    def __init__(self, request: Request, branch: str, batch: int) -> None:
+    def __init__(
+        self, request: Request, branch: str, batch: int, targets: slice | None = None, guided: bool = False
+    ) -> None:
         self._request, self.branch, self.batch = request, branch, batch
+        self.targets = targets  # the image tokens that are drawn and compared; None: all
+        self._guided = guided  # the batch is [cond, uncond], and both halves share each decision
         self.slots: dict[str, Slot] = {}
         self.blocks_run: Counter[str] = Counter()  # by stage, in the current step
         self._step = -1
@@ -133,6 +138,8 @@ class Memory:
 
     def read(self, values: Tensor) -> list[float] | None:
         """`values` (n,) on the host, with the timestep in the same copy; None if that shows a new request."""
+        if self._guided and len(values) == self.batch:
+            values = values.reshape(2, -1).amax(0).repeat(2)  # NaN stays NaN
         if self._pending is None:
             return values.tolist()  # the one wait of a decision
         both = torch.cat([values, self._pending.to(values.device)])
@@ -191,6 +198,7 @@ class Request:
 
     def __init__(self, token: tuple, total_steps: int | None, reason: str) -> None:
         self.token, self.total_steps = token, total_steps
+        self.began = time.monotonic_ns()
         self.reason = reason  # why it was started afresh, for the summary
         self.memories: dict[str, Memory] = {}
         self.signatures: dict[str, tuple] = {}

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from h2cache.similarity import sample_mask
 
 if TYPE_CHECKING:
-    from h2cache.engines import Engine
+    from h2cache.engines import Engine, Inputs
+    from h2cache.engines.forms import Form
     from h2cache.memory import Memory
 
 
@@ -31,15 +32,22 @@ class Stream:
     txt: Tensor | None = None
 
     def map(self, function: Callable[..., Tensor], *others: Stream) -> Stream:
-        """Apply `function` to the image tokens of all streams, and to the text tokens where there are any."""
-        img = function(self.img, *(o.img for o in others))
-        return Stream(img, None if self.txt is None else function(self.txt, *(o.txt for o in others)))
+        """Apply `function` to the image tokens of all streams, and to the text tokens if all have some."""
+        img, txts = function(self.img, *(o.img for o in others)), [s.txt for s in (self, *others)]
+        return Stream(img, None if any(t is None for t in txts) else function(*txts))
 
-    def __add__(self, other: Stream) -> Stream:
-        return Stream(self.img + other.img, None if self.txt is None else self.txt + other.txt)
+    def __add__(self, change: Stream) -> Stream:
+        """A change without text leaves the text alone: the last block of SD3 returns none."""
+        changes_text = self.txt is not None and change.txt is not None
+        return Stream(self.img + change.img, self.txt + change.txt if changes_text else self.txt)
 
     def __sub__(self, other: Stream) -> Stream:
-        return Stream(self.img - other.img, None if self.txt is None else self.txt - other.txt)
+        both = self.txt is not None and other.txt is not None
+        return Stream(self.img - other.img, self.txt - other.txt if both else None)
+
+    def is_at(self, other: Stream) -> bool:
+        """Whether both are the same memory, if perhaps cut anew out of a joined tensor."""
+        return _same_memory(self.img, other.img) and _same_memory(self.txt, other.txt)
 
     @property
     def joint(self) -> Tensor:
@@ -47,9 +55,18 @@ class Stream:
         return self.img if self.txt is None else torch.cat([self.txt, self.img], dim=1)
 
 
+def _same_memory(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is b or a is None or b is None:
+        return a is b
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stage as a method sees it: its name and its blocks, numbered through the whole model."""
+    """A stage as a method sees it: its name and its blocks, numbered through the whole model.
+
+    Spans need not agree with the model's block lists: a span may be a part of one, or reach over two.
+    """
 
     name: str
     first: int
@@ -70,7 +87,7 @@ class Span:
 
     def measured(self, head: Ran) -> Tensor:
         """The residual that this stage's similarity check looks at, (B, tokens, C): output minus input."""
-        return (head.after - head.before).joint if self.joint else head.after.img - head.before.img
+        return head.change.joint if self.joint else head.img_change
 
 
 @dataclass(slots=True)
@@ -101,16 +118,28 @@ class Look:
 class Ran:
     """What a `Run` saw: the stream before and after it, and what the model added between its blocks."""
 
-    def __init__(self, before: Stream) -> None:
+    def __init__(self, before: Stream, targets: slice | None = None) -> None:
         self.before = self.after = before
         self.added: Stream | None = None
+        self._targets = slice(None) if targets is None else targets
 
     def enter(self, x: Stream) -> None:
         """Notice what the model added since the last block, such as a ControlNet residual."""
-        if x.img is self.after.img and x.txt is self.after.txt:
+        if x.is_at(self.after):
             return
         added = x - self.after
         self.added = added if self.added is None else self.added + added
+
+    @property
+    def img_change(self) -> Tensor:
+        """after - before of the image tokens that are drawn, not of those of a reference image: (B, I, C)."""
+        return self.after.img[:, self._targets] - self.before.img[:, self._targets]
+
+    @property
+    def change(self) -> Stream:
+        """after - before, of the image tokens that are drawn and of the text."""
+        cut = [Stream(s.img[:, self._targets], s.txt) for s in (self.after, self.before)]
+        return cut[0] - cut[1]
 
     @property
     def residual(self) -> Stream:
@@ -132,9 +161,12 @@ Program = Generator[Run | Skip | Look, Ran | Tensor | None, None]
 class Call:
     """One forward call of the transformer: carries out a method's program while the model iterates."""
 
-    def __init__(self, engine: Engine, memory: Memory, program: Program, every_index: bool) -> None:
-        self.engine, self.memory, self.program = engine, memory, program
-        self.every_index = every_index  # the model does something after each block, skipped or not
+    def __init__(
+        self, engine: Engine, spans: tuple[Span, ...], inputs: Inputs, memory: Memory, program: Program
+    ) -> None:
+        self.engine, self.inputs, self.memory, self.program = engine, inputs, memory, program
+        self.text_tokens = inputs.text_tokens
+        self._span_of = [span.name for span in spans for _ in span.blocks]  # of each block
         self.position = 0  # number of the next block, through the whole model
         self.ran: Ran | None = None
         self.command: Run | Skip | Look | None = next(program)
@@ -150,7 +182,7 @@ class Call:
             if isinstance(self.command, Look) or len(self.command.blocks):
                 self.ran = None
                 return
-            self.ran = self.ran and Ran(self.ran.after)
+            self.ran = self.ran and Ran(self.ran.after, self.memory.targets)
 
     @property
     def finished(self) -> bool:
@@ -179,64 +211,80 @@ class Call:
             )
         last = index == command.blocks.stop - 1
         if isinstance(command, Run):
-            self.memory.blocks_run[stage.name] += 1
-            return _Tap(self, stage[index - stage.first], command, last)
+            self.memory.blocks_run[self._span_of[index]] += 1
+            return _Tap(self, stage, index, command, last)
         if last:
-            return _Add(self.engine, command.stand_in)
-        return self.engine.pass_through if self.every_index else None
+            return _Add(self, stage, index, command.stand_in)
+        return _Pass(self, stage, index) if self.inputs.adds_between else None
 
     def look(self, seen: Tensor) -> None:
         """Hand the program what it wished to see."""
         self.command = self.program.send(seen)
 
 
-class _Tap:
-    """Stands before a real block for one call and notes what goes in and out."""
-
-    __slots__ = ("block", "call", "command", "ends")
-
-    def __init__(self, call: Call, block: nn.Module, command: Run, ends: bool) -> None:
-        self.call, self.block, self.command, self.ends = call, block, command, ends
-
-    def __call__(self, *args, **kwargs):
-        engine, ran = self.call.engine, self.call.ran
-        x = engine.read_input(args, kwargs)
-        if ran is None:
-            ran = self.call.ran = Ran(x)
-        else:
-            ran.enter(x)
-        out = self.block(*args, **kwargs)
-        ran.after = engine.read_output(out)
-        if self.ends and self.command.kept is not None and any(self.command.kept):
-            return engine.write_output(ran.replaced(self.command.kept, self.command.stand_in))
-        return out
-
-
-class _Look:
-    """Stands before the first block: shows the method its modulated input, then does what the method says."""
-
-    __slots__ = ("call", "index", "stage")
+class _Turn:
+    """Stands in the place of a block for one call; what it has not itself is the block's."""
 
     def __init__(self, call: Call, stage: Stage, index: int) -> None:
         self.call, self.stage, self.index = call, stage, index
 
+    @property
+    def block(self) -> nn.Module:
+        return self.stage[self.index - self.stage.first]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)  # SD3's forward reads an attribute of each block
+
+
+class _Tap(_Turn):
+    """Runs the block and notes what goes in and out."""
+
+    def __init__(self, call: Call, stage: Stage, index: int, command: Run, ends: bool) -> None:
+        super().__init__(call, stage, index)
+        self.command, self.ends = command, ends
+
     def __call__(self, *args, **kwargs):
-        call, engine = self.call, self.call.engine
-        call.look(engine.modulated_input(self.stage[self.index - self.stage.first], args, kwargs))
-        turn = call.turn(self.stage, self.index) or engine.pass_through
+        call, form = self.call, self.stage.form
+        ran, x = call.ran, form.read_input(args, kwargs, call.text_tokens)
+        if ran is None:
+            ran = call.ran = Ran(x, call.memory.targets)
+        elif call.inputs.adds_between or not (form.joined and self.index == self.stage.first):
+            ran.enter(x)
+        out = self.block(*args, **kwargs)
+        ran.after = form.read_output(out, call.text_tokens)
+        if self.ends and self.command.kept is not None and any(self.command.kept):
+            return form.write_output(ran.replaced(self.command.kept, self.command.stand_in))
+        return out
+
+
+class _Look(_Turn):
+    """Shows the method the modulated input of a block, then does what the method says."""
+
+    def __call__(self, *args, **kwargs):
+        call = self.call
+        seen = call.engine.modulated_input(self.block, args, kwargs)
+        call.look(seen if call.memory.targets is None else seen[:, call.memory.targets])
+        turn = call.turn(self.stage, self.index) or self.stage.form.pass_through
         return turn(*args, **kwargs)
 
 
-class _Add:
+class _Add(_Turn):
     """Stands for the last of the skipped blocks: adds the stand-in, out of place."""
 
-    __slots__ = ("engine", "stand_in")
-
-    def __init__(self, engine: Engine, stand_in: Stream) -> None:
-        self.engine, self.stand_in = engine, stand_in
+    def __init__(self, call: Call, stage: Stage, index: int, stand_in: Stream) -> None:
+        super().__init__(call, stage, index)
+        self.stand_in = stand_in
 
     def __call__(self, *args, **kwargs):
-        return self.engine.write_output(self.engine.read_input(args, kwargs) + self.stand_in)
+        form = self.stage.form
+        return form.write_output(form.read_input(args, kwargs, self.call.text_tokens) + self.stand_in)
+
+
+class _Pass(_Turn):
+    """Stands for a skipped block whose index the model must see."""
+
+    def __call__(self, *args, **kwargs):
+        return self.stage.form.pass_through(*args, **kwargs)
 
 
 class Stage(nn.ModuleList):
@@ -247,12 +295,12 @@ class Stage(nn.ModuleList):
     """
 
     def __init__(
-        self, blocks: nn.ModuleList, name: str, first: int, current_call: Callable[[], Call | None]
+        self, blocks: nn.ModuleList, form: Form, first: int, current_call: Callable[[], Call | None]
     ) -> None:
         super().__init__()
         self._modules = blocks._modules
         self.training = blocks.training
-        self.name = name
+        self.form = form
         self.first, self.last = first, first + len(blocks)
         self._current_call = current_call
 

@@ -11,37 +11,33 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from h2cache.engines import Cut, Inputs, class_names
-from h2cache.stages import Stream
+from h2cache.engines import Cut, Engine, Inputs
+from h2cache.engines.forms import TwoStreams, argument
+
+BLOCKS = TwoStreams(text_first=True)
 
 
-def _argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:
-    return args[position] if len(args) > position else kwargs.get(name)
-
-
-class FluxDiffusers:
+class FluxDiffusers(Engine):
     """Engine of `diffusers.FluxTransformer2DModel` and its subclasses."""
 
     name = "FluxTransformer2DModel (diffusers)"
+    serves = "FluxTransformer2DModel"
     cuts = (
-        Cut("structure", "transformer_blocks", joint=False),
-        Cut("detail", "single_transformer_blocks", joint=True),
+        Cut("structure", "transformer_blocks", BLOCKS),
+        Cut("detail", "single_transformer_blocks", BLOCKS, joint=True),
     )
     offers = frozenset({"modulated input"})
 
-    def matches(self, transformer: nn.Module) -> bool:
-        return "FluxTransformer2DModel" in class_names(transformer)
-
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         controlled = (
-            _argument(args, kwargs, 8, "controlnet_block_samples") is not None,
-            _argument(args, kwargs, 9, "controlnet_single_block_samples") is not None,
+            argument(args, kwargs, 8, "controlnet_block_samples") is not None,
+            argument(args, kwargs, 9, "controlnet_single_block_samples") is not None,
         )
-        attention = _argument(args, kwargs, 7, "joint_attention_kwargs") or {}
+        attention = argument(args, kwargs, 7, "joint_attention_kwargs") or {}
         return Inputs(
-            timestep=_argument(args, kwargs, 3, "timestep"),
-            latents=_argument(args, kwargs, 0, "hidden_states"),
-            text=_argument(args, kwargs, 1, "encoder_hidden_states"),
+            timestep=argument(args, kwargs, 3, "timestep"),
+            latents=argument(args, kwargs, 0, "hidden_states"),
+            text=argument(args, kwargs, 1, "encoder_hidden_states"),
             conditions=(
                 *controlled,
                 attention.get("scale"),  # of the LoRA
@@ -50,23 +46,16 @@ class FluxDiffusers:
                 ),  # the model itself adds the last one
             ),
             adds_between=any(controlled),
+            targets=lambda: drawn_tokens(argument(args, kwargs, 4, "img_ids")),
         )
 
-    def read_input(self, args: tuple, kwargs: dict[str, Any]) -> Stream:
-        if args:  # gradient checkpointing calls by position
-            return Stream(args[0], args[1])
-        return Stream(kwargs["hidden_states"], kwargs["encoder_hidden_states"])
-
-    def read_output(self, output: tuple) -> Stream:
-        txt, img = output
-        return Stream(img, txt)
-
-    def write_output(self, stream: Stream) -> tuple:
-        return stream.txt, stream.img
-
     def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        img, temb = _argument(args, kwargs, 0, "hidden_states"), _argument(args, kwargs, 2, "temb")
+        img, temb = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 2, "temb")
         return block.norm1(img, emb=temb)[0]
 
-    def pass_through(self, hidden_states: Tensor, encoder_hidden_states: Tensor, *_: Any, **__: Any) -> tuple:
-        return encoder_hidden_states, hidden_states
+
+def drawn_tokens(img_ids: Tensor) -> slice | None:
+    """The image tokens that are drawn: a reference image (Kontext, FLUX.2) has other first coordinates."""
+    first = img_ids.reshape(-1, img_ids.shape[-2], img_ids.shape[-1])[0, :, 0]
+    drawn = int((first == 0).sum())  # a wait, once a request
+    return slice(drawn) if 0 < drawn < len(first) else None
