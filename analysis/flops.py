@@ -8,12 +8,13 @@ timed. A head's modulation that TeaCache looks at on a skipped step is left out 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from diffusers import DiffusionPipeline
 from torch.utils.flop_counter import FlopCounterMode
 
-from h2cache.engines import find_engine
+from h2cache.engines import find_engine, lay_out
 
 
 def _attention(query, key, value, *_, out_shape=None, **__) -> int:
@@ -44,12 +45,10 @@ def count_forward(transformer: torch.nn.Module, call) -> StepCost:
         call()
     root = type(transformer).__name__
     counts = {name: sum(ops.values()) for name, ops in counter.get_flop_counts().items()}
-    blocks, rest = {}, counts[root]
-    for cut in find_engine(transformer).cuts:
-        number = len(getattr(transformer, cut.blocks))
-        spent = sum(counts[f"{root}.{cut.blocks}.{n}"] for n in range(number))
-        blocks[cut.name], rest = spent / number, rest - spent
-    return StepCost(blocks, rest)
+    spans, lists = lay_out(find_engine(transformer), transformer, split=None)
+    each = [counts[f"{root}.{name}.{n}"] for name in lists for n in range(len(getattr(transformer, name)))]
+    blocks = {span.name: fmean(each[n] for n in span.blocks) for span in spans}
+    return StepCost(blocks, counts[root] - sum(each))
 
 
 def count_step(pipeline: DiffusionPipeline, call: dict) -> StepCost:

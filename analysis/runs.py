@@ -51,7 +51,7 @@ def load_pipeline(model: str, device: str, dtype: str | None) -> DiffusionPipeli
         raise FileNotFoundError(
             f"no model folder {model!r}, and it has not the form of a hub id (owner/name)"
         )
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     # diffusers 0.42 renames the argument; both names must work, without its warning.
     keyword = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     transformers.logging.set_verbosity_error()  # advice on torchvision, which nothing here needs
