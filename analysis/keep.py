@@ -84,23 +84,27 @@ def read_json(path: Path) -> dict | None:
 
 
 def compact(trace: list[dict]) -> list[dict]:
-    """Step records by branch and stage: measures and thresholds of five digits, outcomes as letters.
+    """Step records by branch and stage, short: one line for all steps.
 
-    H hit, F forced hit, M miss; `measures` and `thresholds` hold null where nothing was compared.
+    outcomes: H hit, F forced hit, M miss. measures, thresholds: null where nothing was compared or finite;
+    one threshold for all steps stands alone.
     """
     lines: dict[tuple[str, str], dict] = {}
     for record in trace:
         line = lines.setdefault(
             (record["branch"], record["stage"]),
-            {"branch": record["branch"], "stage": record["stage"], "blocks": record["blocks"]}
-            | {"timesteps": [], "measures": [], "thresholds": [], "outcomes": "", "blocks_run": []},
+            {"branch": record["branch"], "stage": record["stage"], "blocks": record["blocks"], "outcomes": ""}
+            | {"blocks_run": [], "measures": [], "thresholds": []},
         )
-        line["timesteps"].append(round(record["timestep"], 5))
-        for many, one in (("measures", "measure"), ("thresholds", "threshold")):
-            value = record[one]
-            line[many].append(None if value is None or not math.isfinite(value) else round(value, 5))
         line["outcomes"] += record["outcome"][0].upper()
         line["blocks_run"].append(record["blocks_run"])
+        for many, one in (("measures", "measure"), ("thresholds", "threshold")):
+            value = record[one]
+            line[many].append(None if value is None or not math.isfinite(value) else float(f"{value:.4g}"))
+    for line in lines.values():
+        values = {value for value in line["thresholds"] if value is not None}
+        if len(values) < 2:
+            line["thresholds"] = values.pop() if values else None
     return list(lines.values())
 
 

@@ -182,7 +182,9 @@ def write_tables(out: Path, images: Path, rows: list[dict], settings: dict, comm
     everything = head | {"rows": table, "published": published()}
     keep.write_atomically(out / "table.json", (json.dumps(everything, indent=1) + "\n").encode())
     keep.write_atomically(out / "table.csv", _csv(table).encode())
-    keep.write_records(out / "rows.jsonl", {row["label"] + row["key"]: row for row in rows})
+    told = {*settings, "machine", "how", "clip_iqa_reason"} - {"seed"}  # in table.json, once
+    short = [{name: value for name, value in row.items() if name not in told} for row in rows]
+    keep.write_records(out / "rows.jsonl", {row["label"] + row["key"]: row for row in short})
     keep.save_png(out / "compare.png", compare(rows, images))
     return ours
 

@@ -39,6 +39,17 @@ def _tiny(measured: str, **settings: float) -> Preset:
     return Preset("tiny_flux", "h2cache", settings, 50, "128x128", f"{measured}. {_TINY}")
 
 
+_BASELINES = (
+    "python -m analysis.experiment --prompts assets/prompts/tiny32.jsonl --no-words --methods block_cache:"
+    "threshold=0.19,0.2,0.21,0.22 teacache:threshold=0.135,0.14,0.145,0.15 fewer_steps:factor=5,5.5, "
+    "AMD EPYC, 1 thread, 2026-11-21, 32 prompts: assets/results/tiny_flux_baselines"
+)
+
+
+def _baseline(method: str, measured: str, **settings: float) -> Preset:
+    return Preset("tiny_flux", method, settings, 50, "128x128", f"{measured}. {_BASELINES}")
+
+
 PRESETS: dict[str, Preset] = {  # the first of a model is its default
     "flux1-dev": Preset(
         model="FLUX.1-dev",
@@ -56,6 +67,9 @@ PRESETS: dict[str, Preset] = {  # the first of a model is its default
     "tiny_flux-fastest": _tiny(
         "6.82x fewer blocks, 26.1 dB", tau1=float("inf"), tau2=float("inf"), max_consecutive_hits=29
     ),
+    "tiny_flux-block_cache": _baseline("block_cache", "5.13x fewer blocks, 37.0 dB", threshold=0.21),
+    "tiny_flux-teacache": _baseline("teacache", "5.21x fewer blocks, 37.5 dB", threshold=0.14),
+    "tiny_flux-fewer_steps": _baseline("fewer_steps", "5.00x fewer blocks, 44.1 dB", factor=5.0),
 }
 
 

@@ -26,10 +26,20 @@ def test_presets_of_the_embedded_model_agree_with_the_shipped_records():
     """Every figure in a preset's text stands in the records of its run."""
     rows = read(Path("assets/results/tiny_flux_presets"))
     lines = {json.dumps(line["config"]): line for line in table(rows)}
-    for preset in (p for p in PRESETS.values() if p.model == "tiny_flux"):
+    for preset in (p for p in PRESETS.values() if (p.model, p.method) == ("tiny_flux", "h2cache")):
         line = lines[json.dumps(settings_of(preset.config))]
         assert preset.source.startswith(f"{line['blocks']:.2f}x fewer blocks, {line['psnr']:.1f} dB.")
         assert line["prompts"] == 32
+
+
+def test_presets_of_the_baselines_agree_with_the_shipped_table():
+    measured = json.loads(Path("assets/results/tiny_flux_baselines/table.json").read_text())["rows"]
+    for preset in PRESETS.values():
+        if preset.model == "tiny_flux" and preset.method != "h2cache":
+            config = json.loads(json.dumps(settings_of(preset.config.for_checkpoint("tiny_flux"))))
+            line = next(x for x in measured if x["config"] == config and x["method"] == preset.method)
+            told = f"{line['blocks_ratio']:.2f}x fewer blocks, {line['psnr']:.1f} dB."
+            assert preset.source.startswith(told)
 
 
 def test_the_readmes_table_is_that_of_the_shipped_records():
