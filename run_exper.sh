@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The paper's experiment: Baseline, Block Cache, TeaCache, H2-Cache and the others on 80 prompts, as one table.
 #
-#   bash run_exper.sh                                      # the embedded model, every method at its measured preset
+#   bash run_exper.sh                                      # the embedded model, each method at its measured preset
 #   bash run_exper.sh --quick                              # 12 prompts
 #   bash run_exper.sh --curves                             # every method at six thresholds or more (long)
 #   bash run_exper.sh --model black-forest-labs/FLUX.1-dev --steps 100      # the paper's set-up; needs GPU and weights

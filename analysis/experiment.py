@@ -41,7 +41,7 @@ from analysis.ocr import word_recall
 from analysis.prompts import Prompt, read_prompts
 from analysis.runs import Limits, call_arguments, default_device, draw, load_pipeline
 from analysis.table import write_tables
-from h2cache import MethodConfig, find_method, method_names
+from h2cache import MethodConfig, find_method
 from h2cache.api import checkpoint_name
 from h2cache.method import parse_settings
 from h2cache.presets import find_preset
@@ -49,6 +49,7 @@ from h2cache.presets import find_preset
 TINY = "assets/tiny_flux"
 PROMPTS = {TINY: Path("assets/prompts/cute80_tiny.jsonl")}
 CUTE80 = Path("assets/prompts/cute80.jsonl")
+PAPER = ("none", "block_cache", "teacache", "h2cache", "fewer_steps")  # the paper's four and the control
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -60,7 +61,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--prompts", type=Path, help="default: our 80 for CUTE80, its short words for the embedded"
     )
     parser.add_argument("--limit", type=int, help="only the first N prompts")
-    parser.add_argument("--methods", nargs="+", default=method_names(), metavar="METHOD[:KEY=VALUE...]")
+    parser.add_argument("--methods", nargs="+", default=PAPER, metavar="METHOD[:KEY=VALUE...]")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="the same for every prompt, as in the paper")
     parser.add_argument("--height", type=int)
