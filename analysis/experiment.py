@@ -147,6 +147,7 @@ class Experiment:
         """Make the folders; check the disk; count operations."""
         for name in ("images", "rows", "scores"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
+        keep.sweep(self.folder)
         keep.write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
         pictures = len(self.prompts) * len(self.contestants)
         pixels = self.call["height"] * self.call["width"]

@@ -39,6 +39,16 @@ def write_atomically(path: Path, data: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of processes of this machine that were killed while they wrote."""
+    for path in folder.rglob(".*.tmp"):
+        process = int(path.suffixes[-2][1:])
+        try:
+            os.kill(process, 0)
+        except ProcessLookupError:
+            path.unlink(missing_ok=True)
+
+
 def save_png(path: Path, image: Image.Image) -> None:
     """Save an image atomically."""
     buffer = BytesIO()

@@ -1,8 +1,11 @@
-"""The experiment's rows as a table: means over prompts with bootstrap intervals, paired with the uncached
-baseline."""
+"""The experiment's rows as a table: means over prompts, bootstrap intervals paired with the baseline.
+
+python -m analysis.table assets/results/experiment      # the table of a run, narrow, as in the README
+"""
 
 from __future__ import annotations
 
+import argparse
 import csv
 import io
 import json
@@ -120,6 +123,15 @@ COLUMNS = {  # heading: a line's cell
 }
 
 
+NARROW = ("method", "blocks", "time", "s / image", "PSNR dB [95 %]", "worst", "SSIM", "words read %")
+
+
+def narrow(table: list[dict]) -> str:
+    """The columns that fit a README."""
+    rows = [" | ".join(COLUMNS[head](line) for head in NARROW) for line in table]
+    return "\n".join(f"| {row} |" for row in [" | ".join(NARROW), " | ".join(["---"] * len(NARROW)), *rows])
+
+
 def markdown(table: list[dict], reasons: list[str]) -> str:
     """The table; a column that nobody could be measured in is left out and its reason told."""
     cells = {head: [cell(line) for line in table] for head, cell in COLUMNS.items()}
@@ -222,3 +234,16 @@ def compare(rows: list[dict], images: Path) -> Image.Image:
 
 def _caption(row: dict) -> str:
     return "identical" if row["psnr"] is None else f"{row['psnr']:.1f} dB, {row['seconds']:.2f} s"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="--out of the experiment")
+    path = parser.parse_args().folder / "table.json"
+    print(narrow(json.loads(path.read_text(encoding="utf-8"))["rows"]))
+
+
+if __name__ == "__main__":
+    main()

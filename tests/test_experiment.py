@@ -95,7 +95,9 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
         for path in finished:
             row = json.loads(path.read_text())
             Image.open(path.parent.parent / "images" / f"{row['key']}.png").load()
+    (rows / finished[0].parts[-3] / "rows/.half.json.999999999.tmp").write_text("{")  # as a kill may leave it
     assert main(arguments(tmp_path / "killed", "--no-words")) == 0
+    assert not list(rows.rglob(".*"))
     assert main(arguments(tmp_path / "whole", "--no-words")) == 0
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
