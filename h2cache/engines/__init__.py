@@ -5,11 +5,14 @@ One file per model family. An engine never names a method.
 
 from __future__ import annotations
 
+import importlib
+import pkgutil
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from h2cache.engines.forms import Form
@@ -57,13 +60,13 @@ class Engine(ABC):
     """What a model family must tell."""
 
     name: str
-    serves: str  # name of the transformer's class; subclasses are served too
+    serves: tuple[str, ...]  # names of the transformers' classes; subclasses are served too
     cuts: tuple[Cut, ...]
     offers: frozenset[str] = frozenset()  # what methods may require beyond whole blocks: "modulated input"
 
     def matches(self, transformer: nn.Module) -> bool:
         """Whether this engine serves `transformer` (by class name: no optional package is imported)."""
-        return self.serves in class_names(transformer)
+        return not class_names(transformer).isdisjoint(self.serves)
 
     @abstractmethod
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
@@ -112,20 +115,34 @@ def _share(count: int, share: float) -> int:
     return max(1, round(count * share))
 
 
+def engines() -> list[Engine]:
+    """An engine of each class that the files of this folder define, but for `*_subclass.py`: these are forms
+    of the models themselves, and import the library that these come from."""
+    package = "h2cache.engines"
+    names = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
+    modules = [importlib.import_module(f"{package}.{n}") for n in names if not n.endswith("_subclass")]
+    classes = [c for module in modules for c in vars(module).values() if getattr(c, "serves", None)]
+    return [c() for c in classes if c.__module__ in {module.__name__ for module in modules}]
+
+
 def find_engine(transformer: nn.Module) -> Engine:
     """The engine that serves `transformer`; TypeError names the class and the known ones."""
-    from h2cache.engines.flux_diffusers import FluxDiffusers
-
-    engines = (FluxDiffusers(),)
-    for engine in engines:
+    known = engines()
+    for engine in known:
         if engine.matches(transformer):
             return engine
     raise TypeError(
-        f"no engine for {type(transformer).__name__}: h2cache serves {', '.join(e.name for e in engines)}. "
-        "A new model is one file in h2cache/engines/."
+        f"no engine for {type(transformer).__name__}: h2cache serves {', '.join(e.name for e in known)}. "
+        "A new model is one file in h2cache/engines/, see the README.md there."
     )
 
 
 def class_names(obj: object) -> set[str]:
     """Names of the class of `obj` and of all its bases."""
     return {c.__name__ for c in type(obj).__mro__}
+
+
+def same_halves(latents: Tensor) -> bool:
+    """Whether a batch is the same latents twice, which is how [cond, uncond] look in one call."""
+    first, second = latents[: len(latents) // 2], latents[len(latents) // 2 :]
+    return len(latents) % 2 == 0 and torch.equal(first, second)  # a wait, once a request

@@ -21,7 +21,7 @@ class FluxDiffusers(Engine):
     """Engine of `diffusers.FluxTransformer2DModel` and its subclasses."""
 
     name = "FluxTransformer2DModel (diffusers)"
-    serves = "FluxTransformer2DModel"
+    serves = ("FluxTransformer2DModel",)
     cuts = (
         Cut("structure", "transformer_blocks", BLOCKS),
         Cut("detail", "single_transformer_blocks", BLOCKS, joint=True),

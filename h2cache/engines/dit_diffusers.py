@@ -1,0 +1,39 @@
+"""DiT (class to image) in diffusers: one list of blocks, the first third is the structure stage.
+
+Facts (diffusers 0.42, models/transformers/dit_transformer_2d.py): blocks take x, the timestep and the class,
+and return x. Guidance puts [cond, uncond] into one batch: one decision for both halves, the larger of the two
+measures [ours], as one picture comes of both.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from h2cache.engines import Engine, Inputs, one_stack, same_halves
+from h2cache.engines.forms import OneStream, argument
+
+
+class DiTDiffusers(Engine):
+    """Engine of `diffusers.DiTTransformer2DModel`."""
+
+    name = "DiTTransformer2DModel (diffusers)"
+    serves = ("DiTTransformer2DModel",)
+    cuts = one_stack("transformer_blocks", OneStream())
+    offers = frozenset({"modulated input"})
+
+    def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
+        latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, H, W)
+        return Inputs(
+            timestep=argument(args, kwargs, 1, "timestep"),
+            latents=latents,
+            text=argument(args, kwargs, 2, "class_labels"),
+            conditions=(),
+            adds_between=False,
+            guided=lambda: same_halves(latents),
+        )
+
+    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+        x = argument(args, kwargs, 0, "hidden_states")
+        return block.norm1(x, kwargs["timestep"], kwargs["class_labels"], hidden_dtype=x.dtype)[0]
