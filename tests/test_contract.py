@@ -4,7 +4,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from conftest import denoise, generate, make_flux, make_inputs
+from conftest import generate
+from families import RECORDED, STEPS, Case, flux_cases, recorded
 
 import h2cache
 from h2cache import find_method, method_names
@@ -33,19 +34,19 @@ def method(request) -> str:
     return request.param
 
 
-@pytest.fixture(params=["random", "one block each", "embedded"])
-def model(request, tiny):
-    models = {
-        "random": make_flux,
-        "one block each": lambda: make_flux(1, 1),
-        "embedded": lambda: tiny.transformer,
-    }
-    return models[request.param]()
+@pytest.fixture(params=[*flux_cases(), "embedded", *RECORDED])
+def case(request, tiny) -> Case:
+    if request.param in RECORDED:
+        case = recorded(request.param)
+        yield case
+        h2cache.disable(case.target)
+    elif request.param == "embedded":
+        yield Case(tiny.transformer, embedded_inputs(tiny.transformer))
+    else:
+        yield flux_cases()[request.param]
 
 
-def inputs_for(model) -> dict:
-    if model.config.in_channels == 8:
-        return make_inputs()
+def embedded_inputs(model) -> dict:
     g = torch.Generator().manual_seed(0)
     ids = torch.zeros(64, 3)
     ids[:, 1], ids[:, 2] = torch.arange(64) // 8, torch.arange(64) % 8
@@ -59,62 +60,84 @@ def inputs_for(model) -> dict:
     }
 
 
-def test_switched_off_is_bit_identical(method, model):
-    inputs = inputs_for(model)
-    expected = denoise(model, inputs=inputs)
-    h2cache.enable(model, switched_off(method), steps=6)
-    for a, b in zip(expected, denoise(model, inputs=inputs), strict=True):
+def enable(case: Case, config: h2cache.MethodConfig) -> None:
+    """Enable, or end the test where the method refuses the model: with a reason, and with nothing changed."""
+    try:
+        h2cache.enable(case.target, config, steps=STEPS if case.target in case.transformers else None)
+    except ValueError as error:
+        assert config.name in str(error)
+        assert len(str(error)) > 40
+        assert not any(model._forward_hooks for model in case.transformers)
+        pytest.skip(f"refused: {error}")
+
+
+def test_switched_off_is_bit_identical(method, case):
+    expected = case.run()
+    enable(case, switched_off(method))
+    for a, b in zip(expected, case.run(), strict=True):
         assert torch.equal(a, b)
-    summary = h2cache.summary(model)
-    assert (
-        summary.blocks_run
-        == summary.blocks
-        == 6 * len([*model.transformer_blocks, *model.single_transformer_blocks])
-    )
+    summary = h2cache.summary(case.target)
+    assert summary.blocks_run == summary.blocks == STEPS * case.branches * sum(case.stage_sizes)
 
 
-def test_disable_restores_exactly(method, model):
-    inputs = inputs_for(model)
-    before = dict(vars(model))
-    keys = list(model.state_dict())
-    expected = denoise(model, inputs=inputs)
-    h2cache.enable(model, usual(method), steps=6)
-    assert list(model.state_dict()) == keys
-    denoise(model, inputs=inputs)
-    h2cache.disable(model)
-    after = {k: v for k, v in vars(model).items() if k != "_diffusers_hook"}  # cache_context's own doing
-    assert set(after) == set(before) - {"_diffusers_hook"}
-    assert all(after[k] is before[k] for k in after)
-    assert "cache_context" not in vars(model)
-    assert not model._forward_hooks
-    assert not model._forward_pre_hooks
-    for a, b in zip(expected, denoise(model, inputs=inputs), strict=True):
+def test_disable_restores_exactly(method, case):
+    expected = case.run()
+    before = [dict(vars(model)) for model in case.transformers]
+    keys = [list(model.state_dict()) for model in case.transformers]
+    enable(case, usual(method))
+    assert [list(model.state_dict()) for model in case.transformers] == keys
+    case.run()
+    h2cache.disable(case.target)
+    for model, was in zip(case.transformers, before, strict=True):
+        after = {k: v for k, v in vars(model).items() if k != "_diffusers_hook"}  # cache_context's own doing
+        assert set(after) == set(was) - {"_diffusers_hook"}
+        assert all(after[k] is was[k] for k in after)
+        assert "cache_context" not in vars(model)
+        assert not model._forward_hooks
+        assert not model._forward_pre_hooks
+    for a, b in zip(expected, case.run(), strict=True):
         assert torch.equal(a, b)
 
 
-def test_enabling_twice_leaves_one(method, model):
-    h2cache.enable(model, usual(method), steps=6)
-    h2cache.enable(model, switched_off(method), steps=6)
-    assert len(model._forward_pre_hooks) == 1
-    inputs = inputs_for(model)
-    outputs = denoise(model, inputs=inputs)
-    h2cache.disable(model)
-    assert torch.equal(outputs[-1], denoise(model, inputs=inputs)[-1])
+def test_enabling_twice_leaves_one(method, case):
+    expected = case.run()
+    enable(case, usual(method))
+    enable(case, switched_off(method))
+    assert all(len(model._forward_pre_hooks) == 1 for model in case.transformers)
+    assert torch.equal(case.run()[-1], expected[-1])
 
 
-def test_every_block_is_accounted_for(method, model):
-    h2cache.enable(model, usual(method), steps=6)
-    denoise(model, inputs=inputs_for(model))
-    records = h2cache.step_records(model)
-    per_step = (
-        len([*model._modules["transformer_blocks"]]),
-        len([*model._modules["single_transformer_blocks"]]),
+def test_every_block_is_accounted_for(method, case):
+    enable(case, usual(method))
+    case.run()
+    records = h2cache.step_records(case.target)
+    assert sorted(r.step for r in records) == [n for n in range(STEPS) for _ in range(2 * case.branches)]
+    assert len({r.branch for r in records}) == case.branches
+    assert {r.stage: r.blocks for r in records} == dict(
+        zip(("structure", "detail"), case.stage_sizes, strict=True)
     )
-    assert [r.step for r in records] == [n for n in range(6) for _ in range(2)]
-    assert {r.stage: r.blocks for r in records} == {"structure": per_step[0], "detail": per_step[1]}
     assert all(0 <= r.blocks_run <= r.blocks for r in records)
     assert all(r.blocks_run == r.blocks for r in records if r.step == 0)
     assert all(r.blocks_run == r.blocks for r in records if r.outcome == "miss")
+
+
+def test_a_second_request_is_like_the_first(method, case):
+    enable(case, usual(method))
+    first = case.run()
+    records = h2cache.step_records(case.target)
+    for a, b in zip(first, case.run(), strict=True):
+        assert torch.equal(a, b)
+    assert h2cache.step_records(case.target) == records
+
+
+def test_branches_are_independent(method, case):
+    if case.branches == 1:
+        pytest.skip("one branch")
+    enable(case, usual(method))
+    together = case.run()
+    for branch in range(case.branches):
+        for a, b in zip(together[branch :: case.branches], case.run(branch), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_two_requests_are_the_same(method, tiny):
