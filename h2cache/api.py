@@ -267,7 +267,7 @@ class Attachment:
         branch = getattr(self._local, "branch", None)
         timestep: Tensor | float = inputs.timestep
         if branch is None:  # not named by the pipeline: it is the n-th call at one timestep
-            timestep = timestep.reshape(-1)[0].item()  # a wait, only for pipelines that give no names
+            timestep = float(timestep.reshape(-1)[0])  # a wait, only for pipelines that give no names
             last, calls = getattr(self._local, "position", (None, 0))
             calls = calls + 1 if request is not None and timestep == last else 0
             self._local.position = (timestep, calls)

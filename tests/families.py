@@ -69,7 +69,14 @@ class Recorded(Case):
     def run(self, branch: int | None = None) -> list[Tensor]:
         """The output of all calls, or of those of one guidance branch."""
         calls = self.calls if branch is None else self.calls[branch :: self.branches]
-        return [_play(*call) for call in calls]
+        outputs, further = [], {}
+        for model, name, args, kwargs in calls:
+            output = _play(model, name, args, kwargs | {k: v for k, v in further.items() if k in kwargs})
+            sample = output[0] if isinstance(output, tuple) else output.sample
+            outputs.append(torch.stack(sample) if isinstance(sample, list) else sample)  # Z-Image: a list
+            if isinstance(output, tuple) and len(output) == 2:  # FLUX.2 Klein KV: keys and values for later
+                further["kv_cache"] = output[1]
+        return outputs
 
 
 def record(pipeline, call: dict) -> list[tuple]:
@@ -103,13 +110,11 @@ def _kept(args: tuple, kwargs: dict) -> tuple[list, dict]:
     return first + list(args[1:]), kwargs | latents | dicts
 
 
-def _play(model: nn.Module, name: str | None, args: list, kwargs: dict) -> Tensor:
+def _play(model: nn.Module, name: str | None, args: list, kwargs: dict):
     with ExitStack() as stack, torch.no_grad():
         if name is not None:
             stack.enter_context(model.cache_context(name))
-        output = model(*args, **{k: copy(v) if isinstance(v, dict) else v for k, v in kwargs.items()})
-    sample = output[0] if isinstance(output, tuple) else output.sample
-    return torch.stack(sample) if isinstance(sample, list) else sample  # Z-Image gives a list
+        return model(*args, **{k: copy(v) if isinstance(v, dict) else v for k, v in kwargs.items()})
 
 
 @cache

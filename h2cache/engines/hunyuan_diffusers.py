@@ -39,5 +39,7 @@ class HunyuanDiffusers(Engine):
 
     def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         img, _, temb, *rest = args
-        first_frame = rest[2:] if len(rest) > 2 and rest[2] is not None else ()  # video from a picture: its
-        return block.norm1(img, temb, *first_frame)[0]  # first frame has another embedding than the others
+        first_frame = rest[2:]  # (embedding, tokens), of video: another embedding where a picture was given
+        if first_frame and first_frame[0] is not None:
+            return block.norm1(img, temb, *first_frame)[0]
+        return block.norm1(img, emb=temb)[0]
