@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from analysis.tiny_families import FAMILIES
 
-STEPS = 6
+STEPS = 5
 # What other pipelines around FLUX pass is much the same: those are run as a whole, in test_families.py.
 RECORDED = [n for n in FAMILIES if n in ("flux_kontext", "flux_controlnet") or not n.startswith("flux_")]
 TRANSFORMERS = ("transformer", "transformer_2")
@@ -27,7 +27,7 @@ def transformers_of(pipeline) -> list[nn.Module]:
     return [t for name in TRANSFORMERS if (t := getattr(pipeline, name, None)) is not None]
 
 
-@dataclass
+@dataclass(eq=False)
 class Case:
     """A FLUX transformer alone, denoising as a pipeline would."""
 
@@ -39,9 +39,18 @@ class Case:
     def transformers(self) -> list[nn.Module]:
         return [self.target]
 
-    def run(self) -> list[Tensor]:
+    @property
+    def fresh_starts(self) -> int:
+        """Steps of a branch that have nothing to reuse."""
+        return len(self.transformers)
+
+    def run(self, branch: int | None = None) -> list[Tensor]:
         """The output of every call of a transformer."""
         return denoise(self.target, STEPS, inputs=self.inputs)
+
+    def uncached(self) -> list[Tensor]:
+        """`run` before any method is enabled."""
+        return self.run()
 
     @property
     def stage_sizes(self) -> tuple[int, int]:
@@ -65,6 +74,16 @@ class Recorded(Case):
     @property
     def transformers(self) -> list[nn.Module]:
         return transformers_of(self.target)
+
+    @property
+    def fresh_starts(self) -> int:
+        """Klein KV starts afresh once more, when the tokens of the reference are gone."""
+        modes = {kwargs.get("kv_cache_mode") for *_, kwargs in self.calls}
+        return len(self.transformers) + len(modes) - 1
+
+    @cache  # noqa: B019  one object a family lives as long as the tests
+    def uncached(self) -> list[Tensor]:
+        return self.run()
 
     def run(self, branch: int | None = None) -> list[Tensor]:
         """The output of all calls, or of those of one guidance branch."""

@@ -137,7 +137,8 @@ class PictureProcessor(Qwen2VLProcessor):
 def picture(size: int = 64) -> Image.Image:
     """A smooth square picture."""
     ramp = torch.linspace(0, 255, size)
-    pixels = torch.stack([ramp.expand(size, size), ramp[:, None].expand(size, size), ramp.flip(0).expand(size, size)])
+    across, down = torch.meshgrid(ramp, ramp, indexing="ij")
+    pixels = torch.stack([across, down, 255 - across])
     return Image.fromarray(pixels.permute(1, 2, 0).byte().numpy())
 
 

@@ -61,7 +61,7 @@ def vae(channels: int = 4, **settings: Any) -> AutoencoderKL:
     return AutoencoderKL(latent_channels=channels, **blocks, **settings)
 
 
-def _flux_components(in_channels: int, out_channels: int | None = None, guidance: bool = True) -> dict[str, Any]:
+def _flux_components(in_channels: int, out_channels: int | None = None) -> dict[str, Any]:
     parts.random_weights()
     return {
         "transformer": FluxTransformer2DModel(
@@ -73,7 +73,7 @@ def _flux_components(in_channels: int, out_channels: int | None = None, guidance
             num_attention_heads=2,
             joint_attention_dim=32,
             pooled_projection_dim=32,
-            guidance_embeds=guidance,
+            guidance_embeds=True,
             axes_dims_rope=(4, 6, 6),
         ),
         "vae": vae(4, shift_factor=0.1, scaling_factor=0.4),
@@ -282,9 +282,7 @@ def hunyuan_image() -> Family:
         "guider": AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
         "ocr_guider": AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
     }
-    pipeline, call = made(
-        "HunyuanImagePipeline", {"prompt": PROMPT, "height": 32, "width": 32}, **components
-    )
+    pipeline, call = made("HunyuanImagePipeline", {"prompt": PROMPT, "height": 32, "width": 32}, **components)
     pipeline.tokenizer_max_length = 48  # it pads: 1000 tokens otherwise
     return pipeline, call
 
