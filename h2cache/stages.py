@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from h2cache.offload import onload
 from h2cache.similarity import sample_mask
 
 if TYPE_CHECKING:
@@ -250,6 +251,8 @@ class _Tap(_Turn):
             ran = call.ran = Ran(x, call.memory.targets)
         elif call.inputs.adds_between or not (form.joined and self.index == self.stage.first):
             ran.enter(x)
+        if self.index == self.command.blocks.start:
+            onload(self.block, unless_leader=True)
         out = self.block(*args, **kwargs)
         ran.after = form.read_output(out, call.text_tokens)
         if self.ends and self.command.kept is not None and any(self.command.kept):
@@ -262,6 +265,7 @@ class _Look(_Turn):
 
     def __call__(self, *args, **kwargs):
         call = self.call
+        onload(self.block)
         seen = call.engine.modulated_input(self.block, args, kwargs)
         call.look(seen if call.memory.targets is None else seen[:, call.memory.targets])
         turn = call.turn(self.stage, self.index) or self.stage.form.pass_through
@@ -303,6 +307,11 @@ class Stage(nn.ModuleList):
         self.form = form
         self.first, self.last = first, first + len(blocks)
         self._current_call = current_call
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        if isinstance(index, slice):  # a part is a plain list; group offloading asks for it
+            return nn.ModuleList(list(self._modules.values())[index])
+        return super().__getitem__(index)
 
     def __iter__(self) -> Iterator[Callable]:
         call = self._current_call()

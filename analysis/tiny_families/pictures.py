@@ -217,7 +217,7 @@ def _qwen_components(levels: int) -> dict[str, Any]:
             axes_dims_rope=(8, 4, 4),
         ),
         "vae": AutoencoderKLQwenImage(
-            base_dim=4,
+            base_dim=2,
             z_dim=4,
             dim_mult=[1] * (levels + 1),
             num_res_blocks=0,
