@@ -3,11 +3,13 @@
     python run.py                                          # the FLUX that ships with the repository
     python run.py --prompt 'a blue oval badge that says "OPEN" on a dotted pink background' --seed 7
     python run.py --prompts my.txt --tau1 0.1 --set warmup_steps=3
+    python run.py --input-image assets/example.png --prompt "..."             # to begin with, edit or animate
     python run.py --model black-forest-labs/FLUX.1-dev     # needs the weights and a GPU
 
 Into --out go the images, a labelled side-by-side PNG of each pair, and records.jsonl: one line per image with
 its settings, seconds, blocks executed, hits, fidelity to the uncached image and the decision of every step.
-With --prompts, a run that was stopped goes on where it ended.
+Of a video the PNG has all frames in a row, beside an MP4 (a GIF where imageio-ffmpeg is missing). With
+--prompts, a run that was stopped goes on where it ended.
 """
 
 import argparse
@@ -19,9 +21,10 @@ import torch
 from tqdm import tqdm
 
 from analysis import keep
+from analysis.families import add_family_arguments
 from analysis.gallery import HEADER, Gallery, table_line
 from analysis.prompts import Prompt, read_prompts
-from analysis.runs import Limits, call_arguments, default_device, load_pipeline
+from analysis.runs import Limits, default_device, draw, load_pipeline, prepare
 from h2cache import MethodConfig, find_method, method_names
 from h2cache.method import parse_settings
 from h2cache.presets import PRESETS, find_preset
@@ -45,7 +48,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the same for every prompt (default: 0)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's)")
-    parser.add_argument("--guidance", type=float, default=3.5)
+    add_family_arguments(parser)
     parser.add_argument("--device", default=default_device(), help="default here: %(default)s")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
@@ -62,7 +65,8 @@ def settings(args: argparse.Namespace) -> MethodConfig:
         raise ValueError(f"--preset {args.preset} is one of {preset.config.name}, not of {args.method}")
     given = [f"{k}={v}" for k, v in (("tau1", args.tau1), ("tau2", args.tau2)) if v is not None] + args.set
     if not preset and not given and fields(kind):
-        warn(f"nothing has been measured for {args.method} on {args.model}: its defaults are used")
+        hint = f"; measure: python -m analysis.calibrate --model {args.model}" * (args.method == "h2cache")
+        warn(f"nothing has been measured for {args.method} on {args.model}: its defaults are used{hint}")
     return replace(preset.config if preset else kind(), **parse_settings(kind, given))
 
 
@@ -84,10 +88,11 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
     pipeline = load_pipeline(args.model, args.device, args.dtype)
     pipeline.set_progress_bar_config(delay=3, leave=False)  # seen only where a picture takes longer
-    call = call_arguments(pipeline, limits, args.height, args.width, args.guidance)
-    pipeline(prompt=prompts[0].text, num_inference_steps=2, output_type="latent", **call)  # warm-up, untimed
+    pipeline, call, further = prepare(pipeline, limits, args)
+    few = call | {"num_inference_steps": 2, "prompt": prompts[0].text}
+    draw(pipeline, uncached, args.seed, **few)  # warm-up, untimed
     call["num_inference_steps"] = args.steps
-    gallery = Gallery(args.out, pipeline, args.model, call, resume=bool(args.prompts))
+    gallery = Gallery(args.out, pipeline, args.model, call, bool(args.prompts), further)
 
     print(HEADER)
     for prompt in tqdm(prompts, unit="picture", delay=3, leave=False, disable=len(prompts) == 1):

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 
 from analysis import keep
+from analysis.families import save_video
 from analysis.metrics import fidelity
 from analysis.prompts import Prompt
 from analysis.runs import draw
@@ -29,6 +30,7 @@ class Gallery:
     model: str  # folder or hub id, for the records
     call: dict[str, Any]  # keyword arguments of the pipeline, the same for all pictures
     resume: bool = False
+    further: dict[str, Any] = field(default_factory=dict)  # settings that records must tell apart, as JSON
     rows: dict[str, dict] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,9 +54,10 @@ class Gallery:
             "seed": seed,
             "model": self.model,
             "steps": self.call["num_inference_steps"],
-            "height": self.call["height"],
-            "width": self.call["width"],
-            "guidance": self.call["guidance_scale"],
+            "height": self.call.get("height"),
+            "width": self.call.get("width"),
+            "guidance": self.call.get("guidance_scale"),
+            **self.further,
             "device": str(self.pipeline.device),
             "dtype": str(self.pipeline.dtype),
             "method": config.name,
@@ -66,11 +69,13 @@ class Gallery:
         if not (self.resume and row and path.is_file()):
             drawn = draw(self.pipeline, config, seed, prompt=prompt.text, **self.call)
             keep.save_png(path, drawn.image)
+            video = save_video(path, drawn.frames)
             row = {
                 "key": key,
                 "id": prompt.id,
                 **decisive,
                 "file": path.name,
+                **({"video": video.name} if video else {}),
                 **drawn.costs(),
                 "speed_up": None,
                 "psnr": None,

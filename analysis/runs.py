@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
+import argparse
 import json
 import re
 import time
@@ -18,6 +18,16 @@ from packaging.version import Version
 from PIL import Image
 
 import h2cache
+from analysis.families import (
+    default_of,
+    for_picture,
+    frames_of,
+    guidance_arguments,
+    picture_argument,
+    strip,
+    takes,
+    with_prompt,
+)
 from analysis.peak import PeakMemory
 from h2cache import MethodConfig, Summary
 
@@ -71,7 +81,8 @@ def load_pipeline(model: str, device: str, dtype: str | None) -> DiffusionPipeli
             f"A gated model needs `hf auth login`. Offline: `hf download {model} --local-dir DIR` on another "
             "machine, then --model DIR"
         ) from error
-    pipeline.vae.to(memory_format=torch.channels_last)  # the faster layout for convolutions
+    if all(weight.ndim < 5 for weight in pipeline.vae.parameters()):  # a VAE of pictures
+        pipeline.vae.to(memory_format=torch.channels_last)  # the faster layout for convolutions
     return pipeline.to(device)
 
 
@@ -104,7 +115,7 @@ class Limits:
                     f"{name}={value}: this model draws {name} {', '.join(map(str, allowed))} only"
                 )
             if value < 16 or value % 16:
-                raise ValueError(f"{name}={value}: a FLUX image has sides that are multiples of 16 pixels")
+                raise ValueError(f"{name}={value}: sides are multiples of 16 pixels")
 
     def warnings(self, prompt: str) -> list[str]:
         """What in `prompt` the model was not made for, in words for the user."""
@@ -126,19 +137,55 @@ class Limits:
 
 
 def call_arguments(
-    pipeline: DiffusionPipeline, limits: Limits, height: int | None, width: int | None, guidance: float
+    pipeline: DiffusionPipeline,
+    limits: Limits,
+    height: int | None,
+    width: int | None,
+    guidance: float | None,
+    negative: str | None = None,
+    true_cfg: float | None = None,
 ) -> dict[str, Any]:
     """Keyword arguments for calling `pipeline`: the size asked for, else that of the limits, else its own.
 
-    The number of text tokens is its tokenizer's: 512 for FLUX.1, 24 for the embedded model.
+    Of FLUX.1 the number of text tokens is its tokenizer's: 512, of the embedded model 24.
     """
-    own = pipeline.default_sample_size * pipeline.vae_scale_factor
-    return {
-        "height": height or (limits.height or (own,))[0],
-        "width": width or (limits.width or (own,))[0],
-        "guidance_scale": guidance,
-        "max_sequence_length": min(pipeline.tokenizer_2.model_max_length, 512),
-    }
+    call = guidance_arguments(pipeline, guidance, negative, true_cfg)
+    for name, asked, allowed in (("height", height, limits.height), ("width", width, limits.width)):
+        if asked and not takes(pipeline, name):
+            raise ValueError(f"--{name}: {type(pipeline).__name__} draws one size only")
+        own = default_of(pipeline, name)
+        if own is None and takes(pipeline, name) and hasattr(pipeline, "default_sample_size"):
+            own = pipeline.default_sample_size * pipeline.vae_scale_factor
+        if size := asked or next(iter(allowed), own):
+            call[name] = size
+    if type(pipeline).__name__.startswith("Flux") and hasattr(pipeline, "tokenizer_2"):
+        call["max_sequence_length"] = min(pipeline.tokenizer_2.model_max_length, 512)
+    return call
+
+
+def prepare(
+    pipeline: DiffusionPipeline, limits: Limits, args: argparse.Namespace
+) -> tuple[DiffusionPipeline, dict[str, Any], dict[str, str | float]]:
+    """What `args` (a script's, with those of `add_family_arguments`) ask of `pipeline`.
+
+    Returns the pipeline to call, the arguments of the call, and those of them that records must tell apart.
+    """
+    if args.input_image:
+        pipeline = for_picture(pipeline)
+    call = call_arguments(
+        pipeline, limits, args.height, args.width, args.guidance, args.negative_prompt, args.true_cfg
+    )
+    call |= picture_argument(pipeline, args.input_image)
+    if args.frames is not None:
+        if not takes(pipeline, "num_frames"):
+            raise ValueError(f"--frames: {type(pipeline).__name__} draws pictures")
+        call["num_frames"] = args.frames
+    given = {key: getattr(args, key) for key in ("negative_prompt", "true_cfg", "frames", "input_image")}
+    return (
+        pipeline,
+        call,
+        {k: str(v) if isinstance(v, Path) else v for k, v in given.items() if v is not None},
+    )
 
 
 # Drawing.
@@ -148,7 +195,8 @@ def call_arguments(
 class Drawn:
     """One image with what it cost."""
 
-    image: Image.Image
+    image: Image.Image  # of a video all frames in a row
+    frames: list[Image.Image]  # one, unless a video was drawn
     seconds: float  # of the whole pipeline call: text encoders, steps and VAE
     seconds_steps: float | None  # from the first entry into the transformer to the end of the last step
     peak: int | None  # bytes, see PeakMemory
@@ -199,8 +247,8 @@ class StepClock:
     @property
     def argument(self) -> dict[str, Any]:
         """The callback as an argument of the pipeline's call, where it takes one."""
-        takes = "callback_on_step_end" in inspect.signature(self._pipeline.__call__).parameters
-        return {"callback_on_step_end": self._after_step} if takes else {}
+        called = takes(self._pipeline, "callback_on_step_end")
+        return {"callback_on_step_end": self._after_step} if called else {}
 
     def _after_step(self, pipeline: DiffusionPipeline, step: int, timestep: Any, kwargs: dict) -> dict:
         if step == pipeline.num_timesteps - 1:
@@ -221,12 +269,13 @@ def draw(pipeline: DiffusionPipeline, config: MethodConfig, seed: int, **call: A
         peak.start()
         start = time.perf_counter()
         with torch.inference_mode():
-            image = pipeline(**call).images[0]
+            frames = frames_of(pipeline(**with_prompt(pipeline, call)))
         synchronise(pipeline.device)
         end = time.perf_counter()
         trace = [record.to_dict() for record in h2cache.step_records(pipeline)]
         return Drawn(
-            image=image,
+            image=strip(frames),
+            frames=frames,
             seconds=end - start,
             seconds_steps=clock.seconds,
             peak=peak.bytes(),

@@ -85,12 +85,12 @@ def t5(vocabulary: int = VOCABULARY) -> T5EncoderModel:
     return T5EncoderModel(config)
 
 
-def qwen3_config() -> Qwen3Config:
+def qwen3_config(layers: int = 2) -> Qwen3Config:
     """A Qwen3 language model, 16 wide."""
     return Qwen3Config(
         hidden_size=16,
         intermediate_size=16,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         num_key_value_heads=2,
         vocab_size=VOCABULARY,

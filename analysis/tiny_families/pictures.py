@@ -187,10 +187,9 @@ def flux2() -> Family:
 
 
 def _klein(kind: str, **call: Any) -> Family:
-    components = _flux2_components(joint=16)
-    encoder = Qwen3ForCausalLM(parts.qwen3_config())
-    call = SMALL | {"text_encoder_out_layers": (1,)} | call
-    return made(kind, call, text_encoder=encoder, tokenizer=parts.tokenizer(), **components)
+    components = _flux2_components(joint=48)
+    encoder = Qwen3ForCausalLM(parts.qwen3_config(layers=28))  # of which Klein reads 9, 18 and 27
+    return made(kind, SMALL | call, text_encoder=encoder, tokenizer=parts.tokenizer(), **components)
 
 
 def flux2_klein() -> Family:
@@ -319,17 +318,17 @@ def sd3() -> Family:
             attention_head_dim=8,
             num_attention_heads=4,
             caption_projection_dim=32,
-            joint_attention_dim=64,
-            pooled_projection_dim=64,
+            joint_attention_dim=32,
+            pooled_projection_dim=32,
         ),
         "vae": vae(shift_factor=0.1, scaling_factor=1.5),
         "scheduler": FlowMatch(),
-        "text_encoder": parts.clip(projected=True),
+        "text_encoder": parts.clip(16, projected=True),
         "tokenizer": parts.tokenizer(77),
-        "text_encoder_2": parts.clip(projected=True),
+        "text_encoder_2": parts.clip(16, projected=True),
         "tokenizer_2": parts.tokenizer(77),
-        "text_encoder_3": None,
-        "tokenizer_3": None,
+        "text_encoder_3": parts.t5(),
+        "tokenizer_3": parts.tokenizer(64),
     }
     return made("StableDiffusion3Pipeline", SMALL, **components)
 
