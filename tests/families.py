@@ -18,8 +18,21 @@ from torch import Tensor, nn
 from analysis.tiny_families import FAMILIES
 
 STEPS = 5
-# What other pipelines around FLUX pass is much the same: those are run as a whole, in test_families.py.
-RECORDED = [n for n in FAMILIES if n in ("flux_kontext", "flux_controlnet") or not n.startswith("flux_")]
+# One of each kind that differs in what its transformer is given; all are run as a whole in test_families.py.
+RECORDED = (
+    "flux_kontext",
+    "flux_controlnet",
+    "flux2",
+    "flux2_klein_kv",
+    "qwen_image_edit",
+    "hunyuan_image",
+    "hunyuan_video",
+    "dit",
+    "sd3",
+    "z_image",
+    "wan22",
+    "wan_vace",
+)
 TRANSFORMERS = ("transformer", "transformer_2")
 
 

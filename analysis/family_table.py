@@ -1,0 +1,132 @@
+"""Which method runs on which model family: tries every pair, and writes the table.
+
+    python -m analysis.family_table                 # every method on every family, a minute on one core
+    python -m analysis.family_table --table         # prints what assets/results/families.json holds
+
+Each pair is a whole call of the family's real pipeline class with tiny random weights, so a cell says that
+the method works there, not how good its pictures are; "measured" marks pairs for which a preset was measured.
+Exit code 1 if a pair fails in any other way than by a refusal.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from diffusers import DiffusionPipeline
+from tqdm import tqdm
+
+import h2cache
+from analysis import keep
+from analysis.tiny_families import FAMILIES
+from h2cache import MethodConfig, find_method, method_names
+from h2cache.presets import PRESETS
+
+STEPS = 5
+RUNS, FIT, REFUSED, FAILED, MEASURED = "runs", "runs, once fitted", "refused", "FAILED", "measured"
+CHECKPOINTS = {"flux": "tiny_flux"}  # of which family our measured checkpoints are
+STAND_IN = {"coefficients": (0.0, 0.0, 0.0, 1.0, 0.0)}  # for constants fitted to a checkpoint
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
+    parser.add_argument("--methods", nargs="+", choices=method_names(), default=method_names())
+    parser.add_argument("--out", type=Path, default=Path("assets/results"))
+    parser.add_argument("--table", action="store_true", help="try nothing, print what is there")
+    return parser.parse_args(argv)
+
+
+def outcome(pipeline: DiffusionPipeline, call: dict, config: MethodConfig) -> tuple[str, str]:
+    """What becomes of one call under the method of `config`, and the reason where it does not run."""
+    stand_ins = {f.name: STAND_IN[f.name] for f in fields(config) if f.name in STAND_IN}
+    for settings, good in ((config, RUNS), (replace(config, **stand_ins), FIT)):
+        try:
+            h2cache.enable(pipeline, settings)
+            pipeline(**call, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
+            return (good, "") if h2cache.step_records(pipeline) else (FAILED, "no step was recorded")
+        except (ValueError, MemoryError) as error:
+            reason = str(error)
+        except Exception as error:
+            return FAILED, f"{type(error).__name__}: {error}"
+        finally:
+            h2cache.disable(pipeline)
+    return REFUSED, reason
+
+
+def measured(family: str, method: str) -> bool:
+    """Whether a preset of `method` was measured by us on a checkpoint of `family`."""
+    ours = [p for p in PRESETS.values() if p.model == CHECKPOINTS.get(family)]
+    return any(p.config.name == method for p in ours)
+
+
+def trial(families: list[str], methods: list[str]) -> dict[str, dict]:
+    """Family by family: the pipeline class, its transformer, and the outcome under each method."""
+    rows = {}
+    for family in tqdm(families, unit="family"):
+        pipeline, call = FAMILIES[family]()
+        cells = {}
+        for method in methods:
+            found, reason = outcome(pipeline, call, find_method(method)())
+            found = MEASURED if found in (RUNS, FIT) and measured(family, method) else found
+            cells[method] = {"outcome": found} | ({"reason": reason} if reason else {})
+        rows[family] = {
+            "pipeline": type(pipeline).__name__,
+            "transformer": type(pipeline.transformer).__name__,
+            "methods": cells,
+        }
+    return rows
+
+
+def table(report: dict) -> str:
+    """The report as Markdown, with the reasons of refusals below."""
+    methods = report["methods"]
+    lines = ["| family | pipeline | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
+    reasons: dict[str, int] = {}
+    for family, row in report["families"].items():
+        cells = []
+        for method in methods:
+            cell = row["methods"][method]
+            note = ""
+            if "reason" in cell:
+                note = f" [{reasons.setdefault(cell['reason'], len(reasons) + 1)}]"
+            cells.append(cell["outcome"] + note)
+        lines.append(f"| {family} | {row['pipeline']} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"[{number}] {reason}  " for reason, number in reasons.items())] if reasons else []
+    machine = report["machine"]["device_name"]
+    lines += ["", f"Made by `{report['command']}`, {machine}, {report['date']}."]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    path = args.out / "families.json"
+    if args.table:
+        print(table(json.loads(path.read_text(encoding="utf-8"))))
+        return 0
+    for library in (transformers, diffusers):
+        library.logging.set_verbosity_error()  # the tiny models are odd in ways that do not matter
+    rows = trial(args.families, args.methods)
+    report = {
+        "command": "python -m analysis.family_table",
+        "machine": keep.machine(),
+        "date": keep.now(),
+        "methods": args.methods,
+        "families": rows,
+    }
+    args.out.mkdir(parents=True, exist_ok=True)
+    keep.write_atomically(path, json.dumps(report, indent=1).encode())
+    keep.write_atomically(args.out / "families.md", table(report).encode())
+    print(table(report))
+    return int(any(c["outcome"] == FAILED for row in rows.values() for c in row["methods"].values()))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,101 @@
+"""What H2-Cache keeps from step to step, in bytes: the specification's formula, small and at full size."""
+
+import pytest
+import torch
+from families import recorded
+
+import h2cache
+from analysis.tiny_families import FAMILIES
+from h2cache import H2Config
+from h2cache.engines import find_engine, lay_out
+from h2cache.memory import Memory, Request
+from h2cache.predictors import LastResidual
+from h2cache.similarity import pooled_summary
+from h2cache.stages import Stream
+
+OFF = H2Config(tau1=0.0, tau2=0.0)
+KINDS = [name for name in FAMILIES if name == "flux" or not name.startswith("flux_")]
+
+
+def pooled(tokens: int, width: int, target: int) -> int:
+    k = max(1, tokens // target)
+    return (tokens // k) * (width // k)
+
+
+def elements(
+    img: int, txt: int, width: int, joint: bool, drawn: int | None = None, pools: tuple = (2048, 384)
+) -> int:
+    """ref1, res1_img, res1_txt, ref2, res2 of one sample; I, S and C of the specification.
+
+    joint: the detail check looks at text tokens too. drawn: image tokens that are compared, by default all.
+    """
+    drawn = img if drawn is None else drawn
+    references = pooled(drawn, width, pools[0]) + pooled(drawn + txt * joint, width, pools[1])
+    return references + 2 * (img + txt) * width
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_bytes_held_are_those_of_the_formula(family):
+    case = recorded(family)
+    seen: dict[str, Stream] = {}  # the stream before the first block
+    model = case.transformers[0]
+    cut = find_engine(model).cuts[0]
+    hook = getattr(model, cut.blocks)[0].register_forward_pre_hook(
+        lambda _, args, kwargs: seen.update(x=cut.form.read_input(args, kwargs, 0)), with_kwargs=True
+    )
+    h2cache.enable(case.target, OFF)
+    case.run()
+    hook.remove()
+    img, txt = seen["x"].img, seen["x"].txt
+    joint = lay_out(find_engine(model), model, None)[0][1].joint
+    for model in case.transformers:
+        for memory in model._h2cache.request.memories.values():
+            drawn = memory.targets.stop if memory.targets else None
+            text = memory.slots["structure"].predictor.residual.txt  # branches may differ in length
+            tokens = 0 if txt is None else text.shape[1]
+            expected = elements(img.shape[1], tokens, img.shape[2], joint, drawn)
+            if family == "sd3":  # its last block returns no text
+                expected -= tokens * img.shape[2]
+            assert memory.bytes_held == memory.batch * expected * img.element_size()
+    held = sum(m.bytes_held for model in case.transformers for m in model._h2cache.request.memories.values())
+    assert h2cache.summary(case.target).bytes_held == held
+    h2cache.disable(case.target)
+
+
+MIB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("img", "txt", "width", "joint", "mib"),
+    [
+        (4096, 512, 3072, True, 60),  # FLUX.1-dev 1024x1024; the specification's figure
+        (4096, 512, 6144, True, 120),  # FLUX.2 dev 1024x1024
+        (6889, 512, 3072, False, 89),  # Qwen-Image 1328x1328, a prompt of 512 tokens
+        (4096, 1128, 3584, False, 79),  # HunyuanImage-2.1 2048x2048
+        (256, 0, 1152, False, 2.25),  # DiT-XL/2 256x256, one of both halves
+        (75600, 0, 5120, False, 1477),  # Wan 14B 720x1280, 81 frames
+        (118800, 256, 3072, False, 1395),  # HunyuanVideo 720x1280, 129 frames
+    ],
+)
+def test_bytes_at_full_size_without_the_memory(img, txt, width, joint, mib):
+    """The very slots and predictors, on a device that keeps shapes only."""
+    memory = Memory(Request((None,), None, "test"), "cond", batch=1)
+    x = torch.empty(1, img, width, dtype=torch.bfloat16, device="meta")
+    text = torch.empty(1, txt, width, dtype=torch.bfloat16, device="meta") if txt else None
+    for stage, pool, both in (("structure", 2048, False), ("detail", 384, joint)):
+        residual = Stream(x, text)
+        slot = memory.slot(stage, LastResidual)
+        slot.refer(pooled_summary(residual.joint if both else x, pool), kept=[False])
+        slot.predictor.learn(residual.map(torch.clone), kept=[False])
+    assert memory.bytes_held == 2 * elements(img, txt, width, joint)
+    assert memory.bytes_held / MIB == pytest.approx(mib, rel=0.03)
+
+
+@pytest.mark.parametrize(
+    ("img", "txt", "joint", "mib"), [(4096, 512, True, 105), (118800, 256, False, 2.7 * 1024)]
+)
+def test_full_references_as_the_specification_counts_them(img, txt, joint, mib):
+    """What the authors keep, of FLUX.1-dev and of HunyuanVideo at 720p: ours are pooled, and half of it."""
+    whole = 2 * elements(img, txt, 3072, joint, pools=(10**9, 10**9))
+    assert whole / MIB == pytest.approx(mib, rel=0.02)
+    assert whole == 2 * 3072 * (2 * img + txt + 2 * (txt + img) - (0 if joint else txt))
