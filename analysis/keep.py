@@ -121,7 +121,7 @@ def compact(trace: list[dict]) -> list[dict]:
 def machine() -> dict[str, Any]:
     """What the figures were taken on, for the records."""
     return {
-        "device_name": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "device_name": device_name(),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -130,6 +130,15 @@ def machine() -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
+
+
+def device_name() -> str:
+    """Name of this machine's accelerator, whatever its kind; of its processor where it has none."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return cpu_name()
+    module = getattr(torch, accelerator.type, None)
+    return module.get_device_name() if hasattr(module, "get_device_name") else accelerator.type
 
 
 def cpu_name() -> str:

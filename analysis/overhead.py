@@ -20,7 +20,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import h2cache
-from analysis.keep import cpu_name
+from analysis.keep import cpu_name, device_name
 from h2cache import H2Config
 
 INF = float("inf")
@@ -142,9 +142,7 @@ def main() -> None:
             for name, seconds in row.items():
                 times[name].append(seconds)
     medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
-    device = (
-        torch.cuda.get_device_name() if args.device == "cuda" else f"{cpu_name()}, {args.threads} thread(s)"
-    )
+    device = f"{cpu_name()}, {args.threads} thread(s)" if args.device == "cpu" else device_name()
     print(
         json.dumps(
             {

@@ -279,6 +279,7 @@ class Attachment:
             request = Request(token, self._total_steps(), reason)
             self._local.request = self._newest_request = request
             self._local.reason = None
+            self._release_others()
         if branch not in request.memories:
             request.memories[branch] = Memory(request, branch, batch, inputs.targets(), inputs.guided())
             request.signatures[branch] = signature
@@ -286,6 +287,15 @@ class Attachment:
         memory = request.memories[branch]
         memory.begin_step(timestep, inputs.conditions)
         return memory
+
+    def _release_others(self) -> None:
+        """Free what the pipeline's other transformer keeps: its turn is over when this one's begins."""
+        pipeline = self._pipeline()
+        for transformer in _transformers_of(pipeline) if pipeline is not None else ():
+            other = getattr(transformer, _ATTRIBUTE, None)
+            request = getattr(other._local, "request", None) if other not in (None, self) else None
+            if request is not None:
+                request.release()
 
     def _request_token(self) -> tuple:
         """What stays the same during one pipeline call."""
@@ -295,9 +305,9 @@ class Attachment:
     def _total_steps(self) -> int | None:
         """How many steps of the request that begins now are this transformer's; None if nobody tells."""
         pipeline = self._pipeline()
-        if pipeline is None or self.steps:
+        if pipeline is None:
             return self.steps
-        total = getattr(pipeline, "num_timesteps", None)
+        total = self.steps or getattr(pipeline, "num_timesteps", None)
         if total is None and (timesteps := self._request_token()[0]) is not None:
             total = len(timesteps)
         return self.engine.own_steps(pipeline, self._transformer(), total)

@@ -104,7 +104,7 @@ class Memory:
         the first step of a branch reads at once, when nothing is under way that the wait could stall.
         """
         if conditions != self._conditions and self._step >= 0:  # a ControlNet or IP-Adapter came or went
-            self._clear_slots()
+            self.clear_slots()
         self._conditions = conditions
         self.blocks_run.clear()
         self._step += 1
@@ -152,12 +152,13 @@ class Memory:
         goes_on = self._timestep is None or timestep <= self._timestep
         if not goes_on:
             self._request.restart("the timestep went up", keep=self)
-            self._clear_slots()
+            self.clear_slots()
             self._step = 0
         self._timestep = timestep
         return goes_on
 
-    def _clear_slots(self) -> None:
+    def clear_slots(self) -> None:
+        """Forget what was compared and learnt."""
         for slot in self.slots.values():
             slot.clear()
 
@@ -204,6 +205,11 @@ class Request:
         self.signatures: dict[str, tuple] = {}
         self.texts: dict[str, Tensor | None] = {}  # held, so that no other prompt can take their address
         self.records: list[StepRecord] = []
+
+    def release(self) -> None:
+        """Free the tensors of all branches; the records stay."""
+        for memory in self.memories.values():
+            memory.clear_slots()
 
     def restart(self, reason: str, keep: Memory) -> None:
         """Forget all branches but `keep`, and all records."""

@@ -57,7 +57,9 @@ def test_a_pipeline_of_each_family(family):
     assert summary.block_ratio > 1.2
     assert summary.bytes_held == sum(m.bytes_held for m in memories(pipeline)) > 0
 
-    draw(pipeline, other_request(call), steps=3)  # another prompt, and other times
+    draw(pipeline, other_request(call), steps=3)  # another prompt, other times
+    if call.get("height") == 32:
+        draw(pipeline, call, height=64)  # another shape
     assert torch.equal(draw(pipeline, call), cached)
 
     h2cache.disable(pipeline)
