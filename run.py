@@ -21,10 +21,10 @@ import torch
 from tqdm import tqdm
 
 from analysis import keep
-from analysis.families import add_family_arguments
+from analysis.families import add_family_arguments, with_prompt
 from analysis.gallery import HEADER, Gallery, table_line
 from analysis.prompts import Prompt, read_prompts
-from analysis.runs import Limits, default_device, draw, load_pipeline, prepare
+from analysis.runs import Limits, default_device, load_pipeline, prepare
 from h2cache import MethodConfig, find_method, method_names
 from h2cache.method import parse_settings
 from h2cache.presets import PRESETS, find_preset
@@ -87,10 +87,10 @@ def run(args: argparse.Namespace) -> None:
 
     torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
     pipeline = load_pipeline(args.model, args.device, args.dtype)
-    pipeline.set_progress_bar_config(delay=3, leave=False)  # seen only where a picture takes longer
     pipeline, call, further = prepare(pipeline, limits, args)
-    few = call | {"num_inference_steps": 2, "prompt": prompts[0].text}
-    draw(pipeline, uncached, args.seed, **few)  # warm-up, untimed
+    pipeline.set_progress_bar_config(delay=3, leave=False)  # seen only where a picture takes longer
+    few = call | {"prompt": prompts[0].text, "num_inference_steps": 2, "output_type": "latent"}
+    pipeline(**with_prompt(pipeline, few))  # warm-up, untimed
     call["num_inference_steps"] = args.steps
     gallery = Gallery(args.out, pipeline, args.model, call, bool(args.prompts), further)
 

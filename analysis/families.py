@@ -70,7 +70,7 @@ def picture_argument(pipeline: DiffusionPipeline, path: Path | None) -> dict[str
     a mask too.
     """
     if takes(pipeline, "mask_image"):
-        raise ValueError(f"{type(pipeline).__name__} needs a mask: call it from Python, as the README shows")
+        raise ValueError(f"{type(pipeline).__name__} needs a mask: call it in Python, with mask_image")
     if path is None:
         needed = ("Edit", "Img2Img", "ImageToVideo", "Control", "VACE")
         if any(word in type(pipeline).__name__ for word in needed):

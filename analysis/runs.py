@@ -180,12 +180,9 @@ def prepare(
         if not takes(pipeline, "num_frames"):
             raise ValueError(f"--frames: {type(pipeline).__name__} draws pictures")
         call["num_frames"] = args.frames
-    given = {key: getattr(args, key) for key in ("negative_prompt", "true_cfg", "frames", "input_image")}
-    return (
-        pipeline,
-        call,
-        {k: str(v) if isinstance(v, Path) else v for k, v in given.items() if v is not None},
-    )
+    further = {key: getattr(args, key) for key in ("negative_prompt", "true_cfg", "frames")}
+    further["input_image"] = args.input_image and str(args.input_image)
+    return pipeline, call, {key: value for key, value in further.items() if value is not None}
 
 
 # Drawing.

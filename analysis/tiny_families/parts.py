@@ -14,12 +14,12 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
+    Qwen2VLImageProcessor,
     Qwen2VLProcessor,
     Qwen3Config,
     T5Config,
     T5EncoderModel,
 )
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
 VOCABULARY = 256 + len(SPECIAL)
@@ -128,7 +128,7 @@ class PictureProcessor(Qwen2VLProcessor):
     """Qwen's processor without the part for videos, which needs torchvision; pictures become four tokens."""
 
     def __init__(self) -> None:
-        self.image_processor = Qwen2VLImageProcessorPil(min_pixels=56 * 56, max_pixels=56 * 56)
+        self.image_processor = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56)
         self.tokenizer = tokenizer()
         self.image_token = "<|image_pad|>"
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
