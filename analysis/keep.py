@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import platform
 import shutil
@@ -110,7 +109,7 @@ def compact(trace: list[dict]) -> list[dict]:
         line["blocks_run"].append(record["blocks_run"])
         for many, one in (("measures", "measure"), ("thresholds", "threshold")):
             value = record[one]
-            line[many].append(None if value is None or not math.isfinite(value) else float(f"{value:.4g}"))
+            line[many].append(float(f"{value:.4g}") if isinstance(value, float) else None)
     for line in lines.values():
         values = {value for value in line["thresholds"] if value is not None}
         if len(values) < 2:

@@ -24,8 +24,9 @@ class StepRecord:
     blocks: int  # in this stage
 
     def to_dict(self) -> dict:
-        """As plain JSON values."""
-        return asdict(self)
+        """As plain JSON values: what is not finite, which JSON does not know, as text ("inf")."""
+        values = asdict(self)
+        return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 @dataclass(frozen=True)

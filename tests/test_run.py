@@ -44,6 +44,15 @@ def test_without_arguments_it_draws_both_and_compares(tmp_path):
     assert len(os.listdir(tmp_path)) == 4  # nothing temporary is left
 
 
+@pytest.mark.parametrize("given", [["--preset", "tiny_flux-fastest"], ["--tau1", "inf", "--tau2", "inf"]])
+def test_infinite_thresholds_are_recorded(tmp_path, given):
+    assert script.main(["--out", str(tmp_path), "--steps", "4", *given]) == 0
+    cached = rows(tmp_path)[1]
+    assert cached["config"]["tau1"] == "inf"
+    assert cached["trace"][2]["threshold"] == "inf"
+    assert cached["blocks_run"] == 18 + 3 * 2
+
+
 def test_a_prompt_file_is_drawn_and_a_second_run_resumes(tmp_path, capsys):
     prompts = tmp_path / "p.jsonl"
     texts = [f'a red round sign that says "{w}" on a plain white background' for w in ("A", "GO")]
