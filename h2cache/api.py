@@ -21,7 +21,7 @@ from h2cache.h2 import H2Config
 from h2cache.memory import Memory, Request
 from h2cache.method import Method, MethodConfig
 from h2cache.records import StepRecord, Summary, summarise
-from h2cache.stages import Call, Stage
+from h2cache.stages import Call
 
 _ATTRIBUTE = "_h2cache"
 
@@ -57,6 +57,7 @@ def enable(
     for transformer in transformers:
         engine = find_engine(transformer)
         _check_usable(transformer)
+        engine.check(transformer)
         if missing := config.requires - engine.offers:
             raise ValueError(
                 f"{config.name} with these settings needs of the model: {', '.join(sorted(missing))}; the "
@@ -184,16 +185,13 @@ class Attachment:
         self._newest_request = Request((), None, "nothing has run yet")
 
         self.spans, self._firsts = lay_out(engine, transformer, split)
-        self._lists: dict[str, nn.ModuleList] = {}
+        self._take_out: Callable[[nn.Module], None] = lambda transformer: None
         self._handles: tuple = ()
 
     def attach(self) -> None:
         """Put the stages and hooks in place."""
         transformer = self._transformer()
-        forms = {cut.blocks: cut.form for cut in self.engine.cuts}
-        for attribute, first in self._firsts.items():
-            blocks = self._lists[attribute] = getattr(transformer, attribute)
-            setattr(transformer, attribute, Stage(blocks, forms[attribute], first, self._current_call))
+        self._take_out = self.engine.attach(transformer, self._firsts, self._current_call)
         self._handles = (
             transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
             transformer.register_forward_hook(self._end, always_call=True),
@@ -204,8 +202,7 @@ class Attachment:
     def detach(self) -> None:
         """Undo `attach`, exactly."""
         transformer = self._transformer()
-        for attribute, blocks in self._lists.items():
-            setattr(transformer, attribute, blocks)
+        self._take_out(transformer)
         for handle in self._handles:
             handle.remove()
         vars(transformer).pop("cache_context", None)
@@ -232,7 +229,8 @@ class Attachment:
                 self._local.branch = None
 
     def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if transformer.training:
+        self.engine.check(transformer)  # something else may have been attached since
+        if transformer.training and self.engine.trainable:
             raise RuntimeError(
                 "a cache is for inference: call transformer.eval(), or h2cache.disable it to train"
             )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -159,6 +159,19 @@ class Ran:
 Program = Generator[Run | Skip | Look, Ran | Tensor | None, None]
 
 
+class Driven(Protocol):
+    """Blocks that only a call can reach: what an engine without block lists hands to `Call.drive`."""
+
+    def run(self, x: Stream, blocks: range) -> Stream:
+        """Execute `blocks`, in one call where the model has one."""
+
+    def added(self, x: Stream, blocks: range) -> Stream | None:
+        """What the model itself adds to `x` after `blocks`, executed or not (ControlNet); None: nothing."""
+
+    def modulated_input(self, x: Stream, block: int) -> Tensor:
+        """The image tokens (B, I, C) of `x` after the first norm and modulation of `block`."""
+
+
 class Call:
     """One forward call of the transformer: carries out a method's program while the model iterates."""
 
@@ -201,15 +214,9 @@ class Call:
 
     def turn(self, stage: Stage, index: int) -> Callable | None:
         """What stands in the place of block `index`; None: nothing, the model need not see this index."""
-        command = self.command
-        if isinstance(command, Look):
+        if isinstance(self.command, Look):
             return _Look(self, stage, index)
-        if command is None or index not in command.blocks:
-            raise RuntimeError(
-                f"the model is at block {index}, the method asks for "
-                f"{'nothing more' if command is None else command.blocks}: its step must run or skip "
-                "every block once, in order"
-            )
+        command = self._command_at(index)
         last = index == command.blocks.stop - 1
         if isinstance(command, Run):
             self.memory.blocks_run[self._span_of[index]] += 1
@@ -218,9 +225,43 @@ class Call:
             return _Add(self, stage, index, command.stand_in)
         return _Pass(self, stage, index) if self.inputs.adds_between else None
 
+    def _command_at(self, index: int) -> Run | Skip:
+        """The current command; RuntimeError unless it is for block `index`."""
+        command = self.command
+        if command is None or index not in command.blocks:
+            raise RuntimeError(
+                f"the model is at block {index}, the method asks for "
+                f"{'nothing more' if command is None else command.blocks}: its step must run or skip "
+                "every block once, in order"
+            )
+        return command
+
+    def drive(self, x: Stream, blocks: Driven) -> Stream:
+        """Carry out the whole program where there is no list to iterate; returns the stream at its end."""
+        while self.position < len(self._span_of):
+            if isinstance(self.command, Look):
+                self.look(blocks.modulated_input(x, self.position))
+                continue
+            command = self._command_at(self.position)
+            added = blocks.added(x, command.blocks)
+            if isinstance(command, Run):
+                self.memory.blocks_run.update(self._span_of[index] for index in command.blocks)
+                self.ran = Ran(x, self.memory.targets)
+                self.ran.added = added
+                self.ran.after = x = blocks.run(x, command.blocks)
+                if command.kept is not None and any(command.kept):
+                    x = self.ran.replaced(command.kept, command.stand_in)
+            else:
+                x = x + command.stand_in
+                x = x if added is None else x + added
+            self.position = command.blocks.stop
+            self._next_command()
+        return x
+
     def look(self, seen: Tensor) -> None:
-        """Hand the program what it wished to see."""
-        self.command = self.program.send(seen)
+        """Hand the program what it wished to see, of the image tokens that are drawn."""
+        targets = self.memory.targets
+        self.command = self.program.send(seen if targets is None else seen[:, targets])
 
 
 class _Turn:
@@ -266,8 +307,7 @@ class _Look(_Turn):
     def __call__(self, *args, **kwargs):
         call = self.call
         onload(self.block)
-        seen = call.engine.modulated_input(self.block, args, kwargs)
-        call.look(seen if call.memory.targets is None else seen[:, call.memory.targets])
+        call.look(call.engine.modulated_input(self.block, args, kwargs))
         turn = call.turn(self.stage, self.index) or self.stage.form.pass_through
         return turn(*args, **kwargs)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from h2cache.engines.forms import Form
-from h2cache.stages import Span
+from h2cache.stages import Call, Span, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,10 +63,33 @@ class Engine(ABC):
     serves: tuple[str, ...]  # names of the transformers' classes; subclasses are served too
     cuts: tuple[Cut, ...]
     offers: frozenset[str] = frozenset()  # what methods may require beyond whole blocks: "modulated input"
+    trainable = True  # its models are trained too: a cache refuses them in training mode
 
-    def matches(self, transformer: nn.Module) -> bool:
-        """Whether this engine serves `transformer` (by class name: no optional package is imported)."""
-        return not class_names(transformer).isdisjoint(self.serves)
+    def check(self, transformer: nn.Module) -> None:
+        """Raise ValueError, with what to do, if `transformer` cannot be cached as it is now."""
+        return None
+
+    def count(self, transformer: nn.Module, cut: Cut) -> int:
+        """How many blocks are in the list of `cut`."""
+        return len(getattr(transformer, cut.blocks))
+
+    def attach(
+        self, transformer: nn.Module, firsts: dict[str, int], current_call: Callable[[], Call | None]
+    ) -> Callable[[nn.Module], None]:
+        """Let `current_call()` drive the blocks from now on; returns what undoes it.
+
+        firsts: number of the first block of each list.
+        """
+        lists, forms = {}, {cut.blocks: cut.form for cut in self.cuts}
+        for attribute, first in firsts.items():
+            blocks = lists[attribute] = getattr(transformer, attribute)
+            setattr(transformer, attribute, Stage(blocks, forms[attribute], first, current_call))
+
+        def take_out(transformer: nn.Module) -> None:
+            for attribute, blocks in lists.items():
+                setattr(transformer, attribute, blocks)
+
+        return take_out
 
     @abstractmethod
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
@@ -93,7 +116,7 @@ def lay_out(
     """
     firsts, spans, end = {}, [], 0
     for cut in engine.cuts:
-        count = len(getattr(transformer, cut.blocks))
+        count = engine.count(transformer, cut)
         first = firsts.setdefault(cut.blocks, end)
         start, end = end, first + (count if cut.share is None else _share(count, cut.share))
         spans.append(Span(cut.name, start, end, cut.joint))
@@ -128,9 +151,10 @@ def engines() -> list[Engine]:
 def find_engine(transformer: nn.Module) -> Engine:
     """The engine that serves `transformer`; TypeError names the class and the known ones."""
     known = engines()
-    for engine in known:
-        if engine.matches(transformer):
-            return engine
+    serving = {served: engine for engine in known for served in engine.serves}
+    for base in type(transformer).__mro__:  # the nearest base: nunchaku's classes inherit diffusers'
+        if base.__name__ in serving:
+            return serving[base.__name__]
     raise TypeError(
         f"no engine for {type(transformer).__name__}: h2cache serves {', '.join(e.name for e in known)}. "
         "A new model is one file in h2cache/engines/, see the README.md there."
