@@ -136,6 +136,15 @@ class Memory:
         """Whether the current step is among the last `steps`."""
         return steps > 0 and self.step >= self.total_steps - steps
 
+    def computes_blindly(self, warmup_steps: int, last_steps: int) -> bool:
+        """Whether this step has nothing to decide, and nothing to learn for later.
+
+        That is so before the last step of the warm-up, and among the last steps. Answered without a wait,
+        from the count of steps: where that is wrong another request has begun, and its first step computes.
+        """
+        early = self._step < warmup_steps - 1
+        return early or (last_steps > 0 and self._step >= self.total_steps - last_steps)
+
     def read(self, values: Tensor) -> list[float] | None:
         """`values` (n,) on the host, with the timestep in the same copy; None if that shows a new request."""
         if self._guided and len(values) == self.batch:
