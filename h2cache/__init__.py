@@ -7,9 +7,11 @@ print(h2cache.summary(pipe))
 h2cache.disable(pipe)
 """
 
+import importlib
 from typing import Any
 
 from h2cache.api import disable, enable, step_records, summary
+from h2cache.drop_in import apply_cache_on_pipe, apply_cache_on_transformer
 from h2cache.h2 import H2Cache, H2Config
 from h2cache.method import Method, MethodConfig, find_method, method_names
 from h2cache.records import StepRecord, Summary
@@ -18,10 +20,14 @@ __all__ = [
     "H2Cache",
     "H2Config",
     "H2FluxTransformer2DModel",
+    "H2NunchakuFluxTransformer2DModelV2",
+    "H2NunchakuFluxTransformer2dModel",
     "Method",
     "MethodConfig",
     "StepRecord",
     "Summary",
+    "apply_cache_on_pipe",
+    "apply_cache_on_transformer",
     "disable",
     "enable",
     "find_method",
@@ -31,10 +37,15 @@ __all__ = [
 ]
 
 
+_SUBCLASSES = {
+    "H2FluxTransformer2DModel": "flux_subclass",
+    "H2NunchakuFluxTransformer2DModelV2": "nunchaku_subclass",
+    "H2NunchakuFluxTransformer2dModel": "nunchaku_subclass",
+}
+
+
 def __getattr__(name: str) -> Any:
     """The subclass forms, imported on demand: importing h2cache imports no model library."""
-    if name == "H2FluxTransformer2DModel":
-        from h2cache.engines.flux_subclass import H2FluxTransformer2DModel
-
-        return H2FluxTransformer2DModel
+    if name in _SUBCLASSES:
+        return getattr(importlib.import_module(f"h2cache.engines.{_SUBCLASSES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
