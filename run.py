@@ -4,7 +4,7 @@
     python run.py --prompt 'a blue oval badge that says "OPEN" on a dotted pink background' --seed 7
     python run.py --prompts my.txt --tau1 0.1 --set warmup_steps=3
     python run.py --input-image assets/example.png --prompt "..."             # to begin with, edit or animate
-    python run.py --model black-forest-labs/FLUX.1-dev     # needs the weights and a GPU
+    python run.py --model black-forest-labs/FLUX.1-dev     # needs the weights and a GPU; 4 bits with nunchaku
 
 Into --out go the images, a labelled side-by-side PNG of each pair, and records.jsonl: one line per image with
 its settings, seconds, blocks executed, hits, fidelity to the uncached image and the decision of every step.
@@ -23,8 +23,9 @@ from tqdm import tqdm
 from analysis import keep
 from analysis.families import add_family_arguments, with_prompt
 from analysis.gallery import HEADER, Gallery, table_line
+from analysis.loading import add_engine_arguments, load
 from analysis.prompts import Prompt, read_prompts
-from analysis.runs import Limits, default_device, load_pipeline, prepare
+from analysis.runs import Limits, default_device, prepare
 from h2cache import MethodConfig, find_method, method_names
 from h2cache.method import parse_settings
 from h2cache.presets import PRESETS, find_preset
@@ -51,6 +52,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add_family_arguments(parser)
     parser.add_argument("--device", default=default_device(), help="default here: %(default)s")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
+    add_engine_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
     parser.add_argument("--no-compare", action="store_true", help="do not draw the uncached image")
     args = parser.parse_args(argv)
@@ -86,13 +88,13 @@ def run(args: argparse.Namespace) -> None:
     keep.require_space(args.out, 16 + 8 * len(prompts))
 
     torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
-    pipeline = load_pipeline(args.model, args.device, args.dtype)
+    pipeline, name = load(args)
     pipeline, call, further = prepare(pipeline, limits, args)
     pipeline.set_progress_bar_config(delay=3, leave=False)  # seen only where a picture takes longer
     few = call | {"prompt": prompts[0].text, "num_inference_steps": 2, "output_type": "latent"}
     pipeline(**with_prompt(pipeline, few))  # warm-up, untimed
     call["num_inference_steps"] = args.steps
-    gallery = Gallery(args.out, pipeline, args.model, call, bool(args.prompts), further)
+    gallery = Gallery(args.out, pipeline, name, call, bool(args.prompts), further)
 
     print(HEADER)
     for prompt in tqdm(prompts, unit="picture", delay=3, leave=False, disable=len(prompts) == 1):
@@ -112,7 +114,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped: finished pictures and their records are kept in {args.out}/", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -36,10 +36,11 @@ from tqdm import tqdm
 
 from analysis import keep
 from analysis.flops import count_step
+from analysis.loading import add_engine_arguments, load
 from analysis.metrics import ClipIqa, fidelity, more_fidelity
 from analysis.ocr import word_recall
 from analysis.prompts import Prompt, read_prompts
-from analysis.runs import Limits, call_arguments, default_device, draw, load_pipeline
+from analysis.runs import Limits, call_arguments, default_device, draw
 from analysis.table import write_tables
 from h2cache import MethodConfig, find_method
 from h2cache.api import checkpoint_name
@@ -69,6 +70,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--guidance", type=float, default=3.5)
     parser.add_argument("--device", help="default: this machine's accelerator, one for each process")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    add_engine_arguments(parser)
     parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id (default: the hub's cache)")
     parser.add_argument("--no-words", action="store_true", help="do not read the words back (OCR)")
     parser.add_argument("--out", type=Path, default=Path("outputs/experiment"))
@@ -125,13 +127,13 @@ class Experiment:
         path = args.prompts or PROMPTS.get(args.model, CUTE80)
         self.prompts = read_prompts(path)[: args.limit]
         device = args.device or (str(state.device) if state.num_processes > 1 else default_device())
-        self.pipeline = load_pipeline(args.model, device, args.dtype)
+        self.pipeline, name = load(args, device)
         self.pipeline.set_progress_bar_config(disable=True)
         self.contestants = contestants(args.methods, args.model, checkpoint_name(self.pipeline))
         self.call = call_arguments(self.pipeline, limits, args.height, args.width, args.guidance)
         self.call["num_inference_steps"] = args.steps
         self.settings = {
-            "model": args.model,
+            "model": name,
             "steps": args.steps,
             "height": self.call["height"],
             "width": self.call["width"],

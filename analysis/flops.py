@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from h2cache.engines import find_engine, lay_out
@@ -52,6 +52,24 @@ def count_forward(transformer: torch.nn.Module, call) -> StepCost:
 
 
 def count_step(pipeline: DiffusionPipeline, call: dict) -> StepCost:
-    """Count one step of `pipeline` at the size and text length of `call`."""
+    """Count one step of `pipeline` at the size and text length of `call`.
+
+    Of a quantized model, whose kernels PyTorch cannot count, the same model without quantization is counted.
+    """
     one = call | {"num_inference_steps": 1, "output_type": "latent"}
-    return count_forward(pipeline.transformer, lambda: pipeline(prompt="a", **one))
+    if find_engine(pipeline.transformer).trainable:
+        return count_forward(pipeline.transformer, lambda: pipeline(prompt="a", **one))
+    seen: list[dict] = []
+    hook = pipeline.transformer.register_forward_pre_hook(lambda *a: seen.append(a[2]), with_kwargs=True)
+    try:
+        pipeline(prompt="a", **one)
+    finally:
+        hook.remove()
+    with torch.device("meta"):  # shapes only
+        plain = FluxTransformer2DModel.from_config(pipeline.transformer.config)
+    inputs = {
+        k: torch.empty_like(v, device="meta", dtype=torch.float32)
+        for k, v in seen[0].items()
+        if torch.is_tensor(v)
+    }
+    return count_forward(plain, lambda: plain(**inputs))

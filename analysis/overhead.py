@@ -20,6 +20,7 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import h2cache
+from analysis.bench_step import random_inputs
 from analysis.keep import cpu_name, device_name
 from h2cache import H2Config
 
@@ -82,28 +83,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     model = build(args)
     heads = only_heads(model)
-    config, side, kw = model.config, int(args.tokens**0.5), {"device": args.device}
-    dtype = getattr(torch, args.dtype)
-    ids = torch.zeros(args.tokens, 3, **kw)
-    ids[:, 1] = torch.arange(args.tokens, **kw) // side
-    ids[:, 2] = torch.arange(args.tokens, **kw) % side
-    generator = torch.Generator(args.device).manual_seed(0)
-    inputs = {
-        "hidden_states": torch.randn(
-            1, args.tokens, config.in_channels, generator=generator, dtype=dtype, **kw
-        ),
-        "encoder_hidden_states": torch.randn(
-            1, args.text, config.joint_attention_dim, generator=generator, dtype=dtype, **kw
-        ),
-        "pooled_projections": torch.randn(
-            1, config.pooled_projection_dim, generator=generator, dtype=dtype, **kw
-        ),
-        "timestep": torch.full((1,), 0.5, dtype=dtype, **kw),
-        "guidance": torch.full((1,), 3.5, **kw),
-        "img_ids": ids,
-        "txt_ids": torch.zeros(args.text, 3, **kw),
-        "return_dict": False,
-    }
+    inputs = random_inputs(model.config, args.tokens, args.text, args.device, getattr(torch, args.dtype))
 
     def timed(transformer: torch.nn.Module) -> float:
         """Seconds of one step: the mean of a burst, since in a run hits follow hits."""

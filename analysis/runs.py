@@ -33,6 +33,9 @@ from h2cache import MethodConfig, Summary
 
 # Loading.
 
+# diffusers 0.42 renames the argument; both names must work, without its warning.
+DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+
 
 def default_device() -> str:
     """The accelerator of this machine (cuda, xpu, npu, mps), else cpu."""
@@ -48,9 +51,12 @@ def check_device(device: str) -> None:
         raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
-def load_pipeline(model: str, device: str, dtype: str | None) -> DiffusionPipeline:
+def load_pipeline(
+    model: str, device: str, dtype: str | None, place: bool = True, **parts: Any
+) -> DiffusionPipeline:
     """The diffusers pipeline in folder or hub id `model`; dtype None: float32 on cpu, else bfloat16.
 
+    place: move it to `device`. parts: components to take in place of the model's own, such as transformer=...
     Raises FileNotFoundError with what to do when it can be had neither from a folder nor from the hub.
     """
     check_device(device)
@@ -62,15 +68,13 @@ def load_pipeline(model: str, device: str, dtype: str | None) -> DiffusionPipeli
             f"no model folder {model!r}, and it has not the form of a hub id (owner/name)"
         )
     dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
-    # diffusers 0.42 renames the argument; both names must work, without its warning.
-    keyword = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
     transformers.logging.set_verbosity_error()  # advice on torchvision, which nothing here needs
     transformers.logging.disable_progress_bar()
     if folder.exists():
         diffusers.logging.disable_progress_bar()  # a download keeps its bars
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(folder if folder.exists() else model), **{keyword: getattr(torch, dtype)}
+            str(folder if folder.exists() else model), **{DTYPE: getattr(torch, dtype)}, **parts
         )
     except Exception as error:
         if folder.exists():
@@ -83,7 +87,7 @@ def load_pipeline(model: str, device: str, dtype: str | None) -> DiffusionPipeli
         ) from error
     if all(weight.ndim < 5 for weight in pipeline.vae.parameters()):  # a VAE of pictures
         pipeline.vae.to(memory_format=torch.channels_last)  # the faster layout for convolutions
-    return pipeline.to(device)
+    return pipeline.to(device) if place else pipeline
 
 
 @dataclass(frozen=True)

@@ -20,9 +20,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from h2cache.engines import Blocks, Inputs, Joined, class_names
+from h2cache.engines import Cut, Inputs, class_names
 from h2cache.engines.flux_diffusers import FluxDiffusers
-from h2cache.stages import Call, Span, Stream
+from h2cache.engines.forms import Joined, TwoStreams
+from h2cache.stages import Call, Stream
+
+JOINED = Joined()
 
 
 def _refuse_nunchaku_cache(transformer: nn.Module) -> None:
@@ -38,27 +41,27 @@ class FluxNunchakuV2(FluxDiffusers):
     """Engine of `nunchaku.NunchakuFluxTransformer2DModelV2`."""
 
     name = "NunchakuFluxTransformer2DModelV2 (nunchaku)"
+    serves = ("NunchakuFluxTransformer2DModelV2",)
+    cuts = (
+        Cut("structure", "transformer_blocks", TwoStreams(text_first=True)),
+        Cut("detail", "single_transformer_blocks", JOINED, joint=True),
+    )
     trainable = False  # nunchaku's loader leaves its models in training mode; 4-bit weights cannot be trained
-
-    def matches(self, transformer: nn.Module) -> bool:
-        return "NunchakuFluxTransformer2DModelV2" in class_names(transformer)
 
     def check(self, transformer: nn.Module) -> None:
         _refuse_nunchaku_cache(transformer)
 
-    def blocks_of(self, stage: str, inputs: Inputs) -> Blocks:
-        return Joined(inputs.text.shape[1]) if stage == "detail" else self
 
-
-class FluxNunchakuV1:
+class FluxNunchakuV1(FluxDiffusers):
     """Engine of `nunchaku.NunchakuFluxTransformer2dModel`: LoRA, ControlNet, PuLID, batches, offload."""
 
     name = "NunchakuFluxTransformer2dModel (nunchaku)"
-    offers = frozenset({"modulated input"})
+    serves = ("NunchakuFluxTransformer2dModel",)
+    cuts = (  # the lists are inside the handle, which tells nothing: they are named as the config counts them
+        Cut("structure", "num_layers", TwoStreams(text_first=False)),
+        Cut("detail", "num_single_layers", JOINED, joint=True),
+    )
     trainable = False
-
-    def matches(self, transformer: nn.Module) -> bool:
-        return "NunchakuFluxTransformer2dModel" in class_names(transformer)
 
     def check(self, transformer: nn.Module) -> None:
         wrapper = transformer.transformer_blocks[0]
@@ -71,26 +74,25 @@ class FluxNunchakuV1:
         if "NunchakuFluxTransformerBlocks" not in class_names(wrapper):
             raise ValueError("the transformer has no quantized blocks: load it with its from_pretrained")
 
+    def count(self, transformer: nn.Module, cut: Cut) -> int:
+        return transformer.config[cut.blocks]
+
     def attach(
-        self, transformer: nn.Module, current_call: Callable[[], Call | None]
-    ) -> tuple[tuple[Span, ...], Callable[[nn.Module], None]]:
-        double, single = transformer.config.num_layers, transformer.config.num_single_layers
-        spans = (
-            Span("structure", 0, double, joint=False),
-            Span("detail", double, double + single, joint=True),
-        )
+        self, transformer: nn.Module, firsts: dict[str, int], current_call: Callable[[], Call | None]
+    ) -> Callable[[nn.Module], None]:
+        double, single = (range(first, first + transformer.config[k]) for k, first in firsts.items())
         wrapper, handle = transformer.transformer_blocks[0], transformer.transformer_blocks[0].m
-        wrapper.m = DrivenHandle(handle, wrapper, spans, current_call)
+        wrapper.m = DrivenHandle(handle, wrapper, double, single, current_call)
         standing = weakref.ref(wrapper)
 
         def take_out(_: nn.Module) -> None:
             if (wrapper := standing()) is not None:
                 wrapper.m = handle
 
-        return spans, take_out
+        return take_out
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
-        inputs = FluxDiffusers().inputs(args, kwargs)
+        inputs = super().inputs(args, kwargs)
         return replace(inputs, conditions=(*inputs.conditions, _identity_weight(inputs.timestep, kwargs)))
 
 
@@ -117,10 +119,12 @@ class DrivenHandle:
         self,
         handle: Any,
         wrapper: nn.Module,
-        spans: tuple[Span, ...],
+        double: range,
+        single: range,
         current_call: Callable[[], Call | None],
     ) -> None:
-        self._handle, self._spans, self._current_call = handle, spans, current_call
+        self._handle, self._double, self._single = handle, double, single
+        self._current_call = current_call
         self._wrapper = weakref.ref(wrapper)  # it holds this object
 
     def __getattr__(self, name: str) -> Any:
@@ -144,8 +148,8 @@ class DrivenHandle:
         call = self._current_call()
         if call is None or call.position or skip_first_layer:  # not ours, or a call that was broken off
             return self._handle.forward(img, txt, temb, *rotary, *control, skip_first_layer)
-        stack = _Stack(self._handle, self._wrapper(), self._spans, temb, rotary, control)
-        return stack.joined(call.drive(Stream(img, txt), self._spans, stack))
+        stack = _Stack(self._handle, self._wrapper(), self._double, self._single, temb, rotary, control)
+        return stack.joined(call.drive(Stream(img, txt), stack))
 
 
 class _Stack:
@@ -155,13 +159,14 @@ class _Stack:
         self,
         handle: Any,
         wrapper: nn.Module,
-        spans: tuple[Span, ...],
+        double: range,
+        single: range,
         temb: Tensor,
         rotary: tuple[Tensor, Tensor, Tensor],
         control: tuple[Tensor | None, Tensor | None],  # samples of double and single blocks, (n, B, I, C)
     ) -> None:
         self.handle, self.wrapper, self.temb = handle, wrapper, temb
-        self.double, self.single = spans[0].blocks, spans[1].blocks
+        self.double, self.single = double, single  # numbered through the whole model
         self.rotary, self.control = rotary, control
         self.pulid = getattr(wrapper, "id_embeddings", None) is not None  # its forward has just been told
         self._newest: tuple[Stream, Tensor] | None = None  # a stream, and the joined tensor that it views
@@ -227,7 +232,7 @@ class _Stack:
         return self.handle.norm_one_forward(block, x.img.contiguous(), self.temb.contiguous())[0].clone()
 
     def _split(self, joint: Tensor, like: Stream) -> Stream:
-        stream = Joined(like.txt.shape[1]).read_output(joint)
+        stream = JOINED.read_output(joint, like.txt.shape[1])
         self._newest = (stream, joint)
         return stream
 

@@ -1,0 +1,197 @@
+r"""How long a step of each kind takes: nothing reused, the detail stage reused, both reused; and uncached.
+
+    python -m analysis.bench_step                                           # the embedded model
+    python -m analysis.bench_step --engine nunchaku --model black-forest-labs/FLUX.1-dev
+    python -m analysis.bench_step --engine nunchaku --model black-forest-labs/FLUX.1-dev --v1
+    python -m analysis.bench_step --engine diffusers --model black-forest-labs/FLUX.1-dev
+
+Only the transformer is loaded and given random inputs of the right shapes; thresholds of zero and infinity
+decide. The kinds take turns, a burst of steps each, and medians are reported. "ideal" is the share of blocks
+that are executed. Also checked: at zero thresholds the output is that of the uncached model, bit by bit.
+Please send us the table of your GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+import h2cache
+from analysis import keep
+from analysis.loading import add_engine_arguments, choose_engine, load_quantized
+from analysis.runs import DTYPE, check_device, default_device
+from h2cache import H2Config
+
+INF = float("inf")
+KINDS = {  # thresholds that make every step but the first one of this kind
+    "uncached": None,
+    "miss, miss": H2Config(tau1=0, tau2=0),
+    "miss, hit": H2Config(tau1=0, tau2=INF),
+    "hit, hit": H2Config(tau1=INF, tau2=INF),
+}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default="assets/tiny_flux", help="folder or hub id (default: %(default)s)")
+    add_engine_arguments(parser)
+    parser.add_argument("--v1", action="store_true", help="nunchaku's V1, where V2 would do")
+    parser.add_argument("--device", default=default_device(), help="default here: %(default)s")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
+    parser.add_argument("--side", type=int, default=None, help="of the image, in pixels (default: 1024)")
+    parser.add_argument("--text", type=int, default=None, help="text tokens (default: 512)")
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--burst", type=int, default=5, help="steps timed together")
+    parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
+    return parser.parse_args(argv)
+
+
+def load_transformer(args: argparse.Namespace) -> torch.nn.Module:
+    """The transformer that `args` ask for, without the rest of its pipeline."""
+    check_device(args.device)
+    if choose_engine(args.engine, args.model, args.checkpoint, args.device) == "nunchaku":
+        return load_quantized(args, args.device, v1=args.v1)[0]
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    model = FluxTransformer2DModel.from_pretrained(
+        args.model, subfolder="transformer", **{DTYPE: getattr(torch, dtype)}
+    )
+    return model.to(args.device).eval()
+
+
+def random_inputs(config, tokens: int, text: int, device: str, dtype: torch.dtype) -> dict:
+    """Arguments of one forward call of a FLUX transformer with this `config`, for a square image."""
+    kw, side = {"device": device}, int(tokens**0.5)
+    ids = torch.zeros(tokens, 3, **kw)
+    ids[:, 1], ids[:, 2] = torch.arange(tokens, **kw) // side, torch.arange(tokens, **kw) % side
+    generator = torch.Generator(device).manual_seed(0)
+
+    def noise(*shape: int) -> torch.Tensor:
+        return torch.randn(1, *shape, generator=generator, dtype=dtype, **kw)
+
+    return {
+        "hidden_states": noise(tokens, config.in_channels),
+        "encoder_hidden_states": noise(text, config.joint_attention_dim),
+        "pooled_projections": noise(config.pooled_projection_dim),
+        "timestep": torch.full((1,), 0.5, dtype=dtype, **kw),
+        "guidance": torch.full((1,), 3.5, **kw) if config.guidance_embeds else None,
+        "img_ids": ids,
+        "txt_ids": torch.zeros(text, 3, **kw),
+        "return_dict": False,
+    }
+
+
+class Bench:
+    """One transformer, one input, steps of every kind."""
+
+    def __init__(self, transformer: torch.nn.Module, inputs: dict, burst: int) -> None:
+        self.transformer, self.inputs, self.burst = transformer, inputs, burst
+
+    def step(self) -> torch.Tensor:
+        with torch.inference_mode(), self.transformer.cache_context("cond"):
+            return self.transformer(**self.inputs)[0]
+
+    def synchronise(self) -> None:
+        if self.inputs["hidden_states"].device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def begin(self, config: H2Config | None) -> None:
+        """Put the cache of one kind of step in place, and make the first step of a request."""
+        if config is None:
+            h2cache.disable(self.transformer)
+        else:
+            h2cache.enable(self.transformer, config)
+        self.step()
+
+    def seconds(self, config: H2Config | None) -> float:
+        """Mean time of a step within a burst, since in a run hits follow hits."""
+        self.begin(config)
+        self.synchronise()
+        start = time.perf_counter()
+        for _ in range(self.burst):
+            self.step()
+        self.synchronise()
+        return (time.perf_counter() - start) / self.burst
+
+    def exact(self) -> bool:
+        """Whether the output at zero thresholds is the uncached one, at a first and at a later step."""
+        h2cache.disable(self.transformer)
+        plain = self.step()
+        h2cache.enable(self.transformer, KINDS["miss, miss"])
+        return all(torch.equal(plain, self.step()) for _ in range(2))
+
+    def blocks(self, config: H2Config | None) -> tuple[int, int]:
+        """How many blocks a step of this kind executes, and how many there are."""
+        self.begin(config or H2Config(tau1=0, tau2=0))
+        self.step()
+        last = h2cache.step_records(self.transformer)[-2:]
+        return sum(r.blocks_run for r in last), sum(r.blocks for r in last)
+
+
+def measure(bench: Bench, rounds: int) -> list[dict]:
+    """One row for each kind of step."""
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    for turn in range(rounds + 1):
+        for kind, config in KINDS.items():
+            seconds = bench.seconds(config)
+            if turn:  # the first round warms up
+                times[kind].append(seconds)
+    rows = []
+    for kind, config in KINDS.items():
+        run, of = bench.blocks(config)
+        median = statistics.median(times[kind])
+        rows.append(
+            {
+                "step": kind,
+                "milliseconds": round(1e3 * median, 4),
+                "fastest": round(1e3 * min(times[kind]), 4),
+                "slowest": round(1e3 * max(times[kind]), 4),
+                "share": round(median / statistics.median(times["uncached"]), 4),
+                "blocks": run,
+                "ideal": round(run / of, 4),
+            }
+        )
+    h2cache.disable(bench.transformer)
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    transformer = load_transformer(args)
+    embedded = args.model == "assets/tiny_flux"
+    side, text = args.side or (128 if embedded else 1024), args.text or (24 if embedded else 512)
+    inputs = random_inputs(transformer.config, (side // 16) ** 2, text, args.device, transformer.dtype)
+    bench = Bench(transformer, inputs, args.burst)
+    report = {
+        "transformer": type(transformer).__name__,
+        "identical at zero thresholds": bench.exact(),
+        "steps": measure(bench, args.rounds),
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
+        | {"side": side, "text": text, "dtype": str(transformer.dtype)},
+        "machine": keep.machine(),
+        "date": keep.now(),
+    }
+    print(f"{report['transformer']}, {side}x{side}, {report['machine']['device_name']}, {report['date']}")
+    print(f"identical at zero thresholds: {'yes' if report['identical at zero thresholds'] else 'NO'}\n")
+    print("| step (structure, detail) | ms, median | fastest to slowest | of uncached | blocks | ideal |")
+    print("|---|---|---|---|---|---|")
+    for row in report["steps"]:
+        spread = f"{row['fastest']:.2f} to {row['slowest']:.2f}"
+        print(
+            f"| {row['step']} | {row['milliseconds']:.2f} | {spread} | {row['share']:.1%} | {row['blocks']} "
+            f"| {row['ideal']:.1%} |"
+        )
+    if args.out:
+        keep.write_atomically(args.out, json.dumps(report, indent=1).encode())
+    return 0 if report["identical at zero thresholds"] else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
