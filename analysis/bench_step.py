@@ -59,7 +59,7 @@ def load_transformer(args: argparse.Namespace) -> torch.nn.Module:
     check_device(args.device)
     if choose_engine(args.engine, args.model, args.checkpoint, args.device) == "nunchaku":
         return load_quantized(args, args.device, v1=args.v1)[0]
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    dtype = args.dtype or ("float32" if torch.device(args.device).type == "cpu" else "bfloat16")
     model = FluxTransformer2DModel.from_pretrained(
         args.model, subfolder="transformer", **{DTYPE: getattr(torch, dtype)}
     )

@@ -51,7 +51,7 @@ def load(args: argparse.Namespace, device: str | None = None) -> tuple[Diffusion
     or change where nunchaku cannot run, and ValueError for options that do not go together.
     """
     device = device or args.device
-    if args.offload and device == "cpu":
+    if args.offload and torch.device(device).type == "cpu":
         raise ValueError(
             "--offload keeps parts of the model off an accelerator: there is none with device=cpu"
         )
@@ -80,7 +80,11 @@ def choose_engine(engine: str, model: str, checkpoint: str | None, device: str) 
     if engine != "auto":
         return engine
     known = checkpoint or _last(model) in QUANTIZED
-    if not known or not device.startswith("cuda") or gpu_problem(torch.cuda.get_device_capability(device)):
+    if (
+        not known
+        or torch.device(device).type != "cuda"
+        or gpu_problem(torch.cuda.get_device_capability(device))
+    ):
         return "diffusers"
     return "diffusers" if install_problem(Place.here()) else "nunchaku"
 
