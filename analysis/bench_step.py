@@ -71,10 +71,10 @@ def random_inputs(config, tokens: int, text: int, device: str, dtype: torch.dtyp
     kw, side = {"device": device}, int(tokens**0.5)
     ids = torch.zeros(tokens, 3, **kw)
     ids[:, 1], ids[:, 2] = torch.arange(tokens, **kw) // side, torch.arange(tokens, **kw) % side
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(1, *shape, generator=generator, dtype=dtype, **kw)
+        return torch.randn(1, *shape, generator=generator).to(device, dtype)
 
     return {
         "hidden_states": noise(tokens, config.in_channels),
