@@ -23,7 +23,7 @@ from tqdm import tqdm
 from analysis import keep
 from analysis.families import add_family_arguments, with_prompt
 from analysis.gallery import HEADER, Gallery, table_line
-from analysis.loading import add_engine_arguments, load
+from analysis.loading import add_loading_arguments, load
 from analysis.prompts import Prompt, read_prompts
 from analysis.runs import Limits, default_device, prepare
 from h2cache import MethodConfig, find_method, method_names
@@ -50,9 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--height", type=int, help="pixels (default: the model's)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's)")
     add_family_arguments(parser)
-    parser.add_argument("--device", default=default_device(), help="default here: %(default)s")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
-    add_engine_arguments(parser)
+    add_loading_arguments(parser, default_device())
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
     parser.add_argument("--no-compare", action="store_true", help="do not draw the uncached image")
     args = parser.parse_args(argv)

@@ -24,7 +24,7 @@ from diffusers import FluxTransformer2DModel
 
 import h2cache
 from analysis import keep
-from analysis.loading import add_engine_arguments, choose_engine, load_quantized
+from analysis.loading import add_loading_arguments, choose_engine, load_quantized
 from analysis.runs import DTYPE, check_device, default_device
 from h2cache import H2Config
 
@@ -42,10 +42,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="assets/tiny_flux", help="folder or hub id (default: %(default)s)")
-    add_engine_arguments(parser)
+    add_loading_arguments(parser, default_device())
     parser.add_argument("--v1", action="store_true", help="nunchaku's V1, where V2 would do")
-    parser.add_argument("--device", default=default_device(), help="default here: %(default)s")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
     parser.add_argument("--side", type=int, default=None, help="of the image, in pixels (default: 1024)")
     parser.add_argument("--text", type=int, default=None, help="text tokens (default: 512)")
     parser.add_argument("--rounds", type=int, default=10)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from analysis import keep
 from analysis.flops import count_step
-from analysis.loading import add_engine_arguments, load
+from analysis.loading import add_loading_arguments, load
 from analysis.metrics import ClipIqa, fidelity, more_fidelity
 from analysis.ocr import word_recall
 from analysis.prompts import Prompt, read_prompts
@@ -68,9 +68,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
     parser.add_argument("--guidance", type=float, default=3.5)
-    parser.add_argument("--device", help="default: this machine's accelerator, one for each process")
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
-    add_engine_arguments(parser)
+    add_loading_arguments(parser, None)  # one accelerator for each process
     parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id (default: the hub's cache)")
     parser.add_argument("--no-words", action="store_true", help="do not read the words back (OCR)")
     parser.add_argument("--out", type=Path, default=Path("outputs/experiment"))

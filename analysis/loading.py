@@ -28,8 +28,10 @@ QUANTIZED = (  # 4-bit files of nunchaku-tech: the last part of the original's h
 )
 
 
-def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that `load` reads, besides --model, --device and --dtype."""
+def add_loading_arguments(parser: argparse.ArgumentParser, device: str | None) -> None:
+    """The options that `load` reads, besides --model; `device` is the default."""
+    parser.add_argument("--device", default=device, help="default here: this machine's accelerator")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
     parser.add_argument(
         "--engine",
         choices=("auto", "diffusers", "nunchaku"),

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
+from nunchaku_env import checkpoint, nunchaku  # noqa: F401  fixtures
 
 from analysis.runs import load_pipeline
 

@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 from conftest import denoise, make_flux, make_inputs
+from nunchaku_double import make_v1, make_v2
 from torch import Tensor, nn
 
 from analysis.tiny_families import FAMILIES
@@ -47,6 +48,7 @@ class Case:
     target: nn.Module
     inputs: dict
     branches: int = 1
+    sizes: tuple[int, int] | None = None  # of the stages, where the model has no lists to tell
 
     @property
     def transformers(self) -> list[nn.Module]:
@@ -68,6 +70,8 @@ class Case:
     @property
     def stage_sizes(self) -> tuple[int, int]:
         """Blocks of the two stages as they should be: by list, or a third of the only list and the rest."""
+        if self.sizes:
+            return self.sizes
         model = self.transformers[0]
         if hasattr(model, "single_transformer_blocks"):
             return len(model.transformer_blocks), len(model.single_transformer_blocks)
@@ -155,8 +159,10 @@ def recorded(family: str) -> Recorded:
 
 
 def flux_cases() -> dict[str, Case]:
-    """FLUX of random weights: of several blocks, and of one in each list."""
+    """FLUX of random weights: of several blocks, of one in each list, and as nunchaku's classes have it."""
     return {
         "random": Case(make_flux(), make_inputs()),
         "one block each": Case(make_flux(1, 1), make_inputs()),
+        "nunchaku V1": Case(make_v1(), make_inputs(), sizes=(3, 4)),
+        "nunchaku V2": Case(make_v2(), make_inputs()),
     }

@@ -12,14 +12,14 @@ from peft.utils import get_peft_model_state_dict
 
 import run as script
 from analysis import bench_step, loading
-from analysis.loading import add_engine_arguments, choose_engine, load, load_quantized
+from analysis.loading import add_loading_arguments, choose_engine, load, load_quantized
 from h2cache import nunchaku_install
 
 
 def options(*given: str) -> Namespace:
     parser = argparse.ArgumentParser()
-    add_engine_arguments(parser)
-    return Namespace(model=TINY, device="cpu", dtype=None, **vars(parser.parse_args(given)))
+    add_loading_arguments(parser, "cpu")
+    return Namespace(model=TINY, **vars(parser.parse_args(given)))
 
 
 @pytest.fixture

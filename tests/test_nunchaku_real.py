@@ -1,59 +1,22 @@
-"""The engines on nunchaku's real Python classes, over an emulated compiled module; skipped without them.
+"""The engines on nunchaku's real Python classes; see `nunchaku_env.py` for how to run them."""
 
-    NUNCHAKU_EMULATION=../shared/nunchaku_emulation NUNCHAKU_SRC=FOLDER_OF_NUNCHAKU_SOURCES \
-    H2CACHE_AUTHORS_SRC=CHECKOUT_OF_THE_AUTHORS_CODE python -m pytest tests/test_nunchaku_real.py
-
-The emulation turns CUDA devices into the CPU for the whole process: run this file alone. With the real wheel
-only the signatures are compared here, since it takes full-size checkpoints only: on a GPU that it supports,
-`python -m analysis.bench_step --engine nunchaku` checks the same equality.
-"""
-
-import importlib.util
+import importlib
 import inspect
-import os
 import sys
 import types
-from dataclasses import dataclass
-from pathlib import Path
 
 import nunchaku_double
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from nunchaku_env import assert_equal, denoise, draw, emulated
 
 import h2cache
 from analysis import bench_step
-from h2cache import H2Cache, H2Config, find_method
-from h2cache.predictors import LastResidual
-from h2cache.stages import Run, Skip
+from h2cache import H2Config, find_method
 
 INF = float("inf")
 OFF, ALL_HIT = H2Config(tau1=0, tau2=0), H2Config(tau1=INF, tau2=INF)
-EMULATION, AUTHORS = os.environ.get("NUNCHAKU_EMULATION"), os.environ.get("H2CACHE_AUTHORS_SRC")
-
-emulated = pytest.mark.skipif(not EMULATION, reason="needs NUNCHAKU_EMULATION and nunchaku's sources")
-with_authors = pytest.mark.skipif(not AUTHORS, reason="needs H2CACHE_AUTHORS_SRC, the authors' code")
-
-
-@pytest.fixture(scope="session")
-def nunchaku():
-    """The real package, over its own compiled module or an emulated one."""
-    if EMULATION:
-        sys.path.insert(0, str(Path(EMULATION).resolve()))
-        import make_env
-
-        return make_env.setup()
-    pytest.importorskip("nunchaku._C", reason="nunchaku is not installed, and NUNCHAKU_EMULATION is not set")
-    return importlib.import_module("nunchaku")
-
-
-@pytest.fixture(scope="session", params=["int4", "fp4"])
-def checkpoint(nunchaku, request, tmp_path_factory):
-    import make_env
-
-    make_env.setup((8, 9) if request.param == "int4" else (12, 0))
-    folder = tmp_path_factory.mktemp(request.param)
-    return make_env.tiny_checkpoint(layers=3, singles=5, precision=request.param, folder=folder)[1]
 
 
 @pytest.fixture(
@@ -66,33 +29,6 @@ def model(nunchaku, checkpoint, request):
 @pytest.fixture
 def v1(nunchaku, checkpoint):
     return nunchaku.NunchakuFluxTransformer2dModel.from_pretrained(checkpoint)
-
-
-def denoise(model, steps: int = 5, batch: int = 1, extra: dict | None = None) -> list[torch.Tensor]:
-    """Forward calls at falling timesteps with slowly changing inputs and one prompt."""
-    import make_env
-
-    outputs, text = [], None
-    for n in range(steps):
-        inputs = make_env.inputs(model.config, t=1 - n / steps, batch=batch)
-        text = inputs["encoder_hidden_states"] if text is None else text
-        inputs["encoder_hidden_states"] = text
-        with torch.no_grad(), model.cache_context("cond"):
-            outputs.append(model(**inputs, **(extra or {}), return_dict=False)[0])
-    return outputs
-
-
-def draw(model, steps: int = 20, size: int = 256) -> torch.Tensor:
-    """Latents of a run of a FluxPipeline."""
-    import make_env
-
-    return make_env.run_pipeline(make_env.tiny_pipeline(model), steps=steps, size=size)
-
-
-def assert_equal(expected, outputs) -> None:
-    assert len(expected) == len(outputs)
-    for a, b in zip(expected, outputs, strict=True):
-        assert torch.equal(a, b)
 
 
 # The stand-in that CI runs on has the signatures of the real thing.
@@ -262,139 +198,6 @@ def test_v2_refuses_control_as_before(nunchaku, checkpoint):
     with pytest.raises(NotImplementedError, match="Controlnet"):
         denoise(model, extra=control(model.config))
     denoise(model)  # and goes on
-
-
-# The same decisions as other code, over 20 steps of a pipeline.
-
-
-@dataclass(frozen=True)
-class TwoChecksConfig(H2Config):
-    """nunchaku's double cache: whole tensors, means in bfloat16, and the second check is always asked."""
-
-    def build(self):
-        return TwoChecks(self)
-
-
-class TwoChecks(H2Cache):
-    def step(self, stages, memory):
-        for stage, tau in zip(stages, (self.config.tau1, self.config.tau2), strict=True):
-            slot = memory.slot(stage.name, LastResidual)
-            head = yield Run(stage.head)
-            residual = stage.measured(head)
-            old = slot.reference
-            change = None if old is None else [((old - residual).abs().mean() / old.abs().mean()).item()]
-            hit = change is not None and change[0] < tau
-            if hit:
-                yield Skip(stage.rest, slot.predictor.predict())
-            else:
-                rest = yield Run(stage.rest)
-                slot.predictor.learn(rest.residual, kept=[False])
-                slot.refer(residual)
-            memory.record(stage, change, [tau], "hit" if hit else "miss")
-
-
-def blocks_by_step(model) -> list[tuple[int, int]]:
-    runs = [r.blocks_run for r in h2cache.step_records(model)]
-    return list(zip(runs[::2], runs[1::2], strict=True))
-
-
-class Count:
-    """Counts the blocks that run, by step: V1 from the handle's log, V2 by hooks on the blocks."""
-
-    def __init__(self, model, log: list | None) -> None:
-        self.steps: list[list[int]] = []
-        self.log = log
-        model.register_forward_pre_hook(lambda *_: self.steps.append([0, 0]))
-        if log is None:
-            for n, blocks in enumerate((model.transformer_blocks, model.single_transformer_blocks)):
-                for block in blocks:
-                    block.register_forward_hook(lambda *_, n=n: self.add(n))
-        else:
-            model.register_forward_hook(self.read)
-
-    def add(self, n: int) -> None:
-        self.steps[-1][n] += 1
-
-    def read(self, *_) -> None:
-        self.steps[-1] = [sum(kind == k for kind, _ in self.log) for k in ("double", "single")]
-        self.log.clear()
-
-    @property
-    def by_step(self) -> list[tuple[int, int]]:
-        return [tuple(step) for step in self.steps]
-
-
-@emulated
-@pytest.mark.parametrize("taus", [(0.155, 0.2), (0.1, 0.22), (0.25, 0.19)])
-@pytest.mark.parametrize("version", ["V1", "V2"])
-def test_the_decisions_of_nunchakus_double_cache(nunchaku, checkpoint, version, taus, monkeypatch):
-    from nunchaku.caching import fbcache, utils
-    from nunchaku.caching.diffusers_adapters import flux, flux_v2
-
-    name = {"V1": "NunchakuFluxTransformer2dModel", "V2": "NunchakuFluxTransformer2DModelV2"}[version]
-    ours = getattr(nunchaku, name).from_pretrained(checkpoint)
-    h2cache.enable(ours, TwoChecksConfig(tau1=taus[0], tau2=taus[1]))
-    latents = draw(ours)
-
-    theirs = getattr(nunchaku, name).from_pretrained(checkpoint)
-    monkeypatch.setattr(utils, "num_transformer_blocks", 3)
-    monkeypatch.setattr(utils, "num_single_transformer_blocks", 5)
-    count = Count(theirs, theirs.transformer_blocks[0].m.log if version == "V1" else None)
-    {"V1": flux, "V2": flux_v2}[version].apply_cache_on_transformer(
-        theirs,
-        use_double_fb_cache=True,
-        residual_diff_threshold_multi=taus[0],
-        residual_diff_threshold_single=taus[1],
-    )
-    with fbcache.cache_context(fbcache.create_cache_context()):
-        expected = draw(theirs)
-    assert count.by_step == blocks_by_step(ours)
-    assert len(set(count.by_step)) > 1  # not all steps are alike
-    assert torch.equal(latents, expected)
-    with pytest.raises(ValueError, match="nunchaku's own cache"):
-        h2cache.enable(theirs)
-
-
-@pytest.fixture
-def authors(nunchaku, monkeypatch):
-    """The authors' `caching.utils`, with the sizes of the tiny model in place of FLUX.1-dev's."""
-    import nunchaku.models.transformers.utils as where_it_was
-
-    monkeypatch.setattr(where_it_was, "pad_tensor", nunchaku.utils.pad_tensor, raising=False)
-    monkeypatch.setitem(sys.modules, "nunchaku.caching.FBthresholding", types.ModuleType("unused"))
-    spec = importlib.util.spec_from_file_location("authors_utils", Path(AUTHORS) / "caching" / "utils.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.num_transformer_blocks, module.num_single_transformer_blocks = 3, 5
-    module.MULTI_POOL_SIZES, module.SINGLE_POOL_SIZES = 128, 96  # windows of 2 and 3, of 256 and 288 tokens
-    return module
-
-
-@emulated
-@with_authors
-@pytest.mark.parametrize("taus", [(0.155, 0.25), (0.1, 0.2), (0.2, 0.2)])
-def test_the_decisions_of_the_authors_code(nunchaku, checkpoint, authors, taus):
-    ours = nunchaku.NunchakuFluxTransformer2dModel.from_pretrained(checkpoint)
-    h2cache.enable(ours, H2Config(tau1=taus[0], tau2=taus[1], pool1=128, pool2=96, reduce="mean"))
-    latents = draw(ours)
-
-    theirs = nunchaku.NunchakuFluxTransformer2dModel.from_pretrained(checkpoint)
-    count = Count(theirs, theirs.transformer_blocks[0].m.log)
-    blocks = authors.FluxCachedTransformerBlocks(
-        transformer=types.SimpleNamespace(
-            transformer_blocks=theirs.transformer_blocks, single_transformer_blocks=None, device="cpu"
-        ),
-        use_double_fb_cache=True,
-        residual_diff_threshold_multi=taus[0],
-        residual_diff_threshold_single=taus[1],
-        return_hidden_states_first=False,
-    )
-    theirs.transformer_blocks = torch.nn.ModuleList([blocks])
-    with authors.cache_context(authors.create_cache_context()):
-        expected = draw(theirs)
-    assert count.by_step == blocks_by_step(ours)
-    assert len(set(count.by_step)) > 1
-    assert torch.equal(latents, expected)
 
 
 # Classes and scripts.
