@@ -144,8 +144,8 @@ def engines() -> list[Engine]:
     package = "h2cache.engines"
     names = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
     modules = [importlib.import_module(f"{package}.{n}") for n in names if not n.endswith("_subclass")]
-    classes = [c for module in modules for c in vars(module).values() if getattr(c, "serves", None)]
-    return [c() for c in classes if c.__module__ in {module.__name__ for module in modules}]
+    classes = [(c, m.__name__) for m in modules for c in vars(m).values() if getattr(c, "serves", ())]
+    return [c() for c, module in classes if c.__module__ == module]  # not those that a file imports
 
 
 def find_engine(transformer: nn.Module) -> Engine:
