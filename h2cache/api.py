@@ -234,7 +234,6 @@ class Attachment:
             raise RuntimeError(
                 "a cache is for inference: call transformer.eval(), or h2cache.disable it to train"
             )
-        self.engine.check(transformer)  # something else may have been attached since
         if self._current_call() is not None:  # the last one never came to its end (Ctrl-C): void
             self._forget("the call before was broken off")
         inputs = self.engine.inputs(args, kwargs)
