@@ -56,8 +56,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def spans(steps: int) -> list[tuple[int, int]]:
     """Frozen steps [first, last): five windows of a fifth of the run, and three that last to the end."""
     fifth = max(1, steps // 5)
-    windows = [(max(1, n * fifth), (n + 1) * fifth + (n == 0)) for n in range(5)]
-    return windows + [(max(1, steps * share // 10), steps) for share in (1, 2, 5)]
+    windows = [(max(1, n * fifth), (n + 1) * fifth) for n in range(5)]
+    return windows + [(max(1, steps * share // 10), steps) for share in (6, 4, 2)]
+
+
+def told(span: tuple[int, int]) -> str:
+    return f"{span[0]}-{span[1] - 1}"
 
 
 def checked(image: Image.Image, words: tuple[str, ...] | None, prompt: str) -> dict[str, float | None]:
