@@ -11,7 +11,7 @@ import json
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,34 +37,33 @@ class Saved:
 def read_saved(
     paths: Sequence[Path],
     needs: Mapping[str, Any],
-    same: Sequence[str] = (),
+    same: Mapping[str, Callable[[dict], Any]] | None = None,
     unique: Sequence[str] = (),
 ) -> Saved:
     """The rows of some `.jsonl` or `.jsonl.gz` files.
 
-    needs: field and type (or types) of what every row must have. same: fields that are equal in all rows of
-    one run. unique: fields that together name a row. Raises OSError for a file that cannot be opened and
+    needs: field and type (or types) of what every row must have. same: what is equal in all rows of one
+    run, as a name and how to get it from a row. unique: fields that together name a row. Raises OSError for a file that cannot be opened and
     ValueError when no row is left.
     """
     saved, places, seen = Saved(), [], {}
     for path in paths:
         lines, broken_off = _lines(path)
         for number, line in lines:
-            place = f"{path} line {number}"
             try:
                 row = _row(line, needs)
                 identity = tuple(str(row.get(name)) for name in unique)
                 if unique and identity in seen:
                     raise ValueError(f"the same picture stands already in {seen[identity]}")
             except ValueError as error:
-                saved.complaints.append(f"{place}: {error}")
+                saved.complaints.append(f"{path} line {number}: {error}")
                 continue
-            seen[identity] = place
+            seen[identity] = f"{path} line {number}"
             saved.rows.append(row)
-            places.append(place)
+            places.append((path, number))
         if broken_off:
             saved.complaints.append(f"{path}: the compressed file breaks off after line {len(lines)}")
-    _keep_one_run(saved, places, same)
+    _keep_one_run(saved, places, same or {})
     if not saved.rows:
         saved.exit_code()
         raise ValueError(f"no usable row in {', '.join(map(str, paths)) or 'no file'}")
@@ -109,18 +108,36 @@ def _no_constant(text: str) -> None:
     raise ValueError(f"it holds {text}, which is no JSON")
 
 
-def _keep_one_run(saved: Saved, places: list[str], same: Sequence[str]) -> None:
+def _keep_one_run(
+    saved: Saved, places: list[tuple[Path, int]], same: Mapping[str, Callable[[dict], Any]]
+) -> None:
     """Leave out rows of other settings than most of the rows have."""
-    for name in same:
-        counts = Counter(json.dumps(row.get(name)) for row in saved.rows)
+    for name, value in same.items():
+        counts = Counter(value(row) for row in saved.rows)
         if len(counts) < 2:
             continue
         usual = counts.most_common(1)[0][0]
+        strangers: dict[tuple, list[int]] = {}
         kept = []
-        for row, place in zip(saved.rows, places, strict=True):
-            found = json.dumps(row.get(name))
-            if found == usual:
-                kept.append((row, place))
+        for row, (path, number) in zip(saved.rows, places, strict=True):
+            if value(row) == usual:
+                kept.append((row, (path, number)))
             else:
-                saved.complaints.append(f"{place}: {name} is {found}, in most rows {usual}: another run's")
+                strangers.setdefault((path, value(row)), []).append(number)
+        for (path, found), numbers in strangers.items():
+            lines = f"line {numbers[0]}" if len(numbers) == 1 else f"lines {_ranges(numbers)}"
+            saved.complaints.append(
+                f"{path} {lines}: {name} is {found}, in most rows {usual}: another run's"
+            )
         saved.rows, places[:] = [r for r, _ in kept], [p for _, p in kept]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 7 as "1 to 3, 7"."""
+    found: list[list[int]] = []
+    for number in numbers:
+        if found and number == found[-1][1] + 1:
+            found[-1][1] = number
+        else:
+            found.append([number, number])
+    return ", ".join(str(a) if a == b else f"{a} to {b}" for a, b in found)

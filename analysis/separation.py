@@ -261,7 +261,7 @@ def read(folder: Path) -> Saved:
     paths = [p for p in (folder / "records.jsonl", folder / "records.jsonl.gz") if p.is_file()]
     if not paths:
         raise FileNotFoundError(f"{folder} holds no records.jsonl or records.jsonl.gz")
-    return read_saved(paths[:1], NEEDS, same=("steps",), unique=("id", "stage", "first", "last"))
+    return read_saved(paths[:1], NEEDS, same={"steps": lambda row: row["steps"]}, unique=("id", "stage", "first", "last"))
 
 
 def main(argv: list[str] | None = None) -> int:

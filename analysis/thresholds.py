@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> Path:
 def read(folder: Path) -> Saved:
     """Rows of a calibration whose uncached picture is there too."""
     paths = sorted([*folder.glob("records-*.jsonl"), *folder.glob("records-*.jsonl.gz")])
-    saved = read_saved(paths, NEEDS, same=("blocks",), unique=("key",))
+    saved = read_saved(paths, NEEDS, same={"blocks": lambda row: row["blocks"]}, unique=("key",))
     base = {r["id"]: r for r in saved.rows if r["method"] == "none"}
     lost = sorted({r["id"] for r in saved.rows} - base.keys())
     saved.complaints += [f"{folder}: all pictures of {i}, whose uncached one is missing" for i in lost]
