@@ -16,13 +16,13 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median
 
 import numpy as np
 
 from analysis import plots
 from analysis.experiment import main as experiment
-from analysis.intervals import Interval, bootstrap
+from analysis.intervals import bootstrap
 from analysis.saved import MAYBE, NUMBER, Saved, read_saved
 from analysis.table import PUBLISHED, published
 from analysis.trials import parser_of, source_of
@@ -42,15 +42,15 @@ METRICS = {  # field: axis label, higher is better
     "psnr": ("PSNR against uncached, dB", True),
     "ssim": ("SSIM against uncached", True),
     "gmsd": ("GMSD against uncached", False),
-    "words_read": ("words read back, share", True),
-    "clip_iqa": ("CLIP-IQA (ViT-L/14)", True),
+    "words_read": ("words read, change against uncached", True),
+    "clip_iqa": ("CLIP-IQA, change against uncached", True),
 }
 COSTS = {
     "blocks_ratio": "blocks executed, times fewer",
     "speed_up": "time of the call, times shorter",
     "mebibytes": "cache held, MiB",
 }
-ALONE = ("words_read", "clip_iqa")  # judged without the uncached picture, so that has a value too
+ALONE = ("words_read", "clip_iqa")  # the uncached picture has a value too: shown is the paired difference
 CONTROL = "fewer_steps"
 RATIOS = (2.0, 3.0, 4.0, 5.0, 6.0)
 
@@ -98,17 +98,15 @@ def points(rows: list[dict], metric: str) -> list[dict]:
         if not known:
             continue
         quality = bootstrap(known)
-        pairs = [(r[metric], base[r["id"]][metric]) for r in mine]
-        if metric in ALONE and all(a is not None and b is not None for a, b in pairs):
-            change = bootstrap([a - b for a, b in pairs])  # of the pairs: prompts differ more than methods
-            shift = quality.mean - change.mean
-            quality = Interval(quality.mean, shift + change.low, shift + change.high)
+        if metric in ALONE:
+            pairs = [(row[metric], base[row["id"]][metric]) for row in mine]
+            quality = bootstrap([a - b for a, b in pairs if a is not None and b is not None] or [0.0])
         found.append({
             "label": label, "method": mine[0]["method"], "prompts": len(mine),
             "blocks_ratio": sum(base[r["id"]]["blocks_run"] for r in mine) / sum(max(1, r["blocks_run"]) for r in mine),
             "speed_up": median(base[r["id"]]["seconds"] / r["seconds"] for r in mine),
             "mebibytes": max(r["bytes_held"] for r in mine) / 2**20,
-            "quality": quality.mean, "low": quality.low, "high": quality.high,
+            "mean": fmean(known), "quality": quality.mean, "low": quality.low, "high": quality.high,
         })  # fmt: skip
     return found
 
@@ -139,7 +137,6 @@ def at(found: list[dict], method: str, ratio: float) -> float | None:
 def draw(found: list[dict], metric: str, others: list[dict], path: Path) -> None:
     label, higher = METRICS[metric]
     cached = [p for p in found if p["method"] != "none"]
-    base = next((p for p in found if p["method"] == "none"), None)
     methods = sorted({p["method"] for p in cached}, key=lambda m: (m != "h2cache", m == CONTROL, m))
     with plots.figure(plots.PAGE, 5.0) as figure:
         grid = figure.subplots(2, 2)
@@ -156,8 +153,8 @@ def draw(found: list[dict], metric: str, others: list[dict], path: Path) -> None
                 best = front([p for p in cached if p["method"] != CONTROL], cost, higher)
                 x, y = [p[cost] for p in best], [p["quality"] for p in best]
                 axes.plot(x, y, color="#bbbbbb", linewidth=5, zorder=1, label="front of the caches")
-            if base is not None and metric in ALONE:
-                axes.axhline(base["quality"], color="black", linestyle="--", linewidth=0.8, label="uncached")
+            if metric in ALONE:
+                axes.axhline(0, color="black", linestyle=":", linewidth=0.8, label="uncached")
             axes.set(xlabel=title, ylabel=label)
             plots.letter(axes, f"{'abc'[n]}  against {('blocks', 'time', 'memory')[n]}")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
@@ -188,8 +185,11 @@ def answer(measured: dict[str, list[dict]], source: str) -> str:
         title, higher = METRICS[metric]
         methods = sorted({p["method"] for p in found} - {"none"})
         lines += ["", f"{title} at equal numbers of executed blocks (between measured points):", ""]
-        lines += [f"| method | {' | '.join(f'{r:g}x fewer' for r in RATIOS)} |", "|---" * (len(RATIOS) + 1) + "|"]
-        form = ".1f" if metric == "psnr" else ".3f"
+        lines += [
+            f"| method | {' | '.join(f'{r:g}x fewer' for r in RATIOS)} |",
+            "|---" * (len(RATIOS) + 1) + "|",
+        ]
+        form = ".1f" if metric == "psnr" else "+.3f" if metric in ALONE else ".3f"
         table = {m: [at(found, m, r) for r in RATIOS] for m in methods}
         for method, values in table.items():
             cells = ["-" if v is None else format(v, form) for v in values]

@@ -37,7 +37,9 @@ NEEDS = {
                   "blocks_run": int, "blocks": int, "psnr": MAYBE, "ssim": NUMBER},
 }  # fmt: skip
 NAMES = [str(summary) for summary in COMPARED]
-COLOURS = {str(s): {"average": "#D55E00", "stride": "#0072B2", "maximum": "#009E73"}[s.kind] for s in COMPARED}
+COLOURS = {
+    str(s): {"average": "#D55E00", "stride": "#0072B2", "maximum": "#009E73"}[s.kind] for s in COMPARED
+}
 COLOURS[str(FULL)] = "#000000"
 
 
@@ -80,7 +82,11 @@ def flips(rows: list[dict], stage: str, summary: str, level: str) -> list[float]
     mine = [r for r in rows if (r["stage"], r["summary"]) == (stage, summary)]
     threshold = np.median(np.concatenate([r["clean"] for r in mine]))
     return [
-        float(np.mean((np.asarray(r["noisy"][level]) < threshold) != (np.asarray(r["clean"]) < threshold)[:, None]))
+        float(
+            np.mean(
+                (np.asarray(r["noisy"][level]) < threshold) != (np.asarray(r["clean"]) < threshold)[:, None]
+            )
+        )
         for r in mine
     ]
 
@@ -110,7 +116,9 @@ def draw(saved: dict[str, Saved], path: Path) -> None:
                 if found:
                     a.plot(found["ms"], place + shift, marker, color=COLOURS[name], label=stage)
                     data.append({"panel": "a", "stage": stage, "summary": name, "value": found["ms"]})
-                rough = bootstrap([roughness(r) for r in steady if (r["stage"], r["summary"]) == (stage, name)])
+                rough = bootstrap(
+                    [roughness(r) for r in steady if (r["stage"], r["summary"]) == (stage, name)]
+                )
                 _dot(d, rough, place + shift, marker, name)
                 data.append({"panel": "d", "stage": stage, "summary": name} | _ends(rough))
                 turned = bootstrap(flips(steady, stage, name, str(NOISES[1])))
@@ -124,7 +132,8 @@ def draw(saved: dict[str, Saved], path: Path) -> None:
                 axes.plot(middle, color=COLOURS[name], label=name, linewidth=1, dashes=dash)
                 data += [{"panel": "bc"[stage == "detail"], "stage": stage, "summary": name, "step": n}
                          | {"value": float(v)} for n, v in enumerate(middle)]  # fmt: skip
-            axes.set(xlabel="step", ylabel="measure", yscale="log")
+            axes.set(xlabel="step", ylabel="measure")
+            plots.logarithmic(axes.yaxis)
         for target, shift, marker in zip(TARGETS, (0.12, -0.12), "v^", strict=True):
             for name, place in zip(NAMES, y, strict=True):
                 found = psnr_differences(decided, target, name)
@@ -134,7 +143,8 @@ def draw(saved: dict[str, Saved], path: Path) -> None:
         for axes in (a, d, e, f):
             axes.set_yticks(y, NAMES if axes in (a, d) else [])
             axes.set_ylim(-0.6, len(NAMES) - 0.4)
-        a.set(xscale="log", xlabel="ms (● structure, ■ detail)")
+        plots.logarithmic(a.xaxis)
+        a.set(xlabel="ms (● structure, ■ detail)")
         d.set(xlabel="sd of log step-to-step change")
         e.set(xlabel=f"share, {NOISES[1]:.0%} noise on the latents", xlim=(-0.01, None))
         f.set(xlabel="dB against full (▼ {:g}/{:g}, ▲ {:g}/{:g})".format(*TARGETS[0], *TARGETS[1]))
@@ -170,7 +180,9 @@ def answer(saved: dict[str, Saved], source: str) -> str:
     heads = ("summary", "check ms (structure + detail)", "of a step", "references MiB", "measure / full",
              "unsteadiness", f"flips at {NOISES[1]:.0%} noise")  # fmt: skip
     targets = [t for t in TARGETS if any(tuple(r["target"]) == t for r in decided)]
-    heads += tuple(f"{what} as {t[0]}/{t[1]}" for t in targets for what in ("thresholds", "blocks", "PSNR dB"))
+    heads += tuple(
+        f"{what} as {t[0]}/{t[1]}" for t in targets for what in ("thresholds", "blocks", "PSNR dB")
+    )
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for name in NAMES:
         checks = [priced[name, stage] for stage in STAGES]
@@ -200,7 +212,9 @@ def _verdicts(priced: dict, steady: list[dict], decided: list[dict]) -> list[str
     shares = [sum(priced[name, s]["share"] for s in STAGES) for name in (full, paper)]
     held = [sum(priced[name, s]["MiB"] for s in STAGES) for name in (full, paper)]
     cheapest = min(NAMES, key=lambda name: sum(priced[name, s]["ms"] for s in STAGES))
-    faster = f"{whole / pooled:.1f} times as fast" if pooled < whole else f"{pooled / whole:.1f} times as slow"
+    faster = (
+        f"{whole / pooled:.1f} times as fast" if pooled < whole else f"{pooled / whole:.1f} times as slow"
+    )
     yield (
         f"- Cost: a check with PFS ({paper}) is {faster} as one on full tensors, but either is next to nothing: "
         f"{shares[0]:.3%} of a step becomes {shares[1]:.3%}. The cheapest is {cheapest}. What PFS does save is "
@@ -211,7 +225,14 @@ def _verdicts(priced: dict, steady: list[dict], decided: list[dict]) -> list[str
         base = {r["id"]: roughness(r) for r in steady if (r["stage"], r["summary"]) == (stage, full)}
         rough = bootstrap([mine[i] - base[i] for i in mine])
         level = str(NOISES[1])
-        turned = bootstrap([a - b for a, b in zip(flips(steady, stage, paper, level), flips(steady, stage, full, level), strict=True)])
+        turned = bootstrap(
+            [
+                a - b
+                for a, b in zip(
+                    flips(steady, stage, paper, level), flips(steady, stage, full, level), strict=True
+                )
+            ]
+        )
         yield (
             f"- Steadiness, {stage}: with PFS the measure is {_more(rough, 'unsteadier', 'steadier')} from step to step "
             f"({rough.mean:+.3f} [{rough.low:+.3f}, {rough.high:+.3f}]), and noise flips "

@@ -68,7 +68,9 @@ def check_costs(device: str, dtype: str | None, repeats: int = 15) -> Iterator[d
                 reference = summary.of(old, stage).contiguous()
                 scale = magnitude(reference)
 
-                def once(summary=summary, stage=stage, reference=reference, scale=scale, new=new) -> list[float]:
+                def once(
+                    summary=summary, stage=stage, reference=reference, scale=scale, new=new
+                ) -> list[float]:
                     return relative_l1(reference, summary.of(new, stage), scale=scale).tolist()
 
                 yield {
@@ -109,7 +111,9 @@ def steadiness(trial: Trial, prompts: list[Prompt]) -> Iterator[dict]:
                 }  # fmt: skip
                 shaken = zip(short, noisy[stage][REFERENCE_GAP:], strict=False)
                 changes = [[_change(old, summary.of(n[None], stage)) for n in new] for old, new in shaken]
-                per_level = {str(s): [c[i * DRAWS : (i + 1) * DRAWS] for c in changes] for i, s in enumerate(NOISES)}
+                per_level = {
+                    str(s): [c[i * DRAWS : (i + 1) * DRAWS] for c in changes] for i, s in enumerate(NOISES)
+                }
                 yield row | {"noisy": per_level}
 
 
@@ -187,7 +191,13 @@ def _hits(trial: Trial, prompts: list[Prompt], config: SummaryConfig) -> dict[st
 
 
 def _tuned(
-    trial: Trial, prompts: list[Prompt], summary: Summary, taus: list[float], n: int, stage: str, wanted: float
+    trial: Trial,
+    prompts: list[Prompt],
+    summary: Summary,
+    taus: list[float],
+    n: int,
+    stage: str,
+    wanted: float,
 ) -> float:
     """The n-th threshold for which `stage` hits as often as wanted, by bisection on a logarithmic scale."""
     low, high = taus[n] / 3, taus[n] * 3
@@ -228,4 +238,3 @@ def _write(path: Path, rows: Iterator[dict]) -> list[dict]:
     found = list(rows)
     keep.write_records(path, {row["key"]: row for row in found})
     return found
-

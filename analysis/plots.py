@@ -17,6 +17,7 @@ from pathlib import Path
 
 import matplotlib
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from analysis.keep import write_atomically
 
@@ -97,6 +98,14 @@ def letter(axes, text: str) -> None:
     axes.set_title(text, loc="left", fontweight="bold")
 
 
+def logarithmic(axis) -> None:
+    """A logarithmic axis (`axes.xaxis` or `.yaxis`) with plain numbers at 1, 2 and 5 of each decade."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def save(drawn: Figure, path: Path, data: list[dict]) -> None:
     """Write `path`.png, `path`.pdf and the numbers in it as `path`.csv; call inside `figure`."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +114,9 @@ def save(drawn: Figure, path: Path, data: list[dict]) -> None:
         drawn.savefig(file, format=suffix[1:], metadata=metadata)
         write_atomically(path.with_name(path.name + suffix), file.getvalue())
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(dict.fromkeys(name for row in data for name in row)), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, list(dict.fromkeys(name for row in data for name in row)), lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows({k: round(v, 6) if isinstance(v, float) else v for k, v in row.items()} for row in data)
     write_atomically(path.with_name(path.name + ".csv"), text.getvalue().encode())

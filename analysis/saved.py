@@ -126,9 +126,7 @@ def _keep_one_run(
                 strangers.setdefault((path, value(row)), []).append(number)
         for (path, found), numbers in strangers.items():
             lines = f"line {numbers[0]}" if len(numbers) == 1 else f"lines {_ranges(numbers)}"
-            saved.complaints.append(
-                f"{path} {lines}: {name} is {found}, in most rows {usual}: another run's"
-            )
+            saved.complaints.append(f"{path} {lines}: {name} is {found}, in most rows {usual}: another run's")
         saved.rows, places[:] = [r for r, _ in kept], [p for _, p in kept]
 
 

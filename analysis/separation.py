@@ -45,7 +45,9 @@ NEEDS = {
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "separation")
-    parser.add_argument("--records", type=Path, default=SHIPPED, help="folder with records.jsonl.gz or .jsonl")
+    parser.add_argument(
+        "--records", type=Path, default=SHIPPED, help="folder with records.jsonl.gz or .jsonl"
+    )
     parser.add_argument("--pictured", default="sign03", help="prompt whose pictures are kept and shown")
     return parser.parse_args(argv)
 
@@ -113,8 +115,9 @@ def of(rows: list[dict], stage: str, span: tuple[int, int]) -> list[dict]:
     return [r for r in rows if r["stage"] == stage and (r["first"], r["last"]) == span]
 
 
-def draw_spectra(rows: list[dict], windows: list[tuple[int, int]], path: Path) -> None:
-    """Above: relative error by frequency, a panel for each window. Below: what it costs by window."""
+def draw_spectra(rows: list[dict], everywhere: list[tuple[int, int]], path: Path) -> None:
+    """Above: relative error by frequency, frozen early, in the middle, late, and to the end. Below: all spans."""
+    windows = everywhere[:5:2] + everywhere[5::2]
     data, frequency = [], (np.arange(BANDS) + 0.5) / BANDS
     with plots.figure(plots.PAGE, 4.1) as figure:
         above, below = figure.subfigures(2, 1, height_ratios=(1.05, 1))
@@ -133,25 +136,25 @@ def draw_spectra(rows: list[dict], windows: list[tuple[int, int]], path: Path) -
                                 | {"frequency": frequency[n], "value": float(value)})  # fmt: skip
             axes.axvline(LOW, color="black", linewidth=0.6, linestyle=":")
             axes.set(yscale="log", xlim=(0, 1))
-            axes.set_title(f"steps {span[0]} to {span[1] - 1}")
+            axes.set_title(f"steps {told(span)}")
         panels[0].set_ylabel("error / own power")
         panels[len(windows) // 2].set_xlabel("spatial frequency (1: Nyquist; dotted: low | high)")
-        panels[-1].legend(loc="lower right")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
         names = {"low": "error, low", "high": "error, high"} | CHECKS
         shown = {k: v for k, v in names.items() if all(r[k] is not None for r in rows)}
         shown = {k: v for k, v in shown.items() if k in ("low", "high", "word", "shape", "texture")}
         for axes, (name, title) in zip(below.subplots(1, len(shown)), shown.items(), strict=True):
             for shift, stage in enumerate(STAGES):
-                found = [bootstrap([r[name] for r in of(rows, stage, span)]) for span in windows]
-                x = np.arange(len(windows)) + (shift - 1) * 0.15
+                found = [bootstrap([r[name] for r in of(rows, stage, span)]) for span in everywhere]
+                x = np.arange(len(everywhere)) + (shift - 1) * 0.2
                 means = np.array([i.mean for i in found])
                 ends = np.abs(np.array([[i.low for i in found], [i.high for i in found]]) - means)
-                style = {"color": COLOURS[stage], "marker": "osD"[shift], "capsize": 1.5, "markersize": 3}
-                axes.errorbar(x, means, ends, linewidth=0.8, **style)
-                for span, i in zip(windows, found, strict=True):
+                style = {"color": COLOURS[stage], "marker": "osD"[shift], "capsize": 1, "markersize": 2.5}
+                axes.errorbar(x, means, ends, linestyle="none", elinewidth=0.8, **style)
+                for span, i in zip(everywhere, found, strict=True):
                     data.append({"part": name, "stage": stage, "first": span[0], "last": span[1]}
                                 | {"value": i.mean, "interval_low": i.low, "interval_high": i.high})  # fmt: skip
-            axes.set_xticks(range(len(windows)), [f"{a}-{b - 1}" for a, b in windows], rotation=60)
+            axes.set_xticks(range(len(everywhere)), [told(span) for span in everywhere], rotation=90)
             axes.set_title(title if name in ("low", "high") else f"{title}, share")
             if name in ("low", "high"):
                 axes.set_yscale("log")
@@ -160,7 +163,7 @@ def draw_spectra(rows: list[dict], windows: list[tuple[int, int]], path: Path) -
         plots.save(figure, path, data)
 
 
-def draw_pictures(folder: Path, windows: list[tuple[int, int]], rows: list[dict], path: Path) -> bool:
+def draw_pictures(folder: Path, windows: list[tuple[int, int]], path: Path) -> bool:
     """The kept prompt with each stage frozen, and the difference to the uncached picture, four times."""
     first, last = windows[0][0], windows[0][0]
     reference = folder / f"none-{first}-{last}.png"
@@ -184,7 +187,7 @@ def draw_pictures(folder: Path, windows: list[tuple[int, int]], rows: list[dict]
                 grid[2 * y + 1, x].imshow(np.clip(np.abs(picture - uncached) * 4, 0, 255).astype(np.uint8))
                 data.append({"stage": stage, "first": a, "last": b, "picture": name})
                 if y == 0:
-                    grid[0, x].set_title(f"{a} to {b - 1}")
+                    grid[0, x].set_title(told((a, b)))
             grid[2 * y, 1].set_ylabel(f"{stage}\nfrozen", color=COLOURS[stage], fontweight="bold")
             grid[2 * y + 1, 1].set_ylabel("difference\n×4")
         plots.save(figure, path, data)
@@ -199,21 +202,21 @@ def leaning(rows: list[dict], stage: str, span: tuple[int, int]) -> dict[str, fl
     return {r["id"]: float(np.log2((r["high"] + 1e-9) / (r["low"] + 1e-9))) for r in of(rows, stage, span)}
 
 
-def answer(rows: list[dict], all_spans: list[tuple[int, int]], windows: list[tuple[int, int]], source: str) -> str:
+def answer(rows: list[dict], everywhere: list[tuple[int, int]], source: str) -> str:
     """Does L1 stand for structure and L2 for detail? In words, from the numbers."""
     lines = [f"Source: {source}, {len({r['id'] for r in rows})} prompts.", ""]
     heads = ("frozen", "steps", "PSNR dB", "low error", "high error", "log2 high/low", *CHECKS.values())
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for span in all_spans:
+    for span in everywhere:
         for stage in STAGES:
             mine = of(rows, stage, span)
-            cells = [stage, f"{span[0]} to {span[1] - 1}", _mean(mine, "psnr", ".1f")]
+            cells = [stage, told(span), _mean(mine, "psnr", ".1f")]
             cells += [_mean(mine, "low", ".5f"), _mean(mine, "high", ".4f")]
             cells += [f"{fmean(leaning(rows, stage, span).values()):+.2f}"]
             cells += [_mean(mine, name, ".2f") for name in CHECKS]
             lines.append(f"| {' | '.join(cells)} |")
     verdicts = []
-    for span in windows:
+    for span in everywhere:
         structure, detail = leaning(rows, "structure", span), leaning(rows, "detail", span)
         found = bootstrap([structure[i] - detail[i] for i in structure if i in detail])
         verdicts.append((span, found, _gap(rows, span, "psnr")))
@@ -221,27 +224,35 @@ def answer(rows: list[dict], all_spans: list[tuple[int, int]], windows: list[tup
     against = [span for span, found, _ in verdicts if found.low > 0]
     lines += ["", "If structure were L1's and detail L2's, freezing L1 would hurt low frequencies relatively more "
               "than freezing L2 does: a negative difference of log2(high/low), structure less detail.", ""]  # fmt: skip
-    for (a, b), found, gap in verdicts:
+    for span, found, gap in verdicts:
         said = "as claimed" if found.high < 0 else "the reverse" if found.low > 0 else "no difference shown"
         lines.append(
-            f"- steps {a} to {b - 1}: {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {said}; freezing "
+            f"- steps {told(span)}: {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {said}; freezing "
             f"structure costs {abs(gap):.1f} dB {'more' if gap < 0 else 'less'} than freezing detail"
         )
-    lines += ["", _conclusion(len(supported), len(against), len(windows), [gap for *_, gap in verdicts])]
+    lines += ["", _conclusion(len(supported), len(against), [gap for *_, gap in verdicts])]
+    whole = fmean(_gap(rows, span, "psnr", "both", "detail") for span in everywhere)
+    lines.append(
+        f"Freezing both stages together is {abs(whole):.1f} dB {'better' if whole > 0 else 'worse'} than freezing "
+        "detail alone. The stages differ in size, so the slopes of the spectra say more than their heights."
+    )
     return "\n".join(lines)
 
 
-def _conclusion(supported: int, against: int, windows: int, gaps: list[float]) -> str:
-    if supported == windows:
-        verdict = "The claim holds in every window"
+def _conclusion(supported: int, against: int, gaps: list[float]) -> str:
+    count = len(gaps)
+    if supported == count:
+        verdict = "The claim holds in every span"
     elif supported > against:
-        verdict = f"The claim holds in {supported} of {windows} windows and is contradicted in {against}"
+        verdict = f"The claim holds in {supported} of {count} spans and is contradicted in {against}"
     elif against > supported:
-        verdict = f"The claim does not hold: {against} of {windows} windows show the reverse, {supported} support it"
+        verdict = f"The claim does not hold here: {against} of {count} spans show the reverse, {supported} support it"
     else:
-        verdict = f"The claim is neither shown nor refuted: {supported} windows for it, {against} against"
+        verdict = (
+            f"The claim is neither shown nor refuted: {supported} of {count} spans for it, as many against"
+        )
     dearer = sum(gap < 0 for gap in gaps)
-    return f"{verdict}. Freezing structure costs more PSNR than freezing detail in {dearer} of {windows} windows."
+    return f"{verdict}. Freezing structure costs more PSNR than freezing detail in {dearer} of {count} spans."
 
 
 def _mean(rows: list[dict], name: str, form: str) -> str:
@@ -249,10 +260,12 @@ def _mean(rows: list[dict], name: str, form: str) -> str:
     return format(fmean(values), form) if values else "-"
 
 
-def _gap(rows: list[dict], span: tuple[int, int], name: str) -> float:
-    """Mean over prompts of structure's value less detail's."""
-    detail = {r["id"]: r[name] for r in of(rows, "detail", span)}
-    pairs = [(r[name], detail.get(r["id"])) for r in of(rows, "structure", span)]
+def _gap(
+    rows: list[dict], span: tuple[int, int], name: str, one: str = "structure", other: str = "detail"
+) -> float:
+    """Mean over prompts of the value with stage `one` frozen less that with stage `other` frozen."""
+    others = {r["id"]: r[name] for r in of(rows, other, span)}
+    pairs = [(r[name], others.get(r["id"])) for r in of(rows, one, span)]
     found = [a - b for a, b in pairs if a is not None and b is not None]
     return fmean(found) if found else 0.0
 
@@ -261,7 +274,9 @@ def read(folder: Path) -> Saved:
     paths = [p for p in (folder / "records.jsonl", folder / "records.jsonl.gz") if p.is_file()]
     if not paths:
         raise FileNotFoundError(f"{folder} holds no records.jsonl or records.jsonl.gz")
-    return read_saved(paths[:1], NEEDS, same={"steps": lambda row: row["steps"]}, unique=("id", "stage", "first", "last"))
+    return read_saved(
+        paths[:1], NEEDS, same={"steps": lambda row: row["steps"]}, unique=("id", "stage", "first", "last")
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -270,17 +285,16 @@ def main(argv: list[str] | None = None) -> int:
         folder = run(args) if args.run else args.records
         saved = read(folder)
         frozen = [r for r in saved.rows if r["stage"] in STAGES and len(r["spectrum"]) == BANDS]
-        found = sorted({(r["first"], r["last"]) for r in frozen}, key=lambda s: (s[1] == frozen[0]["steps"], s))
+        found = {(r["first"], r["last"]) for r in frozen}
         steps = frozen[0]["steps"] if frozen else 0
         everywhere = [s for s in spans(steps) if s in found and all(of(frozen, stage, s) for stage in STAGES)]
-        windows = everywhere[: sum(s in everywhere for s in spans(steps)[:5])]
-        if not windows:
-            raise ValueError(f"{folder} has no window in which every stage was frozen")
-        draw_spectra(frozen, windows, args.out / "separation")
-        shown = draw_pictures(folder / "pictures", windows, frozen, args.out / "separation_pictures")
+        if not everywhere:
+            raise ValueError(f"{folder} has no span in which every stage was frozen")
+        draw_spectra(frozen, everywhere, args.out / "separation")
+        shown = draw_pictures(folder / "pictures", everywhere, args.out / "separation_pictures")
         if not shown:
             print(f"no picture grid: {folder}/pictures is not complete", file=sys.stderr)
-        plots.write_words(args.out / "separation.md", answer(frozen, everywhere, windows, source_of(folder)))
+        plots.write_words(args.out / "separation.md", answer(frozen, everywhere, source_of(folder)))
         return saved.exit_code()
     except (ValueError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -183,7 +183,9 @@ def draw(lines: list[dict], presets: dict[tuple, str], path: Path) -> None:
 def _cell(axes, x: int, y: int, value: float, middle: float, form: str) -> None:
     """The value in its cell; hatched where nothing was measured."""
     if np.isnan(value):
-        axes.fill_between([x, x + 1], y, y + 1, facecolor="none", edgecolor="#aaaaaa", hatch="////", linewidth=0)
+        axes.fill_between(
+            [x, x + 1], y, y + 1, facecolor="none", edgecolor="#aaaaaa", hatch="////", linewidth=0
+        )
     else:
         ink = "white" if value < middle else "black"
         axes.text(x + 0.5, y + 0.46, format(value, form), ha="center", va="center", fontsize=6, color=ink)

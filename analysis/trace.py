@@ -34,7 +34,9 @@ OUTCOMES = {"H": ("hit", "#009E73", "x"), "F": ("forced hit", "#56B4E9", "|"), "
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "trace")
-    parser.add_argument("--records", type=Path, default=SHIPPED, help="rows.jsonl or records.jsonl with traces")
+    parser.add_argument(
+        "--records", type=Path, default=SHIPPED, help="rows.jsonl or records.jsonl with traces"
+    )
     parser.add_argument("--method", default="h2cache", help="default: %(default)s")
     parser.add_argument("--label", help="contestant of an experiment (default: the first of the method)")
     parser.add_argument("--id", help="request that is drawn alone (default: the first)")
@@ -50,7 +52,12 @@ def run(args: argparse.Namespace) -> Path:
     config = H2Config(tau1=args.tau1, tau2=args.tau2)
     for prompt in trial.prompts:
         trace = keep.compact(trial.draw(prompt, config).trace)
-        rows[prompt.id] = {"key": prompt.id, "id": prompt.id, "method": "h2cache", "config": keep.settings_of(config)}
+        rows[prompt.id] = {
+            "key": prompt.id,
+            "id": prompt.id,
+            "method": "h2cache",
+            "config": keep.settings_of(config),
+        }
         rows[prompt.id]["trace"] = trace
     keep.write_records(args.out / "rows.jsonl", rows)
     write_about(args.out, "trace", args)
@@ -64,7 +71,9 @@ def read(path: Path, method: str, label: str | None) -> tuple[Saved, str]:
     for row in saved.rows:
         if row["method"] != method or (label is not None and row.get("label") != label):
             continue
-        trace = row["trace"] if not row["trace"] or "outcomes" in row["trace"][0] else _compacted(row["trace"])
+        trace = (
+            row["trace"] if not row["trace"] or "outcomes" in row["trace"][0] else _compacted(row["trace"])
+        )
         wrong = trace is None or not all(_whole(line) for line in trace)
         if wrong or not trace:
             saved.complaints.append(f"{path}: the trace of {row['id']} ({method}) is empty or broken")
@@ -122,21 +131,26 @@ def draw_one(row: dict, path: Path) -> None:
             measures, outcomes = np.array(line["measures"], float), np.array(list(line["outcomes"]))
             steps, counts = np.arange(len(outcomes)), Counter(line["outcomes"])
             seen = np.isfinite(measures)
-            lowest = np.nanmin(measures) if seen.any() else 1.0
             axes.plot(steps[seen], measures[seen], color="#777777", linewidth=0.7, zorder=1)
             limit = thresholds_of(line)
             if np.isfinite(limit).any():
                 axes.plot(steps, limit, "--", color="black", linewidth=0.9, label="threshold")
             for code, (name, colour, marker) in OUTCOMES.items():
                 mine = outcomes == code
-                height = np.where(seen, measures, lowest * 0.6)  # without a measure: at the foot
+                style = {"color": colour, "markersize": 5 if marker == "|" else 3.5}
+                axes.plot(steps[mine & seen], measures[mine & seen], marker, **style)
+                foot = axes.get_xaxis_transform()  # without a measure: at the foot
+                axes.plot(
+                    steps[mine & ~seen], 0.04 + 0 * steps[mine & ~seen], marker, transform=foot, **style
+                )
                 if mine.any():
-                    axes.plot(steps[mine], height[mine], marker, color=colour, label=f"{name} ({counts[code]})",
-                              markersize=5 if marker == "|" else 3.5)  # fmt: skip
+                    axes.plot([], [], marker, label=f"{name} ({counts[code]})", **style)
             data += [{"stage": stage, "step": int(s), "measure": float(m) if np.isfinite(m) else "",
                       "threshold": float(t) if np.isfinite(t) else "", "outcome": OUTCOMES[o][0]}
                      for s, m, t, o in zip(steps, measures, limit, outcomes, strict=True)]  # fmt: skip
-            axes.set(xlabel="step", ylabel="relative change", yscale="log" if seen.any() else "linear")
+            axes.set(xlabel="step", ylabel="relative change")
+            if seen.any():
+                plots.logarithmic(axes.yaxis)
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
             plots.letter(axes, f"{'abcd'[n % 4]}  {stage}")
         plots.save(figure, path, data)
@@ -157,22 +171,29 @@ def draw_all(rows: list[dict], path: Path) -> None:
             above, below = grid[:, n]
             if seen.any():
                 colour = (plots.STRUCTURE, plots.DETAIL)[n % 2]
-                above.fill_between(steps[seen], bands[0], bands[4], color=colour, alpha=0.2, linewidth=0, label="90 %")
-                above.fill_between(steps[seen], bands[1], bands[3], color=colour, alpha=0.4, linewidth=0, label="50 %")
+                above.fill_between(
+                    steps[seen], bands[0], bands[4], color=colour, alpha=0.2, linewidth=0, label="90 %"
+                )
+                above.fill_between(
+                    steps[seen], bands[1], bands[3], color=colour, alpha=0.4, linewidth=0, label="50 %"
+                )
                 above.plot(steps[seen], bands[2], color=colour, label="median of those compared")
-                above.set_yscale("log")
+                plots.logarithmic(above.yaxis)
             limit = thresholds_of(lines[0])
             if np.isfinite(limit).any():
                 above.plot(steps, limit, "--", color="black", linewidth=0.9, label="threshold")
             above.set_ylabel("relative change")
-            above.legend(loc="best")
+            above.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
             plots.letter(above, f"{'abcd'[n % 4]}  {stage}, {len(lines)} requests")
             floor = np.zeros(len(steps))
             for code, (name, colour, _) in OUTCOMES.items():
                 share = (outcomes == code).mean(0)
                 below.bar(steps, share, bottom=floor, width=1.0, color=colour, label=name, linewidth=0)
                 floor += share
-                data += [{"stage": stage, "step": int(s), "part": name, "value": float(v)} for s, v in enumerate(share)]
+                data += [
+                    {"stage": stage, "step": int(s), "part": name, "value": float(v)}
+                    for s, v in enumerate(share)
+                ]
             below.set(xlabel="step", ylabel="share", ylim=(0, 1), xlim=(-0.5, len(steps) - 0.5))
             for name, values in zip(("5 %", "25 %", "50 %", "75 %", "95 %"), bands, strict=True):
                 data += [{"stage": stage, "step": int(s), "part": f"measure {name}", "value": float(v)}
@@ -186,7 +207,9 @@ def answer(rows: list[dict], label: str, source: str) -> str:
     lines = [f"Source: {source}; {label}, {len(rows)} requests.", "",
              "| stage | steps | hits | forced | misses | hits in the first, second, last third |", "|---" * 6 + "|"]  # fmt: skip
     for stage in stage_lines(rows[0]):
-        outcomes = np.array([list(stage_lines(row)[stage]["outcomes"]) for row in rows if stage in stage_lines(row)])
+        outcomes = np.array(
+            [list(stage_lines(row)[stage]["outcomes"]) for row in rows if stage in stage_lines(row)]
+        )
         steps = outcomes.shape[1]
         means = [(outcomes == code).sum(1).mean() for code in OUTCOMES]
         thirds = [(part != "M").mean() for part in np.array_split(outcomes, 3, axis=1)]
