@@ -151,6 +151,8 @@ def draw_one(row: dict, path: Path) -> None:
             axes.set(xlabel="step", ylabel="relative change")
             if seen.any():
                 plots.logarithmic(axes.yaxis)
+                low, high = axes.get_ylim()
+                axes.set_ylim(low * (low / high) ** 0.15, high)  # room at the foot
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
             plots.letter(axes, f"{'abcd'[n % 4]}  {stage}")
         plots.save(figure, path, data)
@@ -172,10 +174,10 @@ def draw_all(rows: list[dict], path: Path) -> None:
             if seen.any():
                 colour = (plots.STRUCTURE, plots.DETAIL)[n % 2]
                 above.fill_between(
-                    steps[seen], bands[0], bands[4], color=colour, alpha=0.2, linewidth=0, label="90 %"
+                    steps[seen], bands[0], bands[4], color=colour, alpha=0.2, linewidth=0, label="nine tenths"
                 )
                 above.fill_between(
-                    steps[seen], bands[1], bands[3], color=colour, alpha=0.4, linewidth=0, label="50 %"
+                    steps[seen], bands[1], bands[3], color=colour, alpha=0.4, linewidth=0, label="half"
                 )
                 above.plot(steps[seen], bands[2], color=colour, label="median of those compared")
                 plots.logarithmic(above.yaxis)
@@ -183,7 +185,6 @@ def draw_all(rows: list[dict], path: Path) -> None:
             if np.isfinite(limit).any():
                 above.plot(steps, limit, "--", color="black", linewidth=0.9, label="threshold")
             above.set_ylabel("relative change")
-            above.legend(loc="best", frameon=True, framealpha=0.9, edgecolor="none")
             plots.letter(above, f"{'abcd'[n % 4]}  {stage}, {len(lines)} requests")
             floor = np.zeros(len(steps))
             for code, (name, colour, _) in OUTCOMES.items():
@@ -198,7 +199,9 @@ def draw_all(rows: list[dict], path: Path) -> None:
             for name, values in zip(("5 %", "25 %", "50 %", "75 %", "95 %"), bands, strict=True):
                 data += [{"stage": stage, "step": int(s), "part": f"measure {name}", "value": float(v)}
                          for s, v in zip(steps[seen], values, strict=True)]  # fmt: skip
-        figure.legend(*grid[1, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        marks = [axes.get_legend_handles_labels() for axes in grid[:, 0]]
+        handles, labels = (sum(parts, []) for parts in zip(*marks, strict=True))
+        figure.legend(handles, labels, loc="outside lower center", ncols=4)
         plots.save(figure, path, data)
 
 
