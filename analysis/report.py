@@ -31,7 +31,7 @@ from analysis.trials import parser_of, source_of
 SHIPPED = Path("assets/results/tiny_flux_report")
 PAGE = Path(__file__).with_name("report.html")
 LEVELS = (  # tried in turn until the page is small enough: WebP options, longest side, what the page says
-    ({"lossless": True, "method": 2}, None, "Pictures are as they were drawn."),
+    ({"lossless": True, "method": 2}, None, "Pictures are as the folder has them."),
     ({"quality": 90}, None, "Pictures are compressed (WebP, quality 90)."),
     ({"quality": 75}, 512, "Pictures are compressed (WebP, quality 75) and at most 512 pixels wide."),
     ({"quality": 60}, 256, "Pictures are compressed (WebP, quality 60) and at most 256 pixels wide."),
@@ -117,7 +117,9 @@ def table(rows: list[dict]) -> str:
     cells = []
     for label in dict.fromkeys(row["label"] for row in rows):
         mine = [row for row in rows if row["label"] == label]
-        cost = pareto.points([*mine, *(r for r in rows if r["method"] == "none" and label != "none")], "ssim")[0]
+        cost = pareto.points(
+            [*mine, *(r for r in rows if r["method"] == "none" and label != "none")], "ssim"
+        )[0]
         worst = min((r["psnr"] for r in mine if r["psnr"] is not None), default=None)
         line = [(label, label), (len(mine), str(len(mine)))]
         line += [(cost["blocks_ratio"], f"{cost['blocks_ratio']:.2f}x fewer")]
@@ -185,7 +187,9 @@ def told(row: dict) -> str:
     return ", ".join([*parts, f"{row['blocks_run']} blocks", f"{row['seconds']:.2f} s"])
 
 
-def page(rows: list[dict], images: dict[str, str], quality: str, figures: str, source: str, problems: list[str]) -> str:
+def page(
+    rows: list[dict], images: dict[str, str], quality: str, figures: str, source: str, problems: list[str]
+) -> str:
     """The whole page."""
     by_id: dict[str, dict[str, dict]] = {}
     for row in rows:

@@ -87,7 +87,9 @@ def draw(rows: list[dict], path: Path) -> None:
 def _stage(axes, row: dict, x: float, forced: bool) -> None:
     """One stage: head, check, and the two ways on."""
     letter, last = row["letter"], row["blocks"] - 1
-    frame = FancyBboxPatch((x, 0.45), 6.2, 5.4, boxstyle="round,pad=0.02,rounding_size=0.15", fc=PALE, ec="#bbbbbb")
+    frame = FancyBboxPatch(
+        (x, 0.45), 6.2, 5.4, boxstyle="round,pad=0.02,rounding_size=0.15", fc=PALE, ec="#bbbbbb"
+    )
     axes.add_patch(frame)
     axes.text(x + 0.2, 5.5, f"{row['stage']} stage", fontweight="bold", va="center")
     axes.text(x + 6.0, 5.5, f"{row['blocks']} blocks", fontsize=7, va="center", ha="right")
@@ -95,7 +97,16 @@ def _stage(axes, row: dict, x: float, forced: bool) -> None:
     _box(axes, x + 0.2, 2.25, 1.55, 0.95, f"PFS: means of\n{row['window']}×{row['window']} windows", "white")
     _box(axes, x + 2.2, 1.55, 2.1, 1.3, f"relative change\nsince the last miss\n< {row['threshold']}"
          f" ({row['default']:g}) ?", "white")  # fmt: skip
-    _box(axes, x + 2.2, 4.45, 2.1, 0.75, f"run {letter}1 ... {letter}{last},\nstore their residual", "white", MISS)
+    _box(
+        axes,
+        x + 2.2,
+        4.45,
+        2.1,
+        0.75,
+        f"run {letter}1 ... {letter}{last},\nstore their residual",
+        "white",
+        MISS,
+    )
     _box(axes, x + 2.2, 3.3, 2.1, 0.75, "add the stored\nresidual instead", "white", HIT)
     _arrow(axes, (x + 0.97, 3.75), (x + 0.97, 3.2))
     axes.text(x + 1.06, 3.47, f"residual of\n{row['tokens']}", fontsize=5.5, va="center")
@@ -115,7 +126,9 @@ def _stage(axes, row: dict, x: float, forced: bool) -> None:
         _arrow(axes, (x + 6.25, 4.2), (x + 7.1, 4.2))
 
 
-def _box(axes, x: float, y: float, width: float, height: float, text: str, fill: str, edge: str = "black") -> None:
+def _box(
+    axes, x: float, y: float, width: float, height: float, text: str, fill: str, edge: str = "black"
+) -> None:
     style = "round,pad=0.02,rounding_size=0.08"
     axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, fc=fill, ec=edge, linewidth=1))
     axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=6)

@@ -121,7 +121,7 @@ def draw_spectra(rows: list[dict], everywhere: list[tuple[int, int]], path: Path
     data, frequency = [], (np.arange(BANDS) + 0.5) / BANDS
     with plots.figure(plots.PAGE, 4.1) as figure:
         above, below = figure.subfigures(2, 1, height_ratios=(1.05, 1))
-        panels = above.subplots(1, len(windows), sharex=True, sharey=True)
+        panels = above.subplots(1, len(windows), sharex=True, sharey=True, squeeze=False)[0]
         for axes, span in zip(panels, windows, strict=True):
             for stage in STAGES:
                 spectra = np.array([r["spectrum"] for r in of(rows, stage, span)])
@@ -143,7 +143,9 @@ def draw_spectra(rows: list[dict], everywhere: list[tuple[int, int]], path: Path
         names = {"low": "error, low", "high": "error, high"} | CHECKS
         shown = {k: v for k, v in names.items() if all(r[k] is not None for r in rows)}
         shown = {k: v for k, v in shown.items() if k in ("low", "high", "word", "shape", "texture")}
-        for axes, (name, title) in zip(below.subplots(1, len(shown)), shown.items(), strict=True):
+        for axes, (name, title) in zip(
+            below.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
+        ):
             for shift, stage in enumerate(STAGES):
                 found = [bootstrap([r[name] for r in of(rows, stage, span)]) for span in everywhere]
                 x = np.arange(len(everywhere)) + (shift - 1) * 0.2

@@ -168,10 +168,11 @@ def draw_all(rows: list[dict], path: Path) -> None:
             measures = np.array([line["measures"] for line in lines], float)
             outcomes = np.array([list(line["outcomes"]) for line in lines])
             steps = np.arange(measures.shape[1])
-            seen = np.isfinite(measures).sum(0) >= 3  # fewer have no band
-            bands = np.nanpercentile(measures[:, seen], (5, 25, 50, 75, 95), axis=0)
+            seen = np.isfinite(measures).sum(0) >= min(3, len(lines))  # of fewer there is no band
+            bands = np.zeros((5, 0))
             above, below = grid[:, n]
             if seen.any():
+                bands = np.nanpercentile(measures[:, seen], (5, 25, 50, 75, 95), axis=0)
                 colour = (plots.STRUCTURE, plots.DETAIL)[n % 2]
                 above.fill_between(
                     steps[seen], bands[0], bands[4], color=colour, alpha=0.2, linewidth=0, label="nine tenths"
@@ -215,7 +216,7 @@ def answer(rows: list[dict], label: str, source: str) -> str:
         )
         steps = outcomes.shape[1]
         means = [(outcomes == code).sum(1).mean() for code in OUTCOMES]
-        thirds = [(part != "M").mean() for part in np.array_split(outcomes, 3, axis=1)]
+        thirds = [(part != "M").mean() for part in np.array_split(outcomes, min(3, steps), axis=1)]
         cells = [stage, str(steps), *(f"{m:.1f}" for m in means), ", ".join(f"{t:.0%}" for t in thirds)]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
