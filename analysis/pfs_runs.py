@@ -1,7 +1,7 @@
 """The measurements behind `analysis.pfs`: what a check costs, how steady it is, what it decides.
 
-Each writes one `.jsonl` of its own into a folder. The cost is measured on tensors of FLUX.1-dev's real shapes,
-the rest on a model that draws.
+Each writes one `.jsonl` of its own into a folder. The cost is measured on tensors of FLUX.1-dev's real
+shapes, the rest on a model that draws.
 """
 
 from __future__ import annotations
@@ -122,7 +122,7 @@ def _change(old: Tensor, new: Tensor) -> float:
 
 
 def residuals(trial: Trial, prompt: Prompt) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
-    """By stage, for every step of an uncached run: the clean residual (1, tokens, C), and those under noise."""
+    """By stage, for every step of an uncached run: the residual (1, tokens, C), and those under noise."""
     transformer = trial.pipeline.transformer
     calls, clean, noisy = [], {}, {}
     hook = transformer.register_forward_pre_hook(
@@ -140,10 +140,10 @@ def residuals(trial: Trial, prompt: Prompt) -> tuple[dict[str, list[Tensor]], di
                 latents = kwargs["hidden_states"].repeat(copies, 1, 1)
                 sizes = torch.tensor(NOISES).repeat_interleave(DRAWS).view(-1, 1, 1) * latents[0].std().cpu()
                 noise = torch.randn(latents.shape, generator=generator) * sizes
-                many = {
-                    k: v.repeat(copies, *[1] * (v.ndim - 1)) if torch.is_tensor(v) and not k.endswith("_ids") else v
-                    for k, v in kwargs.items()
-                }  # fmt: skip
+                many = dict(kwargs)
+                for name, value in kwargs.items():
+                    if torch.is_tensor(value) and not name.endswith("_ids"):
+                        many[name] = value.repeat(copies, *[1] * (value.ndim - 1))
                 many["hidden_states"] = latents + noise.to(latents)
                 with transformer.cache_context("noisy"):
                     transformer(**many)

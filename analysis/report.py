@@ -4,9 +4,9 @@
     python -m analysis.report --folder outputs/experiment    # of a run of `python -m analysis.experiment`
     python -m analysis.report --run --limit 12 --methods h2cache block_cache
 
-The slider goes from the uncached to the cached picture; prompts can be put in order of lowest PSNR or of fewest
-words read. Pictures are kept without loss where the page stays under --megabytes, else compressed, else
-made smaller; the page says which.
+The slider goes from the uncached to the cached picture; prompts can be put in order of lowest PSNR or of
+fewest words read. Pictures are kept without loss where the page stays under --megabytes, else
+compressed, else made smaller; the page says which.
 
 Writes report.html, and the figures in it as in `analysis.pareto` and `analysis.trace`.
 """
@@ -173,7 +173,8 @@ def card(place: int, row: dict) -> str:
     name, text = html.escape(row["id"], quote=True), html.escape(str(row.get("prompt") or ""))
     return (
         f'<article class="card" data-id="{name}" data-place="{place}"><h3>{name}</h3><div class="pair">'
-        '<img class="uncached" alt="" hidden><img class="cached" alt="" hidden><div class="line" hidden></div>'
+        '<img class="uncached" alt="" hidden><img class="cached" alt="" hidden>'
+        '<div class="line" hidden></div>'
         f'<div class="none"></div></div><input type="range" min="0" max="100" value="50" aria-label="{name}: '
         f'percent uncached"><p>{text}</p><p class="numbers"></p></article>'
     )

@@ -43,8 +43,8 @@ def read_saved(
     """The rows of some `.jsonl` or `.jsonl.gz` files.
 
     needs: field and type (or types) of what every row must have. same: what is equal in all rows of one
-    run, as a name and how to get it from a row. unique: fields that together name a row. Raises OSError for a file that cannot be opened and
-    ValueError when no row is left.
+    run, as a name and how to get it from a row. unique: fields that together
+    name a row. Raises OSError for a file that cannot be opened and ValueError when no row is left.
     """
     saved, places, seen = Saved(), [], {}
     for path in paths:

@@ -116,7 +116,7 @@ def of(rows: list[dict], stage: str, span: tuple[int, int]) -> list[dict]:
 
 
 def draw_spectra(rows: list[dict], everywhere: list[tuple[int, int]], path: Path) -> None:
-    """Above: relative error by frequency, frozen early, in the middle, late, and to the end. Below: all spans."""
+    """Above: relative error by frequency, in a choice of spans. Below: errors and checks in all of them."""
     windows = everywhere[:5:2] + everywhere[5::2]
     data, frequency = [], (np.arange(BANDS) + 0.5) / BANDS
     with plots.figure(plots.PAGE, 4.1) as figure:
@@ -155,7 +155,7 @@ def draw_spectra(rows: list[dict], everywhere: list[tuple[int, int]], path: Path
                 axes.errorbar(x, means, ends, linestyle="none", elinewidth=0.8, **style)
                 for span, i in zip(everywhere, found, strict=True):
                     data.append({"part": name, "stage": stage, "first": span[0], "last": span[1]}
-                                | {"value": i.mean, "interval_low": i.low, "interval_high": i.high})  # fmt: skip
+                                | {"value": i.mean, "low": i.low, "high": i.high})  # fmt: skip
             axes.set_xticks(range(len(everywhere)), [told(span) for span in everywhere], rotation=90)
             axes.set_title(title if name in ("low", "high") else f"{title}, share")
             if name in ("low", "high"):
@@ -224,19 +224,25 @@ def answer(rows: list[dict], everywhere: list[tuple[int, int]], source: str) -> 
         verdicts.append((span, found, _gap(rows, span, "psnr")))
     supported = [span for span, found, _ in verdicts if found.high < 0]
     against = [span for span, found, _ in verdicts if found.low > 0]
-    lines += ["", "If structure were L1's and detail L2's, freezing L1 would hurt low frequencies relatively more "
-              "than freezing L2 does: a negative difference of log2(high/low), structure less detail.", ""]  # fmt: skip
+    lines += [
+        "",
+        "If structure were L1's and detail L2's, freezing L1 would hurt low frequencies relatively "
+        "more than freezing L2 does:",
+        "a negative difference of log2(high/low), structure less detail.",
+        "",
+    ]
     for span, found, gap in verdicts:
         said = "as claimed" if found.high < 0 else "the reverse" if found.low > 0 else "no difference shown"
         lines.append(
-            f"- steps {told(span)}: {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {said}; freezing "
-            f"structure costs {abs(gap):.1f} dB {'more' if gap < 0 else 'less'} than freezing detail"
+            f"- steps {told(span)}: {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {said}; "
+            f"freezing structure costs {abs(gap):.1f} dB {'more' if gap < 0 else 'less'} than freezing detail"
         )
     lines += ["", _conclusion(len(supported), len(against), [gap for *_, gap in verdicts])]
     whole = fmean(_gap(rows, span, "psnr", "both", "detail") for span in everywhere)
     lines.append(
-        f"Freezing both stages together is {abs(whole):.1f} dB {'better' if whole > 0 else 'worse'} than freezing "
-        "detail alone. The stages differ in size, so the slopes of the spectra say more than their heights."
+        f"Freezing both stages together is {abs(whole):.1f} dB {'better' if whole > 0 else 'worse'} than "
+        "freezing detail alone.\nThe stages differ in size: the slopes of the spectra say more than their "
+        "heights."
     )
     return "\n".join(lines)
 
@@ -248,7 +254,9 @@ def _conclusion(supported: int, against: int, gaps: list[float]) -> str:
     elif supported > against:
         verdict = f"The claim holds in {supported} of {count} spans and is contradicted in {against}"
     elif against > supported:
-        verdict = f"The claim does not hold here: {against} of {count} spans show the reverse, {supported} support it"
+        verdict = (
+            f"The claim does not hold here: {against} of {count} spans show the reverse, {supported} hold"
+        )
     else:
         verdict = (
             f"The claim is neither shown nor refuted: {supported} of {count} spans for it, as many against"

@@ -38,7 +38,7 @@ def error_spectrum(image: Image.Image, uncached: Image.Image) -> np.ndarray:
 
 
 def low_and_high(image: Image.Image, uncached: Image.Image) -> dict[str, float]:
-    """The error below and above LOW, both relative to the picture's own power there, and their absolute powers."""
+    """The error below and above LOW, relative to the picture's own power there; share of the low part."""
     difference, own = power(grey(image) - grey(uncached)), power(grey(uncached))
     cut = round(LOW * BANDS)
     return {

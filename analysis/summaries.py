@@ -1,4 +1,4 @@
-"""Other summaries than the paper's, for comparison: H2-Cache with any of them, and a probe that only looks."""
+"""Other summaries than the paper's: H2-Cache with any of them, and a probe that only looks."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def front(lines: list[dict], quality: str = "psnr") -> list[dict]:
 
 
 def axes_of(lines: list[dict]) -> tuple[list[float], list[float]]:
-    """The thresholds that make up the grid: those measured with at least half as many partners as the most."""
+    """The thresholds that make up the grid: those with at least half as many partners as the most."""
     found = []
     for name in ("tau1", "tau2"):
         counts = Counter(line["config"][name] for line in lines)
@@ -210,8 +210,8 @@ def _flat(line: dict, best: set, presets: dict) -> dict:
 def answer(lines: list[dict], presets: dict[tuple, str], source: str) -> str:
     """What the plane says, in words."""
     rows, columns = axes_of(lines)
-    words = [f"Source: {source}; {len(lines)} pairs, {lines[0]['prompts']} prompts.", "", "Pairs that no other "
-             "beats in both blocks and PSNR:", ""]  # fmt: skip
+    words = [f"Source: {source}; {len(lines)} pairs, {lines[0]['prompts']} prompts.", "", "Pairs that no "
+             "other beats in both blocks and PSNR:", ""]  # fmt: skip
     heads = ("tau1", "tau2", "blocks", "time", "PSNR dB", "worst", "SSIM", "words", "CLIP-IQA", "preset")
     words += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     words += [f"| {' | '.join(_cells(line, presets))} |" for line in front(lines)]
@@ -226,8 +226,8 @@ def answer(lines: list[dict], presets: dict[tuple, str], source: str) -> str:
         best = max(good, key=lambda p: p["blocks"])
         words.append(
             f"- For a mean of {floor:g} dB, structure may be reused up to {_limit('tau1', alone1)} with "
-            f"tau2 = {columns[0]:g}, detail up to {_limit('tau2', alone2)} with tau1 = {rows[0]:g}; the fastest "
-            f"pair is {_pair(best)} with {best['blocks']:.2f}x fewer blocks."
+            f"tau2 = {columns[0]:g}, detail up to {_limit('tau2', alone2)} with tau1 = {rows[0]:g}; the "
+            f"fastest pair is {_pair(best)} with {best['blocks']:.2f}x fewer blocks."
         )
     words += ["", "The best pair depends on the metric:", ""]
     for ratio in RATIOS:
@@ -246,8 +246,8 @@ def answer(lines: list[dict], presets: dict[tuple, str], source: str) -> str:
     paper = next((line for line in lines if pair(line) == PAPER), None)
     if paper and paper["psnr"] is not None:
         better = max((p for p in lines if p["blocks"] >= paper["blocks"]), key=lambda p: p["psnr"] or 0)
-        words += ["", f"The paper's pair for FLUX.1-dev, {_pair(paper)}, gives {paper['blocks']:.2f}x fewer blocks "
-                  f"at {paper['psnr']:.1f} dB here; {_pair(better)} gives {better['blocks']:.2f}x at "
+        words += ["", f"The paper's pair for FLUX.1-dev, {_pair(paper)}, gives {paper['blocks']:.2f}x fewer "
+                  f"blocks at {paper['psnr']:.1f} dB here; {_pair(better)} gives {better['blocks']:.2f}x at "
                   f"{better['psnr']:.1f} dB. Thresholds are a property of the model."]  # fmt: skip
     return "\n".join(words)
 

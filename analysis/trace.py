@@ -5,9 +5,9 @@
     python -m analysis.trace --records outputs/records.jsonl --id sign03   # of run.py
     python -m analysis.trace --run --tau1 0.2 --tau2 0.05 --limit 8
 
-One request (--id, else the first) and all requests together: the median measure with bands that hold half and
-nine tenths of them, and the share of hits at every step. A forced hit has no measure: the structure stage hit,
-so the detail stage did not look; nor has the first step, which has nothing to compare with.
+One request (--id, else the first) and all requests together: the median measure with bands that hold half
+and nine tenths of them, and the share of hits at every step. A forced hit has no measure: the structure stage
+hit, so the detail stage did not look; nor has the first step, which has nothing to compare with.
 
 Writes trace.png/.pdf/.csv, trace_all.png/.pdf/.csv and the counts in trace.md.
 """
@@ -201,7 +201,7 @@ def draw_all(rows: list[dict], path: Path) -> None:
                 data += [{"stage": stage, "step": int(s), "part": f"measure {name}", "value": float(v)}
                          for s, v in zip(steps[seen], values, strict=True)]  # fmt: skip
         marks = [axes.get_legend_handles_labels() for axes in grid[:, 0]]
-        handles, labels = (sum(parts, []) for parts in zip(*marks, strict=True))
+        handles, labels = (a + b for a, b in zip(*marks, strict=True))
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
         plots.save(figure, path, data)
 
@@ -209,7 +209,8 @@ def draw_all(rows: list[dict], path: Path) -> None:
 def answer(rows: list[dict], label: str, source: str) -> str:
     """Where in the run the hits are."""
     lines = [f"Source: {source}; {label}, {len(rows)} requests.", "",
-             "| stage | steps | hits | forced | misses | hits in the first, second, last third |", "|---" * 6 + "|"]  # fmt: skip
+             "| stage | steps | hits | forced | misses | hits in each third of the run |",
+             "|---" * 6 + "|"]  # fmt: skip
     for stage in stage_lines(rows[0]):
         outcomes = np.array(
             [list(stage_lines(row)[stage]["outcomes"]) for row in rows if stage in stage_lines(row)]

@@ -37,8 +37,8 @@ class Browser:
         # The browser reads commands from descriptor 3 and answers on 4.
         command = (
             f'exec 3<&{read} 4>&{write}; exec "{find()}" --headless=new --no-sandbox --disable-gpu '
-            f"--disable-dev-shm-usage --no-first-run --user-data-dir={profile} --window-size={width},{height} "
-            "--remote-debugging-pipe about:blank"
+            f"--disable-dev-shm-usage --no-first-run --user-data-dir={profile} "
+            f"--window-size={width},{height} --remote-debugging-pipe about:blank"
         )
         self.process = subprocess.Popen(
             ["bash", "-c", command],

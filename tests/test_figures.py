@@ -1,5 +1,6 @@
 """The figure scripts: on the shipped records, on broken ones, and with an experiment of their own."""
 
+import contextlib
 import gzip
 import importlib
 import json
@@ -114,13 +115,11 @@ def test_no_damage_gives_more_than_a_complaint(seed, damage, tmp_path_factory):
             changed[rng.randrange(len(changed))] = rng.randrange(256)
         data = bytes(changed)
     path.write_bytes(data)
-    try:
+    with contextlib.suppress(ValueError):  # nothing is left
         saved = read_saved([path], {"id": int, "x": NUMBER}, unique=("id",))
-    except ValueError as error:
-        assert "no usable row" in str(error)
-        return
-    assert saved.rows
-    assert all(str(path) in complaint for complaint in saved.complaints)
+        assert saved.rows
+        assert all(row["x"] == row["id"] / 2 for row in saved.rows) or damage in ("flip", "swap")
+        assert all(str(path) in complaint for complaint in saved.complaints)
 
 
 BROKEN = {  # script: what it reads, and how it is told to
@@ -208,7 +207,7 @@ def test_a_frozen_stage_stands_still_and_nothing_else(tiny):
     assert [ran[n, "structure"] for n in range(6)] == [6] * 6
     assert [ran[n, "detail"] for n in range(6)] == [12, 12, 1, 1, 1, 12]
     for wrong in ({"stage": "all"}, {"first": 0}, {"first": 3, "last": 2}):
-        with pytest.raises(ValueError, match="stage=|first=|last="):
+        with pytest.raises(ValueError, match=r"stage=|first=|last="):
             FreezeConfig(**wrong)
 
 

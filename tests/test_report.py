@@ -68,7 +68,7 @@ def test_the_page_works_by_keyboard_and_asks_nobody(page, tmp_path):
         assert browser.evaluate(cut) == "0%"
         clip = "getComputedStyle(document.activeElement.closest('.card').querySelector('.cached')).clipPath"
         assert browser.evaluate(clip).startswith("inset(0px")
-        drawn = "[...document.querySelectorAll('.card img')].filter(i => !i.hidden && i.naturalWidth == 128).length"
+        drawn = "[...document.images].filter(i => !i.hidden && i.naturalWidth == 128).length"
         assert browser.evaluate(drawn) == 159  # one is missing
 
         # Orders, chosen from the list by keys.
@@ -87,7 +87,7 @@ def test_the_page_works_by_keyboard_and_asks_nobody(page, tmp_path):
         # The table, sorted by its second heading with Enter.
         browser.evaluate("document.querySelectorAll('#summary th button')[2].focus()")
         browser.press("Enter")
-        column = "[...document.querySelectorAll('#summary tbody tr')].map(r => Number(r.children[2].dataset.value))"
+        column = "[...document.querySelectorAll('#summary tbody tr')].map(r => +r.children[2].dataset.value)"
         ratios = browser.evaluate(column)
         assert ratios == sorted(ratios)
         browser.press(" ")

@@ -116,7 +116,8 @@ def sample_spec(rng: random.Random, real_words: float = 0.35) -> SignSpec:
 
 def read_prompt(text: str) -> SignSpec | None:
     """The spec that `prompt` would describe so; None for a prompt of another kind."""
-    found = re.fullmatch(r'a ([a-z]+) (?:([a-z]+) )?(sign|badge|logo|shirt) ([a-z ]+) "([A-Z]{1,5})" on a (.+) background', text)
+    thing, says = r"a ([a-z]+) (?:([a-z]+) )?(sign|badge|logo|shirt)", '([a-z ]+) "([A-Z]{1,5})"'
+    found = re.fullmatch(f"{thing} {says} on a (.+) background", text)
     if found is None:
         return None
     first, second, noun, says, word, ground = found.groups()
@@ -129,7 +130,6 @@ def read_prompt(text: str) -> SignSpec | None:
     if background not in COLOURS or texture not in TEXTURES:
         return None
     return SignSpec(colour.pop(), background, shape.pop(), texture, word, "curved" in says)
-
 
 
 def prompt(spec: SignSpec, rng: random.Random) -> str:
