@@ -264,8 +264,8 @@ def _verdicts(priced: dict, steady: list[dict], decided: list[dict]) -> list[str
         turned = bootstrap([a - b for a, b in zip(*turns, strict=True)])
         yield (
             f"- Steadiness of the {stage} measure: with PFS it is "
-            f"{_more(rough, 'unsteadier', 'steadier')} from step to step ({_signed(rough, '.3f')}),\n  and noise "
-            f"flips {_more(turned, 'more', 'fewer')} decisions ({_signed(turned, '.1%')})."
+            f"{_more(rough, 'unsteadier', 'steadier')} from step to step ({_signed(rough, '.3f')}),\n  and "
+            f"noise flips {_more(turned, 'more', 'fewer')} decisions ({_signed(turned, '.1%')})."
         )
     for target in TARGETS:
         found = psnr_differences(decided, target, paper)

@@ -42,7 +42,6 @@ STYLE = {
     "hatch.linewidth": 0.5,
     "pdf.fonttype": 42,
     "savefig.dpi": 300,
-    "svg.hashsalt": "h2cache",
 }
 
 

@@ -1,6 +1,7 @@
 """The figure scripts: on the shipped records, on broken ones, and with an experiment of their own."""
 
 import contextlib
+import csv
 import gzip
 import importlib
 import json
@@ -263,12 +264,43 @@ def test_pfs_repeats_its_measurements(tmp_path, capsys, monkeypatch):
     assert "Thresholds do not carry over" in text
 
 
-def test_thresholds_repeats_its_experiment(tmp_path, capsys):
+@pytest.fixture
+def random_clip(tmp_path) -> Path:
+    """A CLIP of random weights: it judges nothing, but it is called as a real one."""
+    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+
+    text = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 1}
+    vision = text | {"image_size": 32, "patch_size": 8}
+    tokenizer = CLIPTokenizer.from_pretrained("assets/tiny_flux/tokenizer")
+    text |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    folder = tmp_path / "clip"
+    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(images, tokenizer).save_pretrained(folder)
+    return folder
+
+
+def test_thresholds_repeats_its_experiment(tmp_path, capsys, random_clip):
     out = tmp_path / "t"
     grid = ["--tau1", "0.2", "0.5", "--tau2", "0.1", "0.3", "--limit", "1", "--steps", "5"]
-    assert script("thresholds")(["--run", *grid, "--out", str(out)]) == 0
-    assert "4 pairs, 1 prompts" in capsys.readouterr().out
-    assert (out / "thresholds.png").is_file()
+    assert script("thresholds")(["--run", *grid, "--clip", str(random_clip), "--out", str(out)]) == 0
+    text = capsys.readouterr().out
+    assert "4 pairs, 1 prompts" in text
+    assert "CLIP-IQA 0." in text
+    data = list(csv.DictReader((out / "thresholds.csv").open()))
+    assert {(row["tau1"], row["tau2"]) for row in data} == {
+        (a, b) for a in ("0.2", "0.5") for b in ("0.1", "0.3")
+    }
+    assert all(0 < float(row["clip_iqa"]) < 1 for row in data)
+
+
+def test_report_runs_the_experiment_first(tmp_path):
+    options = ["--limit", "1", "--steps", "5", "--methods", "h2cache:tau1=0.4:tau2=0.3"]
+    assert script("report")(["--run", *options, "--out", str(tmp_path)]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("data:image/webp") == 2
+    assert "trace_all" not in text
+    assert "Measures and decisions at every step" in text
 
 
 def test_trace_reads_what_run_py_writes(tmp_path, capsys):
