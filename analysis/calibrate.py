@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from analysis import keep
-from analysis.metrics import fidelity
+from analysis.metrics import ClipIqa, fidelity
 from analysis.ocr import word_recall
 from analysis.prompts import read_prompts
 from analysis.runs import Limits, call_arguments, default_device, draw, load_pipeline
@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--pairs", nargs="+", metavar="TAU1/TAU2[/HITS]", help="instead of the grid")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other field")
     parser.add_argument("--words", action="store_true", help="read the words back (OCR) in every image")
+    parser.add_argument("--clip", help="also judge every image by CLIP-IQA: CLIP as a folder or hub id")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--guidance", type=float, default=3.5)
@@ -81,10 +82,12 @@ def measure(args: argparse.Namespace) -> None:
     path = args.out / f"records-{index}-of-{count}.jsonl"
     rows = keep.read_records(path)
     contestants = [find_method("none")(), *configurations(args)]
+    clip = ClipIqa(args.clip) if args.clip else None
     draw(pipeline, contestants[0], 0, prompt=prompts[0].text, **call)  # warm-up, untimed
     for prompt in tqdm(prompts, unit="prompt"):
         seed = args.seed if prompt.seed is None else prompt.seed
         fixed = {"model": args.model, "prompt": prompt.text, "seed": seed, "call": call, "words": args.words}
+        fixed |= {"clip": args.clip} if clip else {}
         keys = [keep.run_key(**fixed, config=repr(config)) for config in contestants]
         if all(key in rows for key in keys):
             continue
@@ -103,6 +106,7 @@ def measure(args: argparse.Namespace) -> None:
                 "hits": result.summary.hits,
                 **fidelity(result.image, drawn[0].image),
                 "words": word_recall(prompt.words or (), result.image) if args.words else None,
+                "clip_iqa": clip(result.image) if clip else None,
             }
         keep.write_records(path, rows)
 
@@ -117,6 +121,7 @@ def table(rows: list[dict]) -> list[dict]:
         mine = [r for r in cached if r["config"] == config]
         psnr = [r["psnr"] for r in mine if r["psnr"] is not None]
         words = [r["words"] for r in mine if r["words"] is not None]
+        clip = [r["clip_iqa"] for r in mine if r.get("clip_iqa") is not None]
         lines.append(
             {
                 "config": config,
@@ -130,6 +135,7 @@ def table(rows: list[dict]) -> list[dict]:
                 "ssim": fmean(r["ssim"] for r in mine),
                 "words": fmean(words) if words else None,
                 "words_uncached": fmean(base[r["id"]]["words"] for r in mine) if words else None,
+                "clip_iqa": fmean(clip) if clip else None,
             }
         )
     return lines

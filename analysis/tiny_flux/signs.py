@@ -12,6 +12,7 @@ pixels of position jitter would drown the letters (with 3 px they are 5 % of wha
 import argparse
 import math
 import random
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -111,6 +112,24 @@ def sample_spec(rng: random.Random, real_words: float = 0.35) -> SignSpec:
     shape = rng.choice(SHAPES)
     texture = rng.choices(TEXTURES, (4, 2, 2, 2))[0]
     return SignSpec(colour, background, shape, texture, word, len(word) > 1 and rng.random() < 0.4)
+
+
+def read_prompt(text: str) -> SignSpec | None:
+    """The spec that `prompt` would describe so; None for a prompt of another kind."""
+    thing, says = r"a ([a-z]+) (?:([a-z]+) )?(sign|badge|logo|shirt)", '([a-z ]+) "([A-Z]{1,5})"'
+    found = re.fullmatch(f"{thing} {says} on a (.+) background", text)
+    if found is None:
+        return None
+    first, second, noun, says, word, ground = found.groups()
+    names = {first, second} - {None} | ({"shirt"} if noun == "shirt" else set())
+    colour, shape = names & set(COLOURS), names & set(SHAPES)
+    *texture, background = ground.split()
+    texture = texture[0] if texture else "plain"
+    if not (len(colour) == len(shape) == 1 and names == colour | shape):
+        return None
+    if background not in COLOURS or texture not in TEXTURES:
+        return None
+    return SignSpec(colour.pop(), background, shape.pop(), texture, word, "curved" in says)
 
 
 def prompt(spec: SignSpec, rng: random.Random) -> str:

@@ -1,0 +1,236 @@
+"""Quality against compute for every method: blocks, seconds and bytes of cache, with fewer steps as control.
+
+    python -m analysis.pareto                        # from the shipped curves: 80 prompts, many thresholds
+    python -m analysis.pareto --records DIR/rows.jsonl --metric words_read
+    python -m analysis.pareto --run --methods h2cache:tau1=0.2,0.4:tau2=0.2 fewer_steps:factor=2,4 --limit 12
+
+One figure for each metric of quality that was measured (or --metric): three panels of our own runs, means
+over prompts with 95 % bootstrap intervals, and what others have published in a panel of its own, hollow. A
+method that lies below the line of fewer steps loses against simply taking fewer steps.
+
+Writes pareto_METRIC.png/.pdf/.csv and the comparison in pareto.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from statistics import fmean, median
+
+import numpy as np
+
+from analysis import plots
+from analysis.experiment import main as experiment
+from analysis.intervals import bootstrap
+from analysis.saved import MAYBE, NUMBER, Saved, read_saved
+from analysis.table import PUBLISHED, published
+from analysis.trials import parser_of, source_of
+
+SHIPPED = Path("assets/results/curves/rows.jsonl")
+PAIRS = ((0.06, 0.02), (0.12, 0.02), (0.2, 0.05), (0.35, 0.2), (0.5, 0.3))
+CONTESTANTS = [
+    "block_cache:threshold=0.03,0.05,0.1,0.2,0.3,0.4", "teacache:threshold=0.03,0.05,0.1,0.15,0.25",
+    "fewer_steps:factor=1.5,2,3,4,5,6",
+    *(f"h2cache:tau1={a}:tau2={b}" for a, b in PAIRS),
+]  # fmt: skip
+NEEDS = {
+    "key": str, "id": str, "label": str, "method": str, "seconds": NUMBER, "blocks_run": int, "blocks": int,
+    "steps_recorded": int, "bytes_held": int, "psnr": MAYBE, "ssim": MAYBE, "gmsd": MAYBE,
+    "words_read": MAYBE, "clip_iqa": MAYBE,
+}  # fmt: skip
+SAME = {"blocks in a step": lambda row: row["blocks"] / max(1, row["steps_recorded"])}
+METRICS = {  # field: axis label, higher is better
+    "psnr": ("PSNR against uncached, dB", True),
+    "ssim": ("SSIM against uncached", True),
+    "gmsd": ("GMSD against uncached", False),
+    "words_read": ("words read, change against uncached", True),
+    "clip_iqa": ("CLIP-IQA, change against uncached", True),
+}
+COSTS = {
+    "blocks_ratio": "blocks executed, times fewer",
+    "speed_up": "time of the call, times shorter",
+    "mebibytes": "cache held, MiB",
+}
+ALONE = ("words_read", "clip_iqa")  # the uncached picture has a value too: shown is the paired difference
+CONTROL = "fewer_steps"
+RATIOS = (2.0, 3.0, 4.0, 5.0, 6.0)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__, "pareto")
+    parser.add_argument("--records", type=Path, default=SHIPPED, help="rows.jsonl of `analysis.experiment`")
+    parser.add_argument("--metric", nargs="+", choices=list(METRICS), help="default: all that were measured")
+    parser.add_argument("--methods", nargs="+", default=CONTESTANTS, help="of the run, as in the experiment")
+    parser.set_defaults(prompts=None)
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> Path:
+    """The experiment with many settings of each method; returns its rows."""
+    command = ["--out", str(args.out), "--methods", *args.methods]
+    for name in ("model", "prompts", "limit", "steps", "seed", "guidance", "device", "dtype"):
+        value = getattr(args, name)
+        command += [f"--{name}", str(value)] if value is not None else []
+    if experiment(command) == 2:
+        raise ValueError("the experiment could not be run")
+    return args.out / "rows.jsonl"
+
+
+def read(path: Path) -> Saved:
+    """Rows of an experiment; those of a prompt without its uncached picture are left out."""
+    saved = read_saved([path], NEEDS, same=SAME, unique=("label", "key"))
+    base = {row["id"] for row in saved.rows if row["method"] == "none"}
+    lost = sorted({row["id"] for row in saved.rows} - base)
+    saved.complaints += [f"{path}: all pictures of {i}, whose uncached one is missing" for i in lost]
+    saved.rows = [row for row in saved.rows if row["id"] in base]
+    if not any(row["method"] != "none" for row in saved.rows):
+        saved.exit_code()
+        raise ValueError(f"{path} holds no cached picture with its uncached one")
+    return saved
+
+
+def points(rows: list[dict], metric: str) -> list[dict]:
+    """One point for each contestant, in the order of the rows: cost, quality with interval."""
+    base = {row["id"]: row for row in rows if row["method"] == "none"}
+    found = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        mine = [row for row in rows if row["label"] == label]
+        known = [row[metric] for row in mine if row[metric] is not None]
+        if not known:
+            continue
+        quality = bootstrap(known)
+        if metric in ALONE:
+            pairs = [(row[metric], base[row["id"]][metric]) for row in mine]
+            quality = bootstrap([a - b for a, b in pairs if a is not None and b is not None] or [0.0])
+        blocks = [sum(r["blocks_run"] for r in them) for them in ([base[r["id"]] for r in mine], mine)]
+        found.append({
+            "label": label, "method": mine[0]["method"], "prompts": len(mine),
+            "blocks_ratio": blocks[0] / max(1, blocks[1]),
+            "speed_up": median(base[r["id"]]["seconds"] / r["seconds"] for r in mine),
+            "mebibytes": max(r["bytes_held"] for r in mine) / 2**20,
+            "mean": fmean(known), "quality": quality.mean, "low": quality.low, "high": quality.high,
+        })  # fmt: skip
+    return found
+
+
+def front(found: list[dict], cost: str, higher: bool) -> list[dict]:
+    """The points that none beats in both cost and quality, from slow to fast; bytes are better when fewer."""
+    sign, fast = (1 if higher else -1), (-1 if cost == "mebibytes" else 1)
+    kept, best = [], -np.inf
+    for point in sorted(found, key=lambda p: (-fast * p[cost], -sign * p["quality"])):
+        if sign * point["quality"] > best:
+            kept.append(point)
+            best = sign * point["quality"]
+    return kept[::-1]
+
+
+def at(found: list[dict], method: str, ratio: float) -> float | None:
+    """Quality of `method` at `ratio` times fewer blocks, between its measured points; None beyond them."""
+    mine = sorted((p for p in found if p["method"] == method), key=lambda p: p["blocks_ratio"])
+    x = [p["blocks_ratio"] for p in mine]
+    if len(x) < 2 or not x[0] <= ratio <= x[-1]:
+        return None
+    return float(np.interp(ratio, x, [p["quality"] for p in mine]))
+
+
+# The figure.
+
+
+def draw(found: list[dict], metric: str, others: list[dict], path: Path) -> None:
+    label, higher = METRICS[metric]
+    cached = [p for p in found if p["method"] != "none"]
+    methods = sorted({p["method"] for p in cached}, key=lambda m: (m != "h2cache", m == CONTROL, m))
+    with plots.figure(plots.PAGE, 5.0) as figure:
+        grid = figure.subplots(2, 2)
+        for n, (axes, (cost, title)) in enumerate(zip(grid.flat, COSTS.items(), strict=False)):
+            for method in methods:
+                mine = sorted((p for p in cached if p["method"] == method), key=lambda p: p["blocks_ratio"])
+                look = plots.look(method)
+                x, y = [p[cost] for p in mine], np.array([p["quality"] for p in mine])
+                ends = np.abs(np.array([[p["low"] for p in mine], [p["high"] for p in mine]]) - y)
+                joined = "none" if cost == "mebibytes" else "--" if method == CONTROL else "-"
+                axes.errorbar(x, y, ends, linestyle="none", ecolor=look.colour, elinewidth=0.7, capsize=1.2)
+                axes.plot(x, y, linestyle=joined, label=look.name, linewidth=0.9, zorder=3, **look.points)
+            if cost != "mebibytes":
+                best = front([p for p in cached if p["method"] != CONTROL], cost, higher)
+                x, y = [p[cost] for p in best], [p["quality"] for p in best]
+                axes.plot(x, y, color="#bbbbbb", linewidth=5, zorder=1, label="front of the caches")
+            if metric in ALONE:
+                axes.axhline(0, color="black", linestyle=":", linewidth=0.8, label="uncached")
+            axes.set(xlabel=title, ylabel=label)
+            plots.letter(axes, f"{'abc'[n]}  against {('blocks', 'time', 'memory')[n]}")
+        figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        _draw_published(grid[1, 1], others)
+        best = front(cached, "blocks_ratio", higher)
+        data = [p | {"on_front": p in best} for p in found]
+        plots.save(figure, path, data)
+
+
+def _draw_published(axes, others: list[dict]) -> None:
+    """What the papers printed: other model, machines and metric, so no point of ours stands here."""
+    shown = [r for r in others if r["speed_up"] and r["clip_iqa"] is not None]
+    for row in shown:
+        look = plots.look(row["method"])
+        style = {"color": look.colour, "marker": look.marker, "markerfacecolor": "none", "linestyle": "none"}
+        axes.plot(row["speed_up"], row["clip_iqa"], label=f"paper: {look.name}", **style)
+    axes.legend(loc="center left")
+    axes.set(xlabel="time, times shorter (as printed)", ylabel="CLIP-IQA (variant not told)")
+    plots.letter(axes, "d  published: FLUX.1-dev, CUTE80")
+
+
+# The answer.
+
+
+def answer(measured: dict[str, list[dict]], source: str) -> str:
+    lines = [f"Source: {source}."]
+    for metric, found in measured.items():
+        title, higher = METRICS[metric]
+        methods = sorted({p["method"] for p in found} - {"none"})
+        lines += ["", f"{title} at equal numbers of executed blocks (between measured points):", ""]
+        lines += [
+            f"| method | {' | '.join(f'{r:g}x fewer' for r in RATIOS)} |",
+            "|---" * (len(RATIOS) + 1) + "|",
+        ]
+        form = ".1f" if metric == "psnr" else "+.3f" if metric in ALONE else ".3f"
+        table = {m: [at(found, m, r) for r in RATIOS] for m in methods}
+        for method, values in table.items():
+            cells = ["-" if v is None else format(v, form) for v in values]
+            lines.append(f"| {plots.look(method).name} | {' | '.join(cells)} |")
+        lines.append("")
+        for n, ratio in enumerate(RATIOS):
+            known = {m: v[n] for m, v in table.items() if v[n] is not None}
+            caches = {m: v for m, v in known.items() if m != CONTROL}
+            if not caches:
+                continue
+            best = (max if higher else min)(caches, key=caches.get)
+            text = f"- At {ratio:g}x the best cache is {plots.look(best).name} ({caches[best]:{form}})"
+            if CONTROL in known:
+                ahead = (caches[best] - known[CONTROL]) * (1 if higher else -1)
+                word = "better" if ahead > 0 else "worse" if ahead < 0 else "the same"
+                text += f"; taking fewer steps instead gives {known[CONTROL]:{form}}: the cache is {word}"
+            lines.append(text + ".")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        path = run(args) if args.run else args.records
+        saved = read(path)
+        cached = [r for r in saved.rows if r["method"] != "none"]
+        metrics = args.metric or [m for m in METRICS if any(r[m] is not None for r in cached)]
+        measured = {metric: points(saved.rows, metric) for metric in metrics}
+        for metric, found in measured.items():
+            if not any(p["method"] != "none" for p in found):
+                raise ValueError(f"{metric} was not measured in {path}")
+            draw(found, metric, published(PUBLISHED), args.out / f"pareto_{metric}")
+        plots.write_words(args.out / "pareto.md", answer(measured, source_of(path.parent)))
+        return saved.exit_code()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,240 @@
+"""The measurements behind `analysis.pfs`: what a check costs, how steady it is, what it decides.
+
+Each writes one `.jsonl` of its own into a folder. The cost is measured on tensors of FLUX.1-dev's real
+shapes, the rest on a model that draws.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
+from torch import Tensor
+from tqdm import tqdm
+
+import h2cache
+from analysis import keep
+from analysis.metrics import fidelity
+from analysis.prompts import Prompt
+from analysis.runs import synchronise
+from analysis.summaries import COMPARED, FULL, ProbeConfig, Summary, SummaryConfig
+from analysis.trials import Trial
+from h2cache import find_method
+from h2cache.similarity import magnitude, relative_l1
+
+IMG, TXT, WIDTH, HEADS, BLOCKS = 4096, 512, 3072, 24, 57  # FLUX.1-dev at 1024x1024
+REFERENCE_GAP = 3  # steps between a check and its reference: between 2 and 5 in the runs of the presets
+NOISES, DRAWS = (0.02, 0.1), 4  # noise on the latents, relative to their standard deviation
+TARGETS = ((0.12, 0.02), (0.35, 0.2))  # thresholds on full tensors whose hit counts every summary must meet
+TUNING, HALVINGS = 6, 5  # prompts that the thresholds are tuned on; bisection steps for each
+
+
+# What a check costs.
+
+
+def timed(action: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Seconds of each of `repeats` calls after one untimed; on the CPU of this thread alone, so that other
+    programs do not count."""
+    action()
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    found = []
+    for _ in range(repeats):
+        synchronise(device)
+        start = clock()
+        action()
+        synchronise(device)
+        found.append(clock() - start)
+    return found
+
+
+def check_costs(device: str, dtype: str | None, repeats: int = 15) -> Iterator[dict]:
+    """One row for each summary and stage at FLUX.1-dev's shapes, after one for a transformer block."""
+    torch.set_num_threads(1)
+    where = torch.device(device)
+    kind = getattr(torch, dtype or ("float32" if where.type == "cpu" else "bfloat16"))
+    shared = {"device": where.type, "dtype": str(kind), "clock": "thread" if where.type == "cpu" else "wall"}
+    with torch.inference_mode():
+        yield {"key": "block", "part": "block", **shared, "seconds": _block_seconds(where, kind)}
+        generator = torch.Generator(where).manual_seed(0)
+        for stage, tokens in (("structure", IMG), ("detail", TXT + IMG)):
+            old = torch.randn(1, tokens, WIDTH, device=where, generator=generator).to(kind)
+            new = old + 0.1 * torch.randn(1, tokens, WIDTH, device=where, generator=generator).to(kind)
+            for summary in COMPARED:
+                reference = summary.of(old, stage).contiguous()
+                scale = magnitude(reference)
+
+                def once(
+                    summary=summary, stage=stage, reference=reference, scale=scale, new=new
+                ) -> list[float]:
+                    return relative_l1(reference, summary.of(new, stage), scale=scale).tolist()
+
+                yield {
+                    "key": f"check {stage} {summary}", "part": "check", "stage": stage,
+                    "summary": str(summary), **shared, "seconds": timed(once, where, repeats),
+                    "bytes": reference.nbytes,
+                }  # fmt: skip
+
+
+def _block_seconds(device: torch.device, dtype: torch.dtype) -> list[float]:
+    """One single-stream block: double-stream ones cost as much, 57 of them make a step."""
+    with torch.device(device):
+        block = FluxSingleTransformerBlock(WIDTH, HEADS, WIDTH // HEADS).to(dtype).eval()
+        img, txt = torch.randn(1, IMG, WIDTH).to(dtype), torch.randn(1, TXT, WIDTH).to(dtype)
+        temb, rope = torch.randn(1, WIDTH).to(dtype), torch.ones(IMG + TXT, WIDTH // HEADS)
+    action = lambda: block(img, txt, temb, image_rotary_emb=(rope, rope))  # noqa: E731
+    return timed(action, device, 2 if device.type == "cpu" else 10)
+
+
+# How steady the measure is.
+
+
+def steadiness(trial: Trial, prompts: list[Prompt]) -> Iterator[dict]:
+    """A row for each prompt, stage and summary: the measure at every step, clean and under noise.
+
+    clean: at each step from REFERENCE_GAP on, against the residual REFERENCE_GAP steps before.
+    noisy: as clean, with noise on the transformer's latents, DRAWS times for each of NOISES.
+    """
+    for prompt in tqdm(prompts, "steadiness", unit="prompt"):
+        clean, noisy = residuals(trial, prompt)
+        for stage in clean:
+            for summary in COMPARED:
+                short = [summary.of(r, stage) for r in clean[stage]]
+                pairs = list(zip(short, short[REFERENCE_GAP:], strict=False))
+                row = {
+                    "key": f"{prompt.id} {stage} {summary}", "id": prompt.id, "stage": stage,
+                    "summary": str(summary), "clean": [_change(a, b) for a, b in pairs],
+                }  # fmt: skip
+                shaken = zip(short, noisy[stage][REFERENCE_GAP:], strict=False)
+                changes = [[_change(old, summary.of(n[None], stage)) for n in new] for old, new in shaken]
+                per_level = {
+                    str(s): [c[i * DRAWS : (i + 1) * DRAWS] for c in changes] for i, s in enumerate(NOISES)
+                }
+                yield row | {"noisy": per_level}
+
+
+def _change(old: Tensor, new: Tensor) -> float:
+    return float(f"{relative_l1(old, new).item():.4g}")
+
+
+def residuals(trial: Trial, prompt: Prompt) -> tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]:
+    """By stage, for every step of an uncached run: the residual (1, tokens, C), and those under noise."""
+    transformer = trial.pipeline.transformer
+    calls, clean, noisy = [], {}, {}
+    hook = transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(kwargs), with_kwargs=True
+    )
+    try:
+        trial.draw(prompt, ProbeConfig(lambda stage, r: clean.setdefault(stage, []).append(r.clone())))
+    finally:
+        hook.remove()
+    h2cache.enable(transformer, ProbeConfig(lambda stage, r: noisy.setdefault(stage, []).append(r.clone())))
+    generator, copies = torch.Generator("cpu").manual_seed(0), len(NOISES) * DRAWS
+    try:
+        with torch.inference_mode():
+            for kwargs in calls:
+                latents = kwargs["hidden_states"].repeat(copies, 1, 1)
+                sizes = torch.tensor(NOISES).repeat_interleave(DRAWS).view(-1, 1, 1) * latents[0].std().cpu()
+                noise = torch.randn(latents.shape, generator=generator) * sizes
+                many = dict(kwargs)
+                for name, value in kwargs.items():
+                    if torch.is_tensor(value) and not name.endswith("_ids"):
+                        many[name] = value.repeat(copies, *[1] * (value.ndim - 1))
+                many["hidden_states"] = latents + noise.to(latents)
+                with transformer.cache_context("noisy"):
+                    transformer(**many)
+    finally:
+        h2cache.disable(transformer)
+    return clean, noisy
+
+
+# What it decides, at the same hit counts.
+
+
+def decisions(trial: Trial, ratios: dict[tuple[str, str], float]) -> Iterator[dict]:
+    """A row for each target, summary and prompt that was not tuned on.
+
+    ratios: (stage, summary) to the typical ratio of its measure to that of full tensors, to start from.
+    """
+    tuning, others = trial.prompts[:TUNING], trial.prompts[TUNING:]
+    pictures = {p.id: trial.draw(p, find_method("none")()).image for p in others}
+    for target in TARGETS:
+        wanted = _hits(trial, tuning, SummaryConfig(*target))
+        for summary in tqdm(COMPARED, f"thresholds like {target[0]}/{target[1]}", unit="summary"):
+            taus = list(target)
+            if summary != FULL:
+                taus = [t * ratios[s, str(summary)] for t, s in zip(target, wanted, strict=True)]
+                for n, stage in enumerate(wanted):
+                    taus[n] = _tuned(trial, tuning, summary, taus, n, stage, wanted[stage])
+            config = SummaryConfig(*taus, summary)
+            reached = _hits(trial, tuning, config)
+            for prompt in others:
+                drawn = trial.draw(prompt, config)
+                yield {
+                    "key": f"{target} {summary} {prompt.id}", "id": prompt.id, "target": list(target),
+                    "summary": str(summary), "tau1": taus[0], "tau2": taus[1], "hits": drawn.summary.hits,
+                    "steps": drawn.summary.steps, "blocks_run": drawn.summary.blocks_run,
+                    "blocks": drawn.summary.blocks, "tuned_hits": reached, "wanted_hits": wanted,
+                    **fidelity(drawn.image, pictures[prompt.id]),
+                }  # fmt: skip
+
+
+def _hits(trial: Trial, prompts: list[Prompt], config: SummaryConfig) -> dict[str, float]:
+    """Mean hits a request, by stage; no picture is decoded."""
+    latent = Trial(trial.pipeline, trial.call | {"output_type": "latent"}, prompts, trial.seed)
+    found = [latent.draw(p, config).summary.hits for p in prompts]
+    return {stage: fmean(hits[stage] for hits in found) for stage in found[0]}
+
+
+def _tuned(
+    trial: Trial,
+    prompts: list[Prompt],
+    summary: Summary,
+    taus: list[float],
+    n: int,
+    stage: str,
+    wanted: float,
+) -> float:
+    """The n-th threshold for which `stage` hits as often as wanted, by bisection on a logarithmic scale."""
+    low, high = taus[n] / 3, taus[n] * 3
+    best = (float("inf"), taus[n])
+    for _ in range(HALVINGS + 1):
+        middle = (low * high) ** 0.5
+        tried = [middle if i == n else t for i, t in enumerate(taus)]
+        hits = _hits(trial, prompts, SummaryConfig(*tried, summary))[stage]
+        best = min(best, (abs(hits - wanted), middle))
+        low, high = (middle, high) if hits < wanted else (low, middle)
+    return best[1]
+
+
+def run(args: argparse.Namespace) -> Path:
+    """All three measurements, into --out."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    _write(args.out / "cost.jsonl", check_costs(args.device, args.dtype))
+    trial = Trial.of(args)
+    if len(trial.prompts) <= TUNING:
+        raise ValueError(f"{TUNING} prompts are tuned on and others drawn: give more than {TUNING}")
+    steady = _write(args.out / "steadiness.jsonl", steadiness(trial, trial.prompts[:TUNING]))
+    _write(args.out / "decisions.jsonl", decisions(trial, typical_ratios(steady)))
+    return args.out
+
+
+def typical_ratios(rows: list[dict]) -> dict[tuple[str, str], float]:
+    """(stage, summary) to the median ratio of its measure to that of full tensors at the same step."""
+    full = {(r["id"], r["stage"]): r["clean"] for r in rows if r["summary"] == str(FULL)}
+    found: dict[tuple[str, str], list[float]] = {}
+    for row in rows:
+        base = full.get((row["id"], row["stage"]), [])
+        ratios = [a / b for a, b in zip(row["clean"], base, strict=False) if b > 0]
+        found.setdefault((row["stage"], row["summary"]), []).extend(ratios)
+    return {name: median(values) for name, values in found.items() if values}
+
+
+def _write(path: Path, rows: Iterator[dict]) -> list[dict]:
+    found = list(rows)
+    keep.write_records(path, {row["key"]: row for row in found})
+    return found

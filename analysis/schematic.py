@@ -1,0 +1,153 @@
+"""Draw the method: two stages, two checks on pooled feature summaries, and what a hit leaves out.
+
+    python -m analysis.schematic                       # FLUX.1-dev at 1024x1024
+    python -m analysis.schematic --model assets/tiny_flux --image-tokens 64 --text-tokens 24
+    python -m analysis.schematic --out assets          # the file in the README
+
+Names, block counts, thresholds and windows come from the code: the engine's stages, the model's configuration
+and H2Config. Writes method.png/.pdf/.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import sys
+from pathlib import Path
+
+from diffusers import FluxTransformer2DModel
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
+
+from analysis import plots
+from h2cache import H2Config
+from h2cache.engines.flux_diffusers import FluxDiffusers
+
+COUNTS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
+HIT, MISS, PALE = "#009E73", "#D55E00", "#f4f4f4"
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("outputs/schematic"), help="default: %(default)s")
+    parser.add_argument("--run", action="store_true", help="nothing to repeat: it is drawn from the code")
+    parser.add_argument("--model", type=Path, help="folder of a FLUX pipeline (default: FLUX.1-dev's counts)")
+    parser.add_argument("--image-tokens", type=int, default=4096, help="default: those of 1024x1024")
+    parser.add_argument("--text-tokens", type=int, default=512)
+    return parser.parse_args(argv)
+
+
+def facts(args: argparse.Namespace) -> list[dict]:
+    """One row for each stage: its blocks, threshold, and the window of its check."""
+    signature = inspect.signature(FluxTransformer2DModel.__init__).parameters
+    counts = {name: signature[name].default for name in COUNTS.values()}
+    if args.model:
+        path = args.model / "transformer" / "config.json"
+        found = json.loads(path.read_text(encoding="utf-8"))
+        counts = {name: found[name] for name in counts}
+    config = H2Config()
+    rows = []
+    for cut, n in zip(FluxDiffusers.cuts, (1, 2), strict=True):
+        tokens = args.image_tokens + (args.text_tokens if cut.joint else 0)
+        rows.append(
+            {
+                "stage": cut.name,
+                "letter": "DS"[n - 1],
+                "blocks": counts[COUNTS[cut.blocks]],
+                "threshold": f"tau{n}",
+                "default": getattr(config, f"tau{n}"),
+                "tokens": "all tokens" if cut.joint else "image tokens",
+                "window": max(1, tokens // getattr(config, f"pool{n}")),
+            }
+        )
+    return rows
+
+
+def draw(rows: list[dict], path: Path) -> None:
+    with plots.figure(plots.PAGE, 3.3) as figure:
+        axes = figure.subplots()
+        axes.set(xlim=(0, 14), ylim=(-0.4, 6.0))
+        axes.axis("off")
+        for n, row in enumerate(rows):
+            _stage(axes, row, x=0.55 + 6.75 * n, forced=n > 0)
+        _arrow(axes, (0.0, 4.2), (0.9, 4.2))
+        axes.text(0.0, 4.55, "step", fontsize=6)
+        _arrow(axes, (13.5, 4.2), (14.0, 4.2))
+        axes.text(14.0, 4.55, "output", fontsize=6, ha="right")
+        bend = {"color": HIT, "linestyle": "--", "linewidth": 1, "zorder": 5}
+        axes.plot([3.8, 3.8, 10.55, 10.55], [1.55, 0.12, 0.12, 1.2], **bend)
+        _arrow(axes, (10.55, 1.1), (10.55, 1.55), HIT)
+        axes.text(7.2, -0.2, f"a {rows[0]['stage']} hit is a {rows[1]['stage']} hit too, without a check",
+                  fontsize=6.5, ha="center", va="center", color=HIT)  # fmt: skip
+        plots.save(figure, path, rows)
+
+
+def _stage(axes, row: dict, x: float, forced: bool) -> None:
+    """One stage: head, check, and the two ways on."""
+    letter, last = row["letter"], row["blocks"] - 1
+    frame = FancyBboxPatch(
+        (x, 0.45), 6.2, 5.4, boxstyle="round,pad=0.02,rounding_size=0.15", fc=PALE, ec="#bbbbbb"
+    )
+    axes.add_patch(frame)
+    axes.text(x + 0.2, 5.5, f"{row['stage']} stage", fontweight="bold", va="center")
+    axes.text(x + 6.0, 5.5, f"{row['blocks']} blocks", fontsize=7, va="center", ha="right")
+    _box(axes, x + 0.35, 3.75, 1.25, 0.9, f"{letter}0\nhead,\nalways runs", "white")
+    _box(axes, x + 0.2, 2.25, 1.55, 0.95, f"PFS: means of\n{row['window']}×{row['window']} windows", "white")
+    _box(axes, x + 2.2, 1.55, 2.1, 1.3, f"relative change\nsince the last miss\n< {row['threshold']}"
+         f" ({row['default']:g}) ?", "white")  # fmt: skip
+    _box(
+        axes,
+        x + 2.2,
+        4.45,
+        2.1,
+        0.75,
+        f"run {letter}1 ... {letter}{last},\nstore their residual",
+        "white",
+        MISS,
+    )
+    _box(axes, x + 2.2, 3.3, 2.1, 0.75, "add the stored\nresidual instead", "white", HIT)
+    _arrow(axes, (x + 0.97, 3.75), (x + 0.97, 3.2))
+    axes.text(x + 1.06, 3.47, f"residual of\n{row['tokens']}", fontsize=5.5, va="center")
+    _arrow(axes, (x + 1.75, 2.6), (x + 2.2, 2.45))
+    _arrow(axes, (x + 1.6, 4.35), (x + 2.2, 4.75), MISS)
+    _arrow(axes, (x + 1.6, 4.05), (x + 2.2, 3.75), HIT)
+    _arrow(axes, (x + 3.0, 2.85), (x + 3.0, 3.3), HIT)
+    axes.text(x + 3.08, 3.05, "hit", fontsize=7, color=HIT, va="center")
+    axes.add_patch(FancyArrowPatch((x + 4.3, 2.2), (x + 4.3, 4.82), arrowstyle="-|>", mutation_scale=7,
+                                   connectionstyle="arc3,rad=0.35", color=MISS, linewidth=1))  # fmt: skip
+    axes.text(x + 4.83, 2.5, "miss", fontsize=7, color=MISS, va="center")
+    _arrow(axes, (x + 4.3, 4.95), (x + 6.2, 4.3), MISS)
+    _arrow(axes, (x + 4.3, 3.7), (x + 6.2, 4.15), HIT)
+    axes.text(x + 0.35, 1.15, f"hit: 1 of {row['blocks']} blocks", fontsize=6.5, color=HIT)
+    axes.text(x + 0.35, 0.75, f"miss: all {row['blocks']}", fontsize=6.5, color=MISS)
+    if not forced:
+        _arrow(axes, (x + 6.25, 4.2), (x + 7.1, 4.2))
+
+
+def _box(
+    axes, x: float, y: float, width: float, height: float, text: str, fill: str, edge: str = "black"
+) -> None:
+    style = "round,pad=0.02,rounding_size=0.08"
+    axes.add_patch(FancyBboxPatch((x, y), width, height, boxstyle=style, fc=fill, ec=edge, linewidth=1))
+    axes.text(x + width / 2, y + height / 2, text, ha="center", va="center", fontsize=6)
+
+
+def _arrow(axes, start, end, colour: str = "black") -> None:
+    style = {"arrowstyle": "-|>", "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0}
+    axes.add_patch(FancyArrowPatch(start, end, color=colour, linewidth=1, zorder=5, **style))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        draw(facts(args), args.out / "method")
+    except (ValueError, OSError, KeyError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

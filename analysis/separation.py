@@ -1,0 +1,315 @@
+"""Is the first stage structure and the second detail? Each is frozen alone, and the errors are compared.
+
+    python -m analysis.separation                  # figures and answer from the shipped records
+    python -m analysis.separation --run --limit 8  # repeat the experiment on 8 prompts
+    python -m analysis.separation --run --model black-forest-labs/FLUX.1-dev --prompts my.jsonl
+
+A stage is frozen in a window of a fifth of the steps, or from some step to the end (analysis/freeze.py). For
+each picture: the error against the uncached one below and above 1/8 of the Nyquist frequency, both relative
+to what the picture itself has there, and whether word, shape and colours are still right.
+
+Writes separation.png/.pdf/.csv, separation_pictures.png/.pdf/.csv and the answer in separation.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from analysis import keep, plots
+from analysis.freeze import STAGES, FreezeConfig
+from analysis.intervals import bootstrap
+from analysis.metrics import fidelity
+from analysis.ocr import word_recall
+from analysis.saved import MAYBE, NUMBER, Saved, read_saved
+from analysis.spectrum import BANDS, LOW, error_spectrum, low_and_high
+from analysis.tiny_flux import evaluate, signs
+from analysis.trials import Trial, parser_of, source_of, write_about
+from h2cache import find_method
+
+SHIPPED = Path("assets/results/tiny_flux_separation")
+COLOURS = {"structure": plots.STRUCTURE, "detail": plots.DETAIL, "both": plots.BOTH}
+CHECKS = {"word": "word read", "shape": "shape", "sign": "sign colour", "texture": "texture"}
+NEEDS = {
+    "id": str, "stage": str, "first": int, "last": int, "steps": int, "psnr": MAYBE, "low": NUMBER,
+    "high": NUMBER, "spectrum": list, "word": MAYBE, "shape": MAYBE, "sign": MAYBE, "texture": MAYBE,
+}  # fmt: skip
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__, "separation")
+    parser.add_argument(
+        "--records", type=Path, default=SHIPPED, help="folder with records.jsonl.gz or .jsonl"
+    )
+    parser.add_argument("--pictured", default="sign03", help="prompt whose pictures are kept and shown")
+    return parser.parse_args(argv)
+
+
+# The experiment.
+
+
+def spans(steps: int) -> list[tuple[int, int]]:
+    """Frozen steps [first, last): five windows of a fifth of the run, and three that last to the end."""
+    fifth = max(1, steps // 5)
+    windows = [(max(1, n * fifth), (n + 1) * fifth) for n in range(5)]
+    return windows + [(max(1, steps * share // 10), steps) for share in (6, 4, 2)]
+
+
+def told(span: tuple[int, int]) -> str:
+    return f"{span[0]}-{span[1] - 1}"
+
+
+def checked(image: Image.Image, words: tuple[str, ...] | None, prompt: str) -> dict[str, float | None]:
+    """What is still as the prompt asked, 0 or 1; null where the prompt is none of the embedded model's."""
+    found = {"word": word_recall(words or (), image)}
+    spec = signs.read_prompt(prompt)
+    seen = evaluate.check(np.asarray(image), spec) if spec and image.size == (signs.SIZE,) * 2 else {}
+    ok = {name: seen.get(f"{name}_ok") for name in ("shape", "sign", "texture")}
+    return found | {name: None if value is None else float(value) for name, value in ok.items()}
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Draw every prompt with every stage frozen in every span; returns the folder of the records."""
+    trial = Trial.of(args)
+    (args.out / "pictures").mkdir(parents=True, exist_ok=True)
+    frozen = [FreezeConfig(stage, *span) for span in spans(args.steps) for stage in STAGES]
+    pictured = args.pictured if args.pictured in {p.id for p in trial.prompts} else trial.prompts[0].id
+    rows = {}
+    for prompt in tqdm(trial.prompts, unit="prompt"):
+        uncached = trial.draw(prompt, find_method("none")()).image
+        for config in [FreezeConfig("structure", 1, 1), *frozen]:
+            image = uncached if config.first == config.last else trial.draw(prompt, config).image
+            stage = "none" if config.first == config.last else config.stage
+            row = {
+                "id": prompt.id, "stage": stage, "first": config.first, "last": config.last,
+                "steps": args.steps, **fidelity(image, uncached), **low_and_high(image, uncached),
+                "spectrum": error_spectrum(image, uncached).tolist(),
+                **checked(image, prompt.words, prompt.text),
+            }  # fmt: skip
+            rows[json.dumps([prompt.id, stage, config.first, config.last])] = _short(row)
+            if prompt.id == pictured:
+                name = f"{stage}-{config.first}-{config.last}.png"
+                keep.save_png(args.out / "pictures" / name, image)
+        keep.write_records(args.out / "records.jsonl", rows)
+    write_about(args.out, "separation", args)
+    return args.out
+
+
+def _short(row: dict) -> dict:
+    """Four digits are more than the prompts agree on."""
+    short = {k: float(f"{v:.4g}") if isinstance(v, float) else v for k, v in row.items()}
+    return short | {"spectrum": [float(f"{v:.4g}") for v in row["spectrum"]]}
+
+
+# The figures.
+
+
+def of(rows: list[dict], stage: str, span: tuple[int, int]) -> list[dict]:
+    return [r for r in rows if r["stage"] == stage and (r["first"], r["last"]) == span]
+
+
+def draw_spectra(rows: list[dict], everywhere: list[tuple[int, int]], path: Path) -> None:
+    """Above: relative error by frequency, in a choice of spans. Below: errors and checks in all of them."""
+    windows = everywhere[:5:2] + everywhere[5::2]
+    data, frequency = [], (np.arange(BANDS) + 0.5) / BANDS
+    with plots.figure(plots.PAGE, 4.1) as figure:
+        above, below = figure.subfigures(2, 1, height_ratios=(1.05, 1))
+        panels = above.subplots(1, len(windows), sharex=True, sharey=True, squeeze=False)[0]
+        for axes, span in zip(panels, windows, strict=True):
+            for stage in STAGES:
+                spectra = np.array([r["spectrum"] for r in of(rows, stage, span)])
+                middle = np.exp(np.log(spectra + 1e-9).mean(0))
+                low, high = np.percentile(spectra, (25, 75), axis=0)
+                line = "--" if stage == "both" else "-"
+                axes.plot(frequency, middle, line, color=COLOURS[stage], label=f"{stage} frozen")
+                if stage != "both":
+                    axes.fill_between(frequency, low, high, color=COLOURS[stage], alpha=0.2, linewidth=0)
+                for n, value in enumerate(middle):
+                    data.append({"part": "spectrum", "stage": stage, "first": span[0], "last": span[1]}
+                                | {"frequency": frequency[n], "value": float(value)})  # fmt: skip
+            axes.axvline(LOW, color="black", linewidth=0.6, linestyle=":")
+            axes.set(yscale="log", xlim=(0, 1))
+            axes.set_title(f"steps {told(span)}")
+        panels[0].set_ylabel("error / own power")
+        panels[len(windows) // 2].set_xlabel("spatial frequency (1: Nyquist; dotted: low | high)")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        names = {"low": "error, low", "high": "error, high"} | CHECKS
+        shown = {k: v for k, v in names.items() if all(r[k] is not None for r in rows)}
+        shown = {k: v for k, v in shown.items() if k in ("low", "high", "word", "shape", "texture")}
+        for axes, (name, title) in zip(
+            below.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
+        ):
+            for shift, stage in enumerate(STAGES):
+                found = [bootstrap([r[name] for r in of(rows, stage, span)]) for span in everywhere]
+                x = np.arange(len(everywhere)) + (shift - 1) * 0.2
+                means = np.array([i.mean for i in found])
+                ends = np.abs(np.array([[i.low for i in found], [i.high for i in found]]) - means)
+                style = {"color": COLOURS[stage], "marker": "osD"[shift], "capsize": 1, "markersize": 2.5}
+                axes.errorbar(x, means, ends, linestyle="none", elinewidth=0.8, **style)
+                for span, i in zip(everywhere, found, strict=True):
+                    data.append({"part": name, "stage": stage, "first": span[0], "last": span[1]}
+                                | {"value": i.mean, "low": i.low, "high": i.high})  # fmt: skip
+            axes.set_xticks(range(len(everywhere)), [told(span) for span in everywhere], rotation=90)
+            axes.set_title(title if name in ("low", "high") else f"{title}, share")
+            if name in ("low", "high"):
+                axes.set_yscale("log")
+            else:
+                axes.set_ylim(-0.05, 1.05)
+        plots.save(figure, path, data)
+
+
+def draw_pictures(folder: Path, windows: list[tuple[int, int]], path: Path) -> bool:
+    """The kept prompt with each stage frozen, and the difference to the uncached picture, four times."""
+    first, last = windows[0][0], windows[0][0]
+    reference = folder / f"none-{first}-{last}.png"
+    wanted = [folder / f"{stage}-{a}-{b}.png" for stage in STAGES[:2] for a, b in windows]
+    if not all(p.is_file() for p in [reference, *wanted]):
+        return False
+    uncached = np.asarray(Image.open(reference).convert("RGB"), float)
+    data = []
+    with plots.figure(plots.PAGE, 4 * plots.PAGE / (len(windows) + 1.2)) as figure:
+        grid = figure.subplots(4, len(windows) + 1)
+        for axes in grid.flat:
+            axes.set(xticks=[], yticks=[])
+            axes.spines[:].set_visible(False)
+        grid[0, 0].imshow(uncached.astype(np.uint8))
+        grid[0, 0].set_title("uncached")
+        for y, stage in enumerate(STAGES[:2]):
+            for x, (a, b) in enumerate(windows, 1):
+                name = f"{stage}-{a}-{b}.png"
+                picture = np.asarray(Image.open(folder / name).convert("RGB"), float)
+                grid[2 * y, x].imshow(picture.astype(np.uint8))
+                grid[2 * y + 1, x].imshow(np.clip(np.abs(picture - uncached) * 4, 0, 255).astype(np.uint8))
+                data.append({"stage": stage, "first": a, "last": b, "picture": name})
+                if y == 0:
+                    grid[0, x].set_title(told((a, b)))
+            grid[2 * y, 1].set_ylabel(f"{stage}\nfrozen", color=COLOURS[stage], fontweight="bold")
+            grid[2 * y + 1, 1].set_ylabel("difference\n×4")
+        plots.save(figure, path, data)
+    return True
+
+
+# The answer.
+
+
+def leaning(rows: list[dict], stage: str, span: tuple[int, int]) -> dict[str, float]:
+    """log2 of high- over low-frequency relative error, by prompt: above 0, detail suffers more."""
+    return {r["id"]: float(np.log2((r["high"] + 1e-9) / (r["low"] + 1e-9))) for r in of(rows, stage, span)}
+
+
+def answer(rows: list[dict], everywhere: list[tuple[int, int]], source: str) -> str:
+    """Does L1 stand for structure and L2 for detail? In words, from the numbers."""
+    lines = [f"Source: {source}, {len({r['id'] for r in rows})} prompts.", ""]
+    heads = ("frozen", "steps", "PSNR dB", "low error", "high error", "log2 high/low", *CHECKS.values())
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for span in everywhere:
+        for stage in STAGES:
+            mine = of(rows, stage, span)
+            cells = [stage, told(span), _mean(mine, "psnr", ".1f")]
+            cells += [_mean(mine, "low", ".5f"), _mean(mine, "high", ".4f")]
+            cells += [f"{fmean(leaning(rows, stage, span).values()):+.2f}"]
+            cells += [_mean(mine, name, ".2f") for name in CHECKS]
+            lines.append(f"| {' | '.join(cells)} |")
+    verdicts = []
+    for span in everywhere:
+        structure, detail = leaning(rows, "structure", span), leaning(rows, "detail", span)
+        found = bootstrap([structure[i] - detail[i] for i in structure if i in detail])
+        verdicts.append((span, found, _gap(rows, span, "psnr")))
+    supported = [span for span, found, _ in verdicts if found.high < 0]
+    against = [span for span, found, _ in verdicts if found.low > 0]
+    lines += [
+        "",
+        "If structure were L1's and detail L2's, freezing L1 would hurt low frequencies relatively "
+        "more than freezing L2 does:",
+        "a negative difference of log2(high/low), structure less detail.",
+        "",
+    ]
+    for span, found, gap in verdicts:
+        said = "as claimed" if found.high < 0 else "the reverse" if found.low > 0 else "no difference shown"
+        lines.append(
+            f"- steps {told(span)}: {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {said}; "
+            f"freezing structure costs {abs(gap):.1f} dB {'more' if gap < 0 else 'less'} than freezing detail"
+        )
+    lines += ["", _conclusion(len(supported), len(against), [gap for *_, gap in verdicts])]
+    whole = fmean(_gap(rows, span, "psnr", "both", "detail") for span in everywhere)
+    lines.append(
+        f"Freezing both stages together is {abs(whole):.1f} dB {'better' if whole > 0 else 'worse'} than "
+        "freezing detail alone.\nThe stages differ in size: the slopes of the spectra say more than their "
+        "heights."
+    )
+    return "\n".join(lines)
+
+
+def _conclusion(supported: int, against: int, gaps: list[float]) -> str:
+    count = len(gaps)
+    if supported == count:
+        verdict = "The claim holds in every span"
+    elif supported > against:
+        verdict = f"The claim holds in {supported} of {count} spans and is contradicted in {against}"
+    elif against > supported:
+        verdict = (
+            f"The claim does not hold here: {against} of {count} spans show the reverse, {supported} hold"
+        )
+    else:
+        verdict = (
+            f"The claim is neither shown nor refuted: {supported} of {count} spans for it, as many against"
+        )
+    dearer = sum(gap < 0 for gap in gaps)
+    return f"{verdict}. Freezing structure costs more PSNR than freezing detail in {dearer} of {count} spans."
+
+
+def _mean(rows: list[dict], name: str, form: str) -> str:
+    values = [r[name] for r in rows if r[name] is not None]
+    return format(fmean(values), form) if values else "-"
+
+
+def _gap(
+    rows: list[dict], span: tuple[int, int], name: str, one: str = "structure", other: str = "detail"
+) -> float:
+    """Mean over prompts of the value with stage `one` frozen less that with stage `other` frozen."""
+    others = {r["id"]: r[name] for r in of(rows, other, span)}
+    pairs = [(r[name], others.get(r["id"])) for r in of(rows, one, span)]
+    found = [a - b for a, b in pairs if a is not None and b is not None]
+    return fmean(found) if found else 0.0
+
+
+def read(folder: Path) -> Saved:
+    paths = [p for p in (folder / "records.jsonl", folder / "records.jsonl.gz") if p.is_file()]
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no records.jsonl or records.jsonl.gz")
+    return read_saved(
+        paths[:1], NEEDS, same={"steps": lambda row: row["steps"]}, unique=("id", "stage", "first", "last")
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        folder = run(args) if args.run else args.records
+        saved = read(folder)
+        frozen = [r for r in saved.rows if r["stage"] in STAGES and len(r["spectrum"]) == BANDS]
+        found = {(r["first"], r["last"]) for r in frozen}
+        steps = frozen[0]["steps"] if frozen else 0
+        everywhere = [s for s in spans(steps) if s in found and all(of(frozen, stage, s) for stage in STAGES)]
+        if not everywhere:
+            raise ValueError(f"{folder} has no span in which every stage was frozen")
+        draw_spectra(frozen, everywhere, args.out / "separation")
+        shown = draw_pictures(folder / "pictures", everywhere, args.out / "separation_pictures")
+        if not shown:
+            print(f"no picture grid: {folder}/pictures is not complete", file=sys.stderr)
+        plots.write_words(args.out / "separation.md", answer(frozen, everywhere, source_of(folder)))
+        return saved.exit_code()
+    except (ValueError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,292 @@
+"""How far may structure and detail be reused? The plane of tau1 and tau2, measured, with the best pairs.
+
+    python -m analysis.thresholds                                        # from the shipped records
+    python -m analysis.thresholds --records FOLDER                       # of `python -m analysis.calibrate`
+    python -m analysis.thresholds --run --tau1 0.1 0.2 0.3 --tau2 0.05 0.1 0.2 --limit 8
+    python -m analysis.thresholds --run --model black-forest-labs/FLUX.1-dev --prompts my.jsonl --clip DIR
+
+Heat maps of the speed-up in blocks and in seconds, of PSNR, and of words read and CLIP-IQA where they were
+measured; on them the pairs that no other beats in both blocks and PSNR, the model's presets and the paper's.
+
+Writes thresholds.png/.pdf/.csv and the answer in thresholds.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from analysis import plots
+from analysis.calibrate import table
+from analysis.prompts import read_prompts
+from analysis.saved import MAYBE, NUMBER, Saved, read_saved
+from analysis.trials import parser_of, source_of, write_about
+from h2cache import H2Config
+from h2cache.presets import PRESETS
+
+SHIPPED = Path("assets/results/tiny_flux_grid")
+TAU1 = (0.06, 0.12, 0.15, 0.2, 0.3, 0.35, 0.5, 0.6)  # with the presets' and the paper's values
+TAU2 = (0.02, 0.05, 0.1, 0.15, 0.2, 0.22, 0.3, 0.6)
+PAPER = (0.15, 0.22)
+NEEDS = {
+    "key": str, "id": str, "method": str, "config": dict, "seconds": NUMBER, "seconds_uncached": NUMBER,
+    "blocks_run": int, "blocks": int, "psnr": MAYBE, "ssim": NUMBER, "words": MAYBE,
+}  # fmt: skip
+METRICS = {  # field: title, format, colour map, axis label
+    "blocks": ("blocks executed: times fewer", ".1f", "viridis"),
+    "speed_up": ("time of the whole call: times shorter", ".1f", "viridis"),
+    "psnr": ("PSNR against the uncached image, dB", ".1f", "viridis"),
+    "words": ("words read back, share", ".2f", "viridis"),
+    "clip_iqa": ("CLIP-IQA (ViT-L/14)", ".3f", "viridis"),
+}
+FLOORS = (40.0, 35.0, 30.0)  # dB
+RATIOS = (2.0, 3.0, 4.0, 5.0)
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__, "thresholds")
+    parser.add_argument("--records", type=Path, default=SHIPPED, help="folder of records-*.jsonl[.gz]")
+    parser.add_argument("--tau1", type=float, nargs="+", default=TAU1)
+    parser.add_argument("--tau2", type=float, nargs="+", default=TAU2)
+    parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Measure the grid with `analysis.calibrate`, words read back."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "analysis.calibrate", "--words", "--out", str(args.out)]
+    for name in ("model", "prompts", "steps", "seed", "guidance", "device", "dtype", "clip"):
+        value = getattr(args, name)
+        command += [f"--{name}", str(value)] if value is not None else []
+    if args.limit:
+        first = args.out / f"first-{args.limit}{args.prompts.suffix}"
+        lines = args.prompts.read_text(encoding="utf-8").splitlines()[: args.limit]
+        first.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        read_prompts(first)
+        command[command.index("--prompts") + 1] = str(first)
+    command += ["--tau1", *map(str, args.tau1), "--tau2", *map(str, args.tau2)]
+    if subprocess.run(command, check=False).returncode:
+        raise ValueError("the calibration did not finish; the same command goes on where it ended")
+    write_about(args.out, "thresholds", args)
+    return args.out
+
+
+def read(folder: Path) -> Saved:
+    """Rows of a calibration whose uncached picture is there too."""
+    paths = sorted([*folder.glob("records-*.jsonl"), *folder.glob("records-*.jsonl.gz")])
+    saved = read_saved(paths, NEEDS, same={"blocks": lambda row: row["blocks"]}, unique=("key",))
+    base = {r["id"]: r for r in saved.rows if r["method"] == "none"}
+    lost = sorted({r["id"] for r in saved.rows} - base.keys())
+    saved.complaints += [f"{folder}: all pictures of {i}, whose uncached one is missing" for i in lost]
+    usual = asdict(H2Config())
+    saved.rows = [
+        r for r in saved.rows
+        if r["id"] in base and (r["words"] is None) == (base[r["id"]]["words"] is None)
+        and (r["method"] == "none" or _is_plain(r["config"], usual))
+    ]  # fmt: skip
+    if not any(r["method"] == "h2cache" for r in saved.rows):
+        saved.exit_code()
+        raise ValueError(f"{folder} holds no picture of H2-Cache with its uncached one")
+    return saved
+
+
+def _is_plain(config: dict, usual: dict) -> bool:
+    """Whether only the two thresholds differ from the defaults, both finite."""
+    others = {k: v for k, v in usual.items() if k not in ("tau1", "tau2")}
+    finite = all(isinstance(config.get(k), NUMBER) for k in ("tau1", "tau2"))
+    return finite and all(config.get(k, v) == v for k, v in others.items())
+
+
+def front(lines: list[dict], quality: str = "psnr") -> list[dict]:
+    """The lines that no other beats in both blocks and `quality`, fewest blocks saved first."""
+    known = sorted((p for p in lines if p[quality] is not None), key=lambda p: (-p["blocks"], -p[quality]))
+    found, best = [], -np.inf
+    for line in known:
+        if line[quality] > best:
+            found.append(line)
+            best = line[quality]
+    return found[::-1]
+
+
+def axes_of(lines: list[dict]) -> tuple[list[float], list[float]]:
+    """The thresholds that make up the grid: those with at least half as many partners as the most."""
+    found = []
+    for name in ("tau1", "tau2"):
+        counts = Counter(line["config"][name] for line in lines)
+        found.append(sorted(v for v, n in counts.items() if 2 * n >= max(counts.values())))
+    return found[0], found[1]
+
+
+def pair(line: dict) -> tuple[float, float]:
+    return line["config"]["tau1"], line["config"]["tau2"]
+
+
+# The figure.
+
+
+def draw(lines: list[dict], presets: dict[tuple, str], path: Path) -> None:
+    rows, columns = axes_of(lines)
+    measured = {pair(line): line for line in lines}
+    best = {pair(line) for line in front(lines)}
+    shown = [name for name in METRICS if any(line[name] is not None for line in lines)]
+    across = 2 if len(shown) > 1 else 1
+    down = -(-len(shown) // across)
+    with plots.figure(plots.PAGE, 0.45 + 2.75 * down) as figure:
+        grid = figure.subplots(down, across, squeeze=False)
+        for n, (axes, name) in enumerate(zip(grid.flat, shown, strict=False)):
+            values = np.array(
+                [[(measured.get((a, b)) or {}).get(name) for b in columns] for a in rows], float
+            )  # null is nan
+            axes.grid(False)
+            axes.set_facecolor("#eeeeee")
+            axes.pcolormesh(np.ma.masked_invalid(values), cmap=METRICS[name][2], rasterized=True)
+            middle = np.nanmean([np.nanmin(values), np.nanmax(values)])
+            for y, a in enumerate(rows):
+                for x, b in enumerate(columns):
+                    _cell(axes, x, y, values[y, x], middle, METRICS[name][1])
+                    if (a, b) in best:
+                        _frame(axes, x, y, "white", "-", 1.6)
+                        _frame(axes, x, y, "black", "-", 0.7)
+                    if (a, b) in presets:
+                        axes.plot(x + 0.86, y + 0.84, marker="*", color="white", markeredgecolor="black",
+                                  markeredgewidth=0.4, markersize=5)  # fmt: skip
+                    if (a, b) == PAPER:
+                        _frame(axes, x, y, "#D55E00", "--", 1.2)
+            axes.set_xticks(np.arange(len(columns)) + 0.5, [f"{b:g}" for b in columns])
+            axes.set_yticks(np.arange(len(rows)) + 0.5, [f"{a:g}" for a in rows])
+            axes.set(xlabel="tau2 (detail)", ylabel="tau1 (structure)")
+            plots.letter(axes, f"{'abcde'[n]}  {METRICS[name][0]}")
+        for axes in list(grid.flat)[len(shown) :]:
+            axes.set_visible(False)
+        marks = [
+            axes.plot([], [], **style, label=label)[0]
+            for style, label in (
+                ({"marker": "s", "markerfacecolor": "none", "color": "black", "linestyle": ""},
+                 "on the front of blocks and PSNR"),
+                ({"marker": "*", "color": "white", "markeredgecolor": "black", "linestyle": ""},
+                 "a preset of this model"),
+                ({"marker": "s", "markerfacecolor": "none", "color": "#D55E00", "linestyle": ""},
+                 "the paper's pair for FLUX.1-dev"),
+            )
+        ]  # fmt: skip
+        figure.legend(handles=marks, loc="outside lower center", ncols=3)
+        plots.save(figure, path, [_flat(line, best, presets) for line in lines])
+
+
+def _cell(axes, x: int, y: int, value: float, middle: float, form: str) -> None:
+    """The value in its cell; hatched where nothing was measured."""
+    if np.isnan(value):
+        axes.fill_between(
+            [x, x + 1], y, y + 1, facecolor="none", edgecolor="#aaaaaa", hatch="////", linewidth=0
+        )
+    else:
+        ink = "white" if value < middle else "black"
+        axes.text(x + 0.5, y + 0.46, format(value, form), ha="center", va="center", fontsize=6, color=ink)
+
+
+def _frame(axes, x: int, y: int, colour: str, dash: str, width: float) -> None:
+    edge = 0.05
+    xs = [x + edge, x + 1 - edge, x + 1 - edge, x + edge, x + edge]
+    ys = [y + edge, y + edge, y + 1 - edge, y + 1 - edge, y + edge]
+    axes.plot(xs, ys, color=colour, linestyle=dash, linewidth=width)
+
+
+def _flat(line: dict, best: set, presets: dict) -> dict:
+    numbers = {k: v for k, v in line.items() if k != "config"}
+    return {"tau1": pair(line)[0], "tau2": pair(line)[1], **numbers, "on_front": pair(line) in best,
+            "preset": presets.get(pair(line), "")}  # fmt: skip
+
+
+# The answer.
+
+
+def answer(lines: list[dict], presets: dict[tuple, str], source: str) -> str:
+    """What the plane says, in words."""
+    rows, columns = axes_of(lines)
+    words = [f"Source: {source}; {len(lines)} pairs, {lines[0]['prompts']} prompts.", "", "Pairs that no "
+             "other beats in both blocks and PSNR:", ""]  # fmt: skip
+    heads = ("tau1", "tau2", "blocks", "time", "PSNR dB", "worst", "SSIM", "words", "CLIP-IQA", "preset")
+    words += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    words += [f"| {' | '.join(_cells(line, presets))} |" for line in front(lines)]
+    words.append("")
+    for floor in FLOORS:
+        good = [line for line in lines if line["psnr"] is None or line["psnr"] >= floor]
+        if not good:
+            words.append(f"- No pair reaches a mean of {floor:g} dB.")
+            continue
+        alone1 = max((pair(p)[0] for p in good if pair(p)[1] == columns[0]), default=None)
+        alone2 = max((pair(p)[1] for p in good if pair(p)[0] == rows[0]), default=None)
+        best = max(good, key=lambda p: p["blocks"])
+        words.append(
+            f"- For a mean of {floor:g} dB, structure may be reused up to {_limit('tau1', alone1)} with "
+            f"tau2 = {columns[0]:g}, detail up to {_limit('tau2', alone2)} with tau1 = {rows[0]:g}; the "
+            f"fastest pair is {_pair(best)} with {best['blocks']:.2f}x fewer blocks."
+        )
+    words += ["", "The best pair depends on the metric:", ""]
+    for ratio in RATIOS:
+        fast = [line for line in lines if line["blocks"] >= ratio]
+        if not fast:
+            continue
+        told = []
+        for name, title in (("psnr", "PSNR"), ("ssim", "SSIM"), ("words", "words"), ("clip_iqa", "CLIP-IQA")):
+            known = [line for line in fast if line[name] is not None]
+            if known:
+                top = max(line[name] for line in known)
+                ties = [line for line in known if line[name] == top]
+                many = f" and {len(ties) - 1} more" if len(ties) > 1 else ""
+                told.append(f"{title} {_pair(max(ties, key=lambda p: p['blocks']))}{many} ({top:.4g})")
+        words.append(f"- at least {ratio:g}x fewer blocks: {'; '.join(told)}.")
+    paper = next((line for line in lines if pair(line) == PAPER), None)
+    if paper and paper["psnr"] is not None:
+        better = max((p for p in lines if p["blocks"] >= paper["blocks"]), key=lambda p: p["psnr"] or 0)
+        words += ["", f"The paper's pair for FLUX.1-dev, {_pair(paper)}, gives {paper['blocks']:.2f}x fewer "
+                  f"blocks at {paper['psnr']:.1f} dB here; {_pair(better)} gives {better['blocks']:.2f}x at "
+                  f"{better['psnr']:.1f} dB. Thresholds are a property of the model."]  # fmt: skip
+    return "\n".join(words)
+
+
+def _limit(name: str, value: float | None) -> str:
+    return f"{name} = {value:g}" if value is not None else f"no measured {name}"
+
+
+def _pair(line: dict) -> str:
+    return "{:g} / {:g}".format(*pair(line))
+
+
+def _cells(line: dict, presets: dict) -> list[str]:
+    tau1, tau2 = pair(line)
+    numbers = [("psnr", ".1f"), ("worst_psnr", ".1f"), ("ssim", ".4f"), ("words", ".3f"), ("clip_iqa", ".4f")]
+    shown = ["-" if line[name] is None else format(line[name], form) for name, form in numbers]
+    return [f"{tau1:g}", f"{tau2:g}", f"{line['blocks']:.2f}x fewer", f"{line['speed_up']:.2f}x", *shown,
+            presets.get((tau1, tau2), "")]  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    try:
+        folder = run(args) if args.run else args.records
+        saved = read(folder)
+        model = Path(args.model).name
+        presets = {
+            (p.settings["tau1"], p.settings["tau2"]): name
+            for name, p in PRESETS.items()
+            if p.model == model and p.method == "h2cache" and len(p.settings) == 2
+        }
+        lines = table(saved.rows)
+        draw(lines, presets, args.out / "thresholds")
+        plots.write_words(args.out / "thresholds.md", answer(lines, presets, source_of(folder)))
+        return saved.exit_code()
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

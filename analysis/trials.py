@@ -1,0 +1,84 @@
+"""What the ablations share: a model, prompts, and a picture of each by any method."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from analysis import keep
+from analysis.prompts import Prompt, read_prompts
+from analysis.runs import Drawn, Limits, call_arguments, default_device, draw, load_pipeline
+from h2cache import MethodConfig
+
+
+def parser_of(description: str, out: str) -> argparse.ArgumentParser:
+    """A parser with what every figure script takes: --out, --run, and the options of a run."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("outputs") / out, help="default: %(default)s")
+    parser.add_argument("--run", action="store_true", help="repeat the experiment, its records go to --out")
+    run = parser.add_argument_group("of the experiment (with --run)")
+    run.add_argument("--model", default="assets/tiny_flux", help="folder or hub id (default: %(default)s)")
+    run.add_argument("--prompts", type=Path, default=Path("assets/prompts/tiny32.jsonl"))
+    run.add_argument("--limit", type=int, help="only the first N prompts")
+    run.add_argument("--steps", type=int, default=50)
+    run.add_argument("--seed", type=int, default=0, help="for prompts without one of their own")
+    run.add_argument("--guidance", type=float, default=3.5)
+    run.add_argument("--device", default=default_device())
+    run.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    return parser
+
+
+@dataclass
+class Trial:
+    """A model and its prompts, ready to draw."""
+
+    pipeline: DiffusionPipeline
+    call: dict[str, Any]
+    prompts: list[Prompt]
+    seed: int
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Trial:
+        """Load what the arguments of `parser_of` name; ValueError or OSError for what cannot be."""
+        limits = Limits.of(args.model)
+        torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
+        prompts = read_prompts(args.prompts)[: args.limit]
+        pipeline = load_pipeline(args.model, args.device, args.dtype)
+        pipeline.set_progress_bar_config(disable=True)
+        call = call_arguments(pipeline, limits, None, None, args.guidance)
+        return cls(pipeline, call | {"num_inference_steps": args.steps}, prompts, args.seed)
+
+    def draw(self, prompt: Prompt, config: MethodConfig) -> Drawn:
+        """The picture of `prompt` by the method of `config`."""
+        seed = self.seed if prompt.seed is None else prompt.seed
+        return draw(self.pipeline, config, seed, prompt=prompt.text, **self.call)
+
+
+def write_about(folder: Path, module: str, args: argparse.Namespace) -> None:
+    """Write `about.json`: command, machine, date and settings of the records in `folder`."""
+    about = {
+        "command": f"python -m analysis.{module} {' '.join(sys.argv[1:])}".strip(),
+        "machine": keep.machine(),
+        "date": keep.now(),
+        "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
+    }
+    keep.write_atomically(folder / "about.json", (json.dumps(about, indent=1) + "\n").encode())
+
+
+def source_of(folder: Path) -> str:
+    """Command, machine and date of the records in `folder`, in a line for a figure's words."""
+    about = keep.read_json(folder / "about.json") or keep.read_json(folder / "table.json")
+    about = about or keep.read_json(folder / "summary.json")
+    if about is None:
+        return f"records of {folder}"
+    machine = about["machine"]
+    return f"`{about['command']}`, {machine['device_name']}, {machine['threads']} thread(s), {about['date']}"
