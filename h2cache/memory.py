@@ -88,6 +88,7 @@ class Memory:
         self.blocks_run: Counter[str] = Counter()  # by stage, in the current step
         self._step = -1
         self._timestep: float | None = None  # of the newest step whose timestep has been read
+        self._span = 1.0  # how far the timestep fell in the step before this one; 1 at the first
         self._pending: Tensor | None = None  # timestep of the current step, not yet read
         self._conditions: tuple = ()
 
@@ -128,6 +129,19 @@ class Memory:
         """Number of steps of the request; None when neither a pipeline nor the caller has told it."""
         return self._request.total_steps
 
+    @property
+    def span(self) -> float:
+        """How far the timestep fell in the step before this one, > 0; 1 at the first step."""
+        return self._span if self.step else 1.0
+
+    def time(self, clock: str) -> float:
+        """The time of the current step, rising: its index ("step"), or minus the timestep ("sigma").
+
+        FLUX and other flow models get sigma for a timestep, up to a factor.
+        """
+        step = self.step
+        return float(step) if clock == "step" else -self._timestep
+
     def in_warmup(self, steps: int) -> bool:
         """Whether the current step is among the first `steps`."""
         return steps > 0 and self.step < steps
@@ -154,6 +168,8 @@ class Memory:
             self._request.restart("the timestep went up", keep=self)
             self._clear_slots()
             self._step = 0
+        elif self._timestep is not None and timestep < self._timestep:
+            self._span = self._timestep - timestep
         self._timestep = timestep
         return goes_on
 

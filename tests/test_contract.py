@@ -11,6 +11,11 @@ from h2cache import find_method, method_names
 
 OFF = {"tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1}
 INFINITE = {"tau1": float("inf"), "tau2": float("inf"), "threshold": float("inf")}
+VARIANTS = {  # further settings of a method that must hold what every method must
+    "h2cache with a forecast": ("h2cache", {"predictor": "taylor", "order": 2, "repay": True}),
+    "h2cache by the head's secant": ("h2cache", {"predictor": "secant", "force_detail_hit": False}),
+    "h2cache ahead": ("h2cache", {"ahead": True, "predictor": "taylor", "repay": True, "clock": "sigma"}),
+}
 FITTED = {"coefficients": (0.0, 0.0, 0.0, 1.0, 0.0)}  # the random models have no constants of their own
 
 
@@ -20,7 +25,8 @@ def with_fields(config: h2cache.MethodConfig, values: dict) -> h2cache.MethodCon
 
 def usual(name: str) -> h2cache.MethodConfig:
     """The default settings of a method."""
-    return with_fields(find_method(name)(), FITTED)
+    name, settings = VARIANTS.get(name, (name, {}))
+    return with_fields(find_method(name)(**settings), FITTED)
 
 
 def switched_off(name: str) -> h2cache.MethodConfig:
@@ -28,7 +34,7 @@ def switched_off(name: str) -> h2cache.MethodConfig:
     return with_fields(usual(name), OFF)
 
 
-@pytest.fixture(params=method_names())
+@pytest.fixture(params=[*method_names(), *VARIANTS])
 def method(request) -> str:
     return request.param
 
