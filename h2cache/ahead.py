@@ -1,4 +1,4 @@
-"""H2-Cache that plans ahead: no head runs between two computed steps; the forecast's own error sets their distance.
+"""H2-Cache that plans ahead: the forecast's own error says when to compute next, and no head runs between.
 
 Ours. At a computed step both stages know what their forecast would have said, so its error is known exactly
 and for nothing. Like the step size of an ODE solver, the distance to the next computed step is chosen such

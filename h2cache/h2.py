@@ -51,8 +51,8 @@ class H2Config(MethodConfig):
     adaptive_highest: float = 0.5
     """Adaptive threshold in the middle of the run."""
     predictor: str = "last"
-    """What stands in [ours]: "last" as the paper; "taylor", "newton", "hermite", "taylor_scaled", "foca", "dmd",
-    "secant": a forecast, see `predictors.py`."""
+    """What stands in: "last" as in the paper, or a forecast [ours]: "taylor", "newton", "hermite",
+    "taylor_scaled", "foca", "dmd", "secant"; see `predictors.py`."""
     order: int = 1
     """Order of the forecasting polynomial, 1 to 4. Each costs one more joint state; 2 amplifies noise."""
     sigma: float = 0.5
@@ -64,8 +64,8 @@ class H2Config(MethodConfig):
     force_detail_hit: bool = True
     """A structure hit forces the detail hit, as in the paper. False [ours]: tau2 is asked there too."""
     ahead: bool = False
-    """Plan ahead instead of looking at every step [ours]: see `ahead.py`. The thresholds are then errors of the
-    forecast, about a tenth of the paper's, and the heads run in computed steps only."""
+    """Plan ahead instead of looking at every step [ours]: see `ahead.py`. The thresholds are then errors of
+    the forecast, about a tenth of the paper's, and the heads run in computed steps only."""
 
     def __post_init__(self) -> None:
         for field in ("tau1", "tau2"):
@@ -97,6 +97,8 @@ class H2Config(MethodConfig):
         if self.clock not in ("step", "sigma"):
             raise ValueError(f"clock={self.clock!r} is unknown: choose 'step' or 'sigma'")
         self.new_predictor()  # refuses what cannot be combined
+        if self.predictor == "foca" and self.clock == "sigma":
+            raise ValueError('predictor="foca" walks by steps: use clock="step"')
         if self.predictor == "foca" and self.reduce == "sample" and not self.ahead:
             raise ValueError('predictor="foca" learns a batch as a whole: add reduce="mean" or ahead=True')
         if self.ahead and (self.adaptive or not self.force_detail_hit or self.predictor == "secant"):

@@ -27,6 +27,7 @@ class MethodConfig(ABC):
 
     name: ClassVar[str]  # as written in records and tables
     requires: ClassVar[frozenset[str]] = frozenset()  # of an engine, beyond whole blocks: see `Engine.offers`
+    instead: ClassVar[str] = ""  # what to use of an engine that cannot give that, as the end of a sentence
 
     def for_checkpoint(self, checkpoint: str | None) -> MethodConfig:
         """These settings with the constants fitted to `checkpoint` (last part of its folder or hub id).

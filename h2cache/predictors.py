@@ -5,10 +5,10 @@ step, rising: its index, or -sigma. Samples of a batch may learn at different st
 `learn` keep what they had.
 
 `Forecast` is a weighted sum of the last residuals; the rules are in `weights.py`. With `repay` it also pays
-back what it got wrong. That is ours: an Euler sampler adds up the model's outputs, so the errors of a skipped
-stretch add up too; as soon as the next step is computed, the polynomial through both ends says what the
-stretch should have been, and the difference is added to the next stand-in. It needs no tensor besides the stored
-residuals: weights are added to weights.
+back what it got wrong. That is ours: an Euler sampler adds up the model's outputs, so the errors of a
+skipped stretch add up too; as soon as the next step is computed, the polynomial through both ends says what
+the stretch should have been, and the difference is added to the next stand-in. It needs no tensor besides
+the stored residuals: weights are added to weights.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Forecast:
 
     rule: (times, x) -> weights. repay: see the top of the file; it interpolates through the newest three
     residuals, so `history` must be at least 3.
-    Accumulates in float32 and rounds once: weights of +-10 cancel, and partial sums in bf16 do not survive it.
+    Accumulates in float32 and rounds once: weights of +-10 cancel, partial sums in bf16 do not survive it.
     """
 
     def __init__(
@@ -138,22 +138,30 @@ def weighted_sum(residuals: list[Stream], rows: list[list[float]]) -> Stream:
 
     A row may be shorter than the list: it belongs to the newest residuals.
     """
-    like = residuals[-1]
     rows = [[0.0] * (len(residuals) - len(row)) + row for row in rows]
-    total: list[Tensor] | None = None
-    same = all(row == rows[0] for row in rows)
-    for j, residual in enumerate(residuals):
-        if not any(row[j] for row in rows):
-            continue
-        parts = [t for t in (residual.img, residual.txt) if t is not None]
-        if same and total is not None:
-            torch._foreach_add_(total, [p.float() for p in parts], alpha=rows[0][j])
-            continue
-        factor = rows[0][j] if same else _per_sample([row[j] for row in rows], parts[0])
-        parts = [p.float() * factor for p in parts]
-        total = parts if total is None else [a.add_(b) for a, b in zip(total, parts, strict=True)]
-    img, *txt = [t.to(like.img.dtype) for t in total]
+    parts = [[t for t in (r.img, r.txt) if t is not None] for r in residuals]
+    if all(row == rows[0] for row in rows):
+        factors: Sequence[float | Tensor] = rows[0]
+    else:
+        factors = [_per_sample(column, parts[0][0]) for column in zip(*rows, strict=True)]
+    img, *txt = combine(parts, factors)
     return Stream(img, txt[0] if txt else None)
+
+
+def combine(snapshots: Sequence[Sequence[Tensor]], factors: Sequence[float | Tensor]) -> list[Tensor]:
+    """sum_j f_j * snapshots[j], part by part, all parts at once where the factors are numbers."""
+    total: list[Tensor] | None = None
+    for parts, factor in zip(snapshots, factors, strict=True):
+        if isinstance(factor, float) and factor == 0.0:
+            continue
+        wide = [p.float() for p in parts]
+        if total is None:
+            total = [p * factor for p in wide]
+        elif isinstance(factor, float):
+            torch._foreach_add_(total, wide, alpha=factor)
+        else:
+            torch._foreach_add_(total, [p * factor for p in wide])
+    return [t.to(p.dtype) for t, p in zip(total, snapshots[-1], strict=True)]
 
 
 def _per_sample(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
@@ -241,11 +249,11 @@ class Secant(Forecast):
 
 
 class FoCa:
-    """FoCa (arXiv 2508.16211): a line plus a bounded correction, R + k v + (1 - 2^-k) w; time is the step index.
+    """FoCa (arXiv 2508.16211): a line plus a bounded correction, R + k v + (1 - 2^-k) w; time counts steps.
 
     v: slope of the last two computed steps; w: how much steeper it was just before the last one, by the
-    forecast for that step. The closed form of the paper's step-by-step recursion; 3 joint states. Samples of a
-    batch learn together.
+    forecast for that step. The closed form of the paper's step-by-step recursion; 3 joint states. Samples of
+    a batch learn together.
     """
 
     def __init__(self) -> None:

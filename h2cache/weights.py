@@ -1,7 +1,7 @@
 """How much of each stored residual makes a forecast: pure numbers, no tensor, no model.
 
 Every rule here answers with weights w, one for each stored residual (oldest first), such that the forecast is
-sum_j w_j R_j. `times` are those of the stored residuals, rising: step indices, or -sigma (see `predictors.py`);
+sum_j w_j R_j. `times` are those of the stored residuals, rising: step indices, or -sigma (`predictors.py`);
 `x` is the time asked for. Weights are Python floats or float64; they add up to 1, so a constant is kept.
 
 Sources: TaylorSeer (arXiv 2503.06923), HiCache (arXiv 2508.16984) and their authors' code for `taylor` and
