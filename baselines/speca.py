@@ -1,8 +1,8 @@
-"""SpeCa: TaylorSeer drafts the coming steps, and one block, really computed, says how long the draft may go on.
+"""SpeCa: TaylorSeer drafts the coming steps, and one block, really computed, says how long a draft may go on.
 
-Source: arXiv 2509.11628 (ACM MM 2025) and the authors' code. The last block is computed on the drafted input and
-compared with its own draft; the tolerance falls along the run. As in the code, a draft that fails is still
-used, and the step after it is computed; on_reject="recompute" [ours] computes the failing step itself.
+Source: arXiv 2509.11628 (ACM MM 2025) and the authors' code. The last block is computed on the drafted input
+and compared with its own draft; the tolerance falls along the run. As in the code, a draft that fails is
+still used, and the step after it is computed; on_reject="recompute" [ours] computes the failing step itself.
 Deviations: errors in float32, a non-finite one rejects, progress is step / steps for every model.
 """
 
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from h2cache import weights
@@ -47,12 +46,12 @@ class SpeCaConfig(MethodConfig):
     max_drafts: int = 8
     """Drafts in a row at most; one of a pair with `min_drafts`. 0: always compute."""
     warmup_steps: int = 3
-    """First steps, of which every step is computed that does not follow a computed one (the authors' rule)."""
+    """First steps: computed, unless the step before was (the authors' rule: with 3, steps 0 and 2)."""
     order: int = 2
     """Order of the Taylor polynomial, 0 to 4."""
     measure: str = "element"
-    """"element": mean |draft - real| / |real| as the authors; "norm" [ours]: mean |draft - real| / mean |real|,
-    which asks for other thresholds (0.05 to 0.3)."""
+    """"element": mean |draft - real| / |real| as the authors; "norm" [ours]: mean |draft - real| / mean
+    |real|, which asks for other tolerances (0.05 to 0.3)."""
     on_reject: str = "next"
     """"next": a failed draft makes the next step computed; "recompute" [ours]: that step itself, at once."""
     granularity: str = "module"
@@ -106,7 +105,8 @@ class Draft:
             full, checked = False, False
         else:
             checked = self.count >= cfg.min_drafts
-            full = step < cfg.warmup_steps or self.count >= cfg.max_drafts or (checked and self.failed(step, total, cfg))
+            due = step < cfg.warmup_steps or self.count >= cfg.max_drafts
+            full = due or (checked and self.failed(step, total, cfg))
         self.last_full = full
         self.count = 0 if full else self.count + 1
         self.error = None
@@ -141,7 +141,7 @@ class SpeCa(Method):
             check_room(memory.bytes_held * cfg.order, cfg.granularity)
         memory.record_stack(stages, None, 0.0, not draft.last_full)
 
-    def _modules(self, stages, memory: Memory, draft: Draft, full: bool, checked: bool, alone: bool) -> Program:
+    def _modules(self, stages, memory, draft: Draft, full: bool, checked: bool, alone: bool) -> Program:
         cfg, end, at = self.config, stages[-1].last, float(memory.step)
         rule = partial(weights.taylor, order=cfg.order)
         modules = memory.slot("modules", lambda: ModuleForecast(rule, cfg.order + 1)).predictor
@@ -160,8 +160,8 @@ class SpeCa(Method):
         def compare(index: int, name: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
             guess = modules.predict(index, name, forward, args, kwargs)
             real = forward(*args, **kwargs)
-            pair = [x if isinstance(x, Tensor) else torch.cat([t.flatten() for t in x]) for x in (guess, real)]
-            draft.error = error_of(*pair, cfg.measure)  # of the last module, whose output ends the block
+            first = [x if isinstance(x, Tensor) else x[0] for x in (guess, real)]
+            draft.error = error_of(*first, cfg.measure)  # of the last module, whose output ends the block
             return guess
 
         def redo() -> Callable | None:
@@ -173,7 +173,7 @@ class SpeCa(Method):
 
         yield Drive(range(end - 1, end), compare, counts=True, remember=again, again=redo if again else None)
 
-    def _stages(self, stages, memory: Memory, draft: Draft, full: bool, checked: bool, alone: bool) -> Program:
+    def _stages(self, stages, memory, draft: Draft, full: bool, checked: bool, alone: bool) -> Program:
         cfg, end, at = self.config, stages[-1].last, float(memory.step)
         parts = {stage.name: range(stage.first, min(stage.last, end - 1)) for stage in stages}
         for name, blocks in (parts | {"last block": range(end - 1, end)}).items():

@@ -20,7 +20,7 @@ import torch
 
 from h2cache.method import Method
 from h2cache.similarity import pooled_summary, relative_l1
-from h2cache.stages import Run, Skip
+from h2cache.stages import Run, Skip, Stream
 
 if TYPE_CHECKING:
     from h2cache.h2 import H2Config
@@ -62,7 +62,7 @@ class H2Ahead(Method):
         for stage, slot, pool in zip(stages, slots, (cfg.pool1, cfg.pool2), strict=True):
             ran = yield Run(stage.blocks)
             if plan.computed > self.exponent - 1:  # residuals enough for a forecast of this order
-                errors.append(self._error(stage, ran, slot.predictor, pool, at))
+                errors.append(self._error(stage, ran, slot.predictor.foresee(at), pool, memory.targets))
             slot.predictor.learn(ran.residual, at=at)
         measured = self._measured(errors, memory)
         self._plan(plan, measured, memory)
@@ -75,19 +75,19 @@ class H2Ahead(Method):
         polynomial = self.config.predictor in ("taylor", "newton", "hermite", "taylor_scaled")
         return 1 + (self.config.order if polynomial else self.config.predictor != "last")
 
-    def _error(self, stage: Span, ran: Ran, predictor, pool: int, at: float) -> torch.Tensor:
+    def _error(self, stage: Span, ran: Ran, guess: Stream, pool: int, targets: slice | None) -> torch.Tensor:
         """Relative L1 error of what the forecast would have said, pooled like the paper's checks: (B,)."""
-        both = (ran.residual, predictor.foresee(at))
-        fresh, guess = (pooled_summary(s.joint if stage.joint else s.img, pool) for s in both)
-        return relative_l1(fresh, guess)
+        drawn = [Stream(s.img[:, targets or slice(None)], s.txt) for s in (ran.residual, guess)]
+        return relative_l1(*(pooled_summary(s.joint if stage.joint else s.img, pool) for s in drawn))
 
     def _measured(self, errors: list[torch.Tensor], memory: Memory) -> list[float] | None:
         """The largest error of each stage over the batch, weighed by the length of the step; one wait."""
         if not errors:
             return None
-        values = memory.read(torch.stack(errors).amax(1))
+        values = memory.read(torch.cat(errors))  # of both stages, sample by sample
         if values is None:  # another request began
             return None
+        values = [max(values[n : n + memory.batch]) for n in range(0, len(values), memory.batch)]
         passed = memory.slot("plan", Plan).predictor.start - memory.time("sigma")
         weight = memory.span * memory.step / -passed if passed else 1.0
         return [value * weight for value in values]

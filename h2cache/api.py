@@ -20,6 +20,7 @@ from h2cache.engines import Engine, Inputs, class_names, find_engine, lay_out
 from h2cache.h2 import H2Config
 from h2cache.memory import Memory, Request
 from h2cache.method import Method, MethodConfig
+from h2cache.modules import ModuleDriver
 from h2cache.records import StepRecord, Summary, summarise
 from h2cache.stages import Call, Stage
 
@@ -60,7 +61,7 @@ def enable(
         if missing := config.requires - engine.offers:
             raise ValueError(
                 f"{config.name} with these settings needs of the model: {', '.join(sorted(missing))}; the "
-                f"engine of {engine.name} cannot give that"
+                f"engine of {engine.name} cannot give that{config.instead}"
             )
         fitted = config.for_checkpoint(checkpoint_name(pipeline) or checkpoint_name(transformer))
         if fitted.needs_total_steps and steps is None and pipeline is None:
@@ -186,10 +187,12 @@ class Attachment:
         self.spans, self._firsts = lay_out(engine, transformer, split)
         self._lists: dict[str, nn.ModuleList] = {}
         self._handles: tuple = ()
+        self._driver = ModuleDriver(self._current_call)
 
     def attach(self) -> None:
         """Put the stages and hooks in place."""
         transformer = self._transformer()
+        self._driver.attach(self.engine, transformer, self.config.requires)
         forms = {cut.blocks: cut.form for cut in self.engine.cuts}
         for attribute, first in self._firsts.items():
             blocks = self._lists[attribute] = getattr(transformer, attribute)
@@ -204,6 +207,7 @@ class Attachment:
     def detach(self) -> None:
         """Undo `attach`, exactly."""
         transformer = self._transformer()
+        self._driver.detach()
         for attribute, blocks in self._lists.items():
             setattr(transformer, attribute, blocks)
         for handle in self._handles:

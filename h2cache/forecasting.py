@@ -35,7 +35,7 @@ class ModuleForecast:
         self.rule, self.states = rule, states
         self.times: list[float] = []
         self.outputs: dict[Key, list[tuple[Tensor, ...]]] = {}
-        self._weights: list[float] = []
+        self.weights: list[float] = []
 
     def clear(self) -> None:
         """Forget all differences."""
@@ -48,7 +48,7 @@ class ModuleForecast:
 
     def forecast(self, at: float) -> None:
         """A skipped step begins."""
-        self._weights = self.rule(self.times, at)
+        self.weights = self.rule(self.times, at)
 
     def learn(self, index: int, name: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a module and keep what it gives."""
@@ -61,7 +61,7 @@ class ModuleForecast:
 
     def predict(self, index: int, name: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the module would give, without running it."""
-        parts = combine(self.outputs[index, name], self._weights)
+        parts = combine(self.outputs[index, name], self.weights)
         return parts[0] if len(parts) == 1 else tuple(parts)
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 if TYPE_CHECKING:
+    from h2cache.engines import Engine
     from h2cache.stages import Call
 
 
@@ -36,22 +37,24 @@ class ModuleDriver:
         self._current_call = current_call
         self._restored: list[tuple[nn.Module, Any]] = []
 
-    def attach_blocks(self, blocks: list[tuple[nn.Module, Modules]]) -> None:
-        """Drive the modules of all blocks. ValueError for a block that is compiled."""
-        if any(getattr(block, "_compiled_call_impl", None) is not None for block, _ in blocks):
+    def attach(self, engine: Engine, transformer: nn.Module, required: frozenset[str]) -> None:
+        """Drive what is `required`: "modules" of all blocks, "output". ValueError for compiled blocks."""
+        if "modules" in required:
+            self._attach_blocks(engine, [b for cut in engine.cuts for b in getattr(transformer, cut.blocks)])
+        if "output" in required:
+            self._put(engine.output_layer(transformer), self._output)
+
+    def _attach_blocks(self, engine: Engine, blocks: list[nn.Module]) -> None:
+        if any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
             raise ValueError(
                 "the blocks are compiled, which would freeze their modules into the graph: use "
                 'granularity="stage", or do not compile'
             )
-        for _, modules in blocks:
+        for modules in map(engine.modules, dict.fromkeys(blocks)):
             for name, module in modules.answered.items():
                 self._put(module, lambda own, name=name: self._answered(name, own))
             for module in modules.idle:
                 self._put(module, self._idle)
-
-    def attach_output(self, layer: nn.Module) -> None:
-        """Drive the model's last layer."""
-        self._put(layer, self._output)
 
     def detach(self) -> None:
         for module, own in self._restored:

@@ -46,8 +46,8 @@ class SmartThreshold:
 def interval_due(step: int, interval: int, warmup: int, rule: str = "authors") -> bool:
     """Whether a fixed schedule computes `step`: the first `warmup` steps, then every `interval`-th.
 
-    rule: "authors", counted from the last warm-up step (TaylorSeer, HiCache, ClusCa; cache-dit's is the same);
-    "diffusers", as `TaylorSeerCacheConfig` counts, from the step after the first one behind the warm-up.
+    rule: "authors", counted from the last warm-up step (TaylorSeer, HiCache, ClusCa; cache-dit's is the
+    same); "diffusers", as its `TaylorSeerCacheConfig` counts, from the second step behind the warm-up.
     """
     start = warmup - 1 if rule == "authors" else warmup + 1
     return step < warmup or (step - start) % interval == 0

@@ -9,14 +9,22 @@ from conftest import denoise, generate, make_flux, make_inputs
 import h2cache
 from h2cache import find_method, method_names
 
-OFF = {"tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1}
+OFF = {"tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1, "max_drafts": 0}
 INFINITE = {"tau1": float("inf"), "tau2": float("inf"), "threshold": float("inf")}
 VARIANTS = {  # further settings of a method that must hold what every method must
     "h2cache with a forecast": ("h2cache", {"predictor": "taylor", "order": 2, "repay": True}),
     "h2cache by the head's secant": ("h2cache", {"predictor": "secant", "force_detail_hit": False}),
+    "taylorseer of stages": ("taylorseer", {"granularity": "stage", "interval": 3, "order": 2}),
+    "taylorseer_lite of hidden states": ("taylorseer_lite", {"lite_at": "hidden", "interval": 3}),
+    "hicache of stages": ("hicache", {"granularity": "stage", "interval": 3}),
+    "speca of stages": ("speca", {"granularity": "stage"}),
+    "clusca by Hermite": ("clusca", {"basis": "hermite", "exact_fresh": True, "interval": 3}),
     "h2cache ahead": ("h2cache", {"ahead": True, "predictor": "taylor", "repay": True, "clock": "sigma"}),
 }
-FITTED = {"coefficients": (0.0, 0.0, 0.0, 1.0, 0.0)}  # the random models have no constants of their own
+FITTED = {
+    "coefficients": (0.0, 0.0, 0.0, 1.0, 0.0),
+    "ratios": (1.0, 1.02, 0.98, 0.95),
+}  # the random models have no constants of their own
 
 
 def with_fields(config: h2cache.MethodConfig, values: dict) -> h2cache.MethodConfig:
