@@ -4,9 +4,9 @@
     python -m analysis.fit_magcache --model black-forest-labs/FLUX.1-dev --prompts my.jsonl --save
 
 Runs without a cache. At every step from the second, the mean over tokens of ||r_t|| / ||r_t-1||, r the
-residual of all blocks (image tokens; arXiv 2506.09045). The authors use one prompt; here the mean over prompts,
-with their spread, and the spread over tokens and cosine distance that say whether the assumption holds. --save
-puts the result, with its source, into baselines/constants/magcache.json under the model's name.
+residual of all blocks (image tokens; arXiv 2506.09045). The authors use one prompt; here the mean over
+prompts, with their spread, and the spread over tokens and cosine distance that say whether the assumption
+holds. --save puts the result, with its source, into baselines/constants/magcache.json under the model's name.
 """
 
 from __future__ import annotations

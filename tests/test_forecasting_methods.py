@@ -1,0 +1,450 @@
+"""TaylorSeer, TaylorSeer-Lite, HiCache, SpeCa and ClusCa against their specifications."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from conftest import denoise, generate, make_flux, make_inputs
+from diffusers import TaylorSeerCacheConfig as DiffusersConfig
+
+import h2cache
+from baselines.clusca import ClusCaConfig, Clusters, cluster, pick
+from baselines.hicache import PRESETS, HiCacheConfig
+from baselines.speca import Draft, SpeCaConfig, error_of
+from baselines.taylorseer import TaylorSeerConfig
+from baselines.taylorseer_lite import TaylorSeerLiteConfig
+from h2cache import weights
+from h2cache.forecasting import ModuleForecast, check_room, module_bytes, stage_bytes
+from h2cache.policies import interval_due
+
+INF = float("inf")
+
+
+def run(model, config, steps=12, **extra):
+    h2cache.enable(model, config, steps=steps)
+    return denoise(model, steps=steps, **extra)
+
+
+def computed(model) -> list[int]:
+    return [r.step for r in h2cache.step_records(model) if r.stage == "structure" and r.outcome == "miss"]
+
+
+def close(a: list, b: list, tolerance: float = 1e-5) -> bool:
+    return all(torch.allclose(x, y, rtol=tolerance, atol=tolerance) for x, y in zip(a, b, strict=True))
+
+
+# Schedules.
+
+
+@pytest.mark.parametrize(
+    ("warmup", "interval", "count"),
+    [
+        *[(3, 3, 18), (3, 4, 14), (3, 5, 12), (3, 6, 10), (3, 7, 9), (3, 8, 8)],
+        *[(2, 4, 14), (2, 5, 11), (1, 5, 10), (1, 6, 9)],
+    ],
+)
+def test_the_schedule_is_the_table(warmup, interval, count):
+    full = [s for s in range(50) if interval_due(s, interval, warmup)]
+    assert len(full) == count == warmup + (50 - warmup) // interval
+    if (warmup, interval) == (3, 6):
+        assert full == [0, 1, 2, 8, 14, 20, 26, 32, 38, 44]
+    c, counted = 0, []  # the authors' counter
+    for s in range(50):
+        if s < warmup or c == interval - 1:
+            counted.append(s)
+            c = 0
+        else:
+            c += 1
+    assert full == counted
+
+
+def test_the_schedule_of_diffusers_is_shifted():
+    assert [s for s in range(20) if interval_due(s, 5, 3, "diffusers")] == [0, 1, 2, 4, 9, 14, 19]
+
+
+def outcomes(config: SpeCaConfig, error: float | None, total: int = 50) -> list[int]:
+    draft, full = Draft(), []
+    for step in range(total):
+        now, checked = draft.decide(step, total, config)
+        assert not (now and checked)
+        if now:
+            full.append(step)
+        if checked:
+            draft.error = error
+    return full
+
+
+@pytest.mark.parametrize(
+    ("settings", "never", "always"),
+    [
+        ({}, [0, 2, 11, 20, 29, 38, 47], [0, 2, 6, 10]),
+        ({"min_drafts": 4, "max_drafts": 12, "warmup_steps": 1}, [0, 13, 26, 39], [0, 6, 12]),
+        ({"min_drafts": 3, "max_drafts": 8}, [0, 2, 11, 20, 29, 38, 47], [0, 2, 7, 12]),
+    ],
+)
+def test_speca_drafts_as_in_the_table(settings, never, always):
+    config = SpeCaConfig(**settings)
+    assert outcomes(config, 0.0) == never
+    rejected = outcomes(config, INF)
+    assert rejected[: len(always)] == always
+    assert outcomes(config, math.nan) == rejected  # no measure, no trust
+    assert len(rejected) == {2: 13, 4: 9, 3: 11}[config.min_drafts]
+
+
+def test_speca_alternates_with_one_draft_and_its_tolerance_falls_to_the_floor():
+    assert outcomes(SpeCaConfig(max_drafts=1, warmup_steps=1), 0.0, 10) == [0, 2, 4, 6, 8]
+    config = SpeCaConfig(base=1.0, decay=0.01, floor=0.1)
+    assert config.tolerance(0, 50) == 1
+    assert config.tolerance(49, 50) == 0.1
+
+
+# Module granularity.
+
+
+def test_modules_are_forecast_as_diffusers_does(tiny):
+    """The same images as diffusers' TaylorSeer with the same modules on its own schedule."""
+    patterns = [
+        r"transformer_blocks\.\d+\.(attn|ff|ff_context)",
+        r"single_transformer_blocks\.\d+\.proj_out",
+    ]
+    for order in (1, 2):
+        settings = DiffusersConfig(
+            cache_interval=4,
+            disable_cache_before_step=2,
+            max_order=order,
+            taylor_factors_dtype=torch.float32,
+            cache_identifiers=patterns,
+        )
+        tiny.transformer.enable_cache(settings)
+        theirs = generate(tiny, steps=20)
+        tiny.transformer.disable_cache()
+        h2cache.enable(tiny, TaylorSeerConfig(interval=4, warmup_steps=2, order=order, schedule="diffusers"))
+        ours = generate(tiny, steps=20)
+        h2cache.disable(tiny)
+        assert torch.allclose(ours, theirs, atol=2e-4)
+        assert not torch.allclose(ours, generate(tiny, steps=20), atol=2e-3)
+
+
+def test_forecasts_of_recorded_outputs_are_those_of_diffusers():
+    from diffusers.hooks.taylorseer_cache import TaylorSeerState
+
+    rule = lambda times, x: weights.taylor(times, x, 2)  # noqa: E731
+    ours, theirs = ModuleForecast(rule, 3), TaylorSeerState(torch.float32, max_order=2)
+    for step in range(12):
+        theirs.current_step = step
+        if step in (0, 1, 2, 4, 9):
+            out = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(step))
+            ours.compute(float(step))
+            ours.learn(0, "attn", lambda out=out: out, (), {})
+            theirs.update((out,))
+        else:
+            ours.forecast(float(step))
+            assert torch.allclose(ours.predict(0, "attn", None, (), {}), theirs.predict()[0], atol=1e-4)
+
+
+def test_differences_count_from_the_last_warm_up_step_on(flux):
+    """With three warm-up steps, order 2 has one difference only until the next computed step."""
+    both = [run(flux, TaylorSeerConfig(interval=4, order=order), steps=6) for order in (1, 2)]
+    assert close(*both)
+    both = [run(flux, TaylorSeerConfig(interval=4, order=order), steps=8) for order in (1, 2)]
+    assert not close(*both)
+
+
+def test_a_skipped_step_computes_modulation_only(flux):
+    ran = []
+    for name, module in flux.named_modules():
+        if (
+            "blocks" in name
+            and isinstance(module, torch.nn.Linear)
+            and not name.endswith(("mlp", "proj_out"))
+        ):
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+    h2cache.enable(flux, TaylorSeerConfig(interval=3, warmup_steps=1))
+    inputs = make_inputs()
+    for n in range(2):
+        ran.clear()
+        with torch.no_grad(), flux.cache_context("cond"):
+            flux(**inputs | {"timestep": torch.full((1,), 1 - n / 6)})
+    assert len(ran) == 2 * 3 + 4  # two modulations in a double block, one in a single block
+    assert {name.split(".")[2] for name in ran} == {"norm1", "norm1_context", "norm"}
+
+
+def test_module_forwards_are_restored(flux):
+    h2cache.enable(flux, TaylorSeerConfig())
+    assert "forward" in vars(flux.transformer_blocks[0].attn)
+    keys = list(flux.state_dict())
+    h2cache.disable(flux)
+    assert not [m for m in flux.modules() if "forward" in vars(m)]
+    assert list(flux.state_dict()) == keys
+
+
+def test_compiled_blocks_are_refused_for_modules(flux):
+    flux.transformer_blocks[0].compile()
+    with pytest.raises(ValueError, match=r'granularity="stage"'):
+        h2cache.enable(flux, TaylorSeerConfig())
+    assert not [m for m in flux.modules() if "forward" in vars(m)]
+
+
+def test_an_engine_without_modules_refuses_and_names_the_variant(flux, monkeypatch):
+    from h2cache.engines.flux_diffusers import FluxDiffusers
+
+    monkeypatch.setattr(FluxDiffusers, "offers", frozenset())
+    for config, named in (
+        (TaylorSeerConfig(), 'granularity="stage"'),
+        (HiCacheConfig(), 'granularity="stage"'),
+        (SpeCaConfig(), 'granularity="stage"'),
+        (ClusCaConfig(), "taylorseer"),
+        (TaylorSeerLiteConfig(), 'lite_at="hidden"'),
+    ):
+        with pytest.raises(ValueError, match=named):
+            h2cache.enable(flux, config, steps=6)
+    run(flux, TaylorSeerConfig(granularity="stage"))
+
+
+def test_branches_do_not_mix_and_a_request_starts_afresh(flux):
+    config = TaylorSeerConfig(interval=3, order=2)
+    cond, uncond = run(flux, config), run(flux, config, branch="uncond", inputs=make_inputs(seed=9))
+    h2cache.enable(flux, config)
+    inputs = make_inputs(), make_inputs(seed=9)
+    latents, outputs = [i.pop("hidden_states") for i in inputs], ([], [])
+    for n, b in itertools.product(range(12), range(2)):
+        with torch.no_grad(), flux.cache_context(("cond", "uncond")[b]):
+            out = flux(
+                hidden_states=latents[b], **inputs[b] | {"timestep": torch.full((1,), 1 - n / 12)}
+            ).sample
+        outputs[b].append(out)
+        latents[b] = latents[b] - out / 12
+    assert all(torch.equal(x, y) for x, y in zip(cond, outputs[0], strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(uncond, outputs[1], strict=True))
+
+
+def test_threads_do_not_mix():
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, config = make_flux(), TaylorSeerConfig(interval=3)
+    expected = [run(model, config, inputs=make_inputs(seed=s)) for s in range(3)]
+    h2cache.enable(model, config)
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(lambda s: denoise(model, steps=12, inputs=make_inputs(seed=s)), range(3)))
+    for a, b in zip(expected, results, strict=True):
+        assert close(a, b)
+
+
+@pytest.mark.parametrize("granularity", ["module", "stage"])
+def test_memory_is_the_formula(flux, granularity):
+    for order in (0, 1, 2):
+        run(flux, TaylorSeerConfig(interval=2, order=order, granularity=granularity))
+        if granularity == "module":
+            expected = module_bytes(3, 4, 21, 32, order + 1, itemsize=4)
+        else:
+            expected = stage_bytes(2, 21, 32, order + 1, itemsize=4)
+        assert h2cache.summary(flux).bytes_held == expected
+
+
+def test_memory_of_flux_dev_is_that_of_the_specification():
+    assert module_bytes(19, 38, 4608, 3072, 2) == 4104 * 2**20
+    assert module_bytes(19, 38, 4608, 3072, 3) == 6156 * 2**20
+    assert stage_bytes(2, 4608, 3072, 2) == 108 * 2**20
+
+
+def test_too_much_memory_is_refused_with_the_variant():
+    check_room(1, "module")
+    with pytest.raises(MemoryError, match=r'GiB are free.*granularity="stage"'):
+        check_room(2**60, "module")
+
+
+# TaylorSeer-Lite and HiCache.
+
+
+@pytest.mark.parametrize("lite_at", ["output", "hidden"])
+def test_lite_skips_all_blocks_and_keeps_one_tensor(flux, lite_at):
+    run(flux, TaylorSeerLiteConfig(interval=4, lite_at=lite_at))
+    assert [r.blocks_run for r in h2cache.step_records(flux) if r.step in (3, 4, 5)] == [0] * 6
+    assert computed(flux) == [0, 1, 2, 6, 10]
+    width = {"output": 8, "hidden": 32}[lite_at]
+    assert h2cache.summary(flux).bytes_held == 3 * 16 * width * 4
+
+
+def test_lite_continues_a_line():
+    """A model whose output is linear in the timestep is forecast exactly at its output."""
+    model = make_flux(1, 1)
+    inputs = make_inputs()
+    plain = model.proj_out.forward
+    now = {"t": 0.0}
+    model.proj_out.forward = lambda x: plain(torch.ones_like(x)) * now["t"]
+    outputs = []
+    h2cache.enable(model, TaylorSeerLiteConfig(interval=4, order=1))
+    for n in range(8):
+        now["t"] = float(n)
+        with torch.no_grad(), model.cache_context("cond"):
+            outputs.append(model(**inputs | {"timestep": torch.full((1,), 1 - n / 8)}).sample)
+    for n in range(3, 8):
+        assert torch.allclose(outputs[n], outputs[1] * n, atol=1e-5)
+    h2cache.disable(model)
+    assert model.proj_out.forward is not plain  # what stood there before is back
+
+
+@pytest.mark.parametrize("granularity", ["module", "stage"])
+def test_hicache_meets_taylorseer(flux, granularity):
+    common = {"interval": 4, "granularity": granularity}
+    taylor = [run(flux, TaylorSeerConfig(order=order, **common)) for order in (1, 2)]
+    hermite = run(flux, HiCacheConfig(order=1, sigma=math.sqrt(0.5), **common))
+    assert close(taylor[0], hermite, 1e-4)
+    scaled = run(flux, HiCacheConfig(order=2, sigma=1.0, basis="taylor", **common))
+    assert close(taylor[1], scaled, 1e-4)
+    reuse = run(flux, TaylorSeerConfig(order=0, **common))
+    assert close(reuse, run(flux, HiCacheConfig(order=2, sigma=1e-3, **common)), 1e-3)
+
+
+def test_presets_of_hicache_are_the_published_settings():
+    assert len([s for s in range(50) if interval_due(s, PRESETS["paper, FLUX.1-dev"].interval, 3)]) == 9
+    with pytest.warns(UserWarning, match="order=4"):
+        HiCacheConfig(order=4)
+
+
+# SpeCa.
+
+
+def test_speca_counts_blocks_of_each_kind_of_step(flux):
+    run(flux, SpeCaConfig(base=INF, floor=INF, max_drafts=4), steps=10)
+    per_step = [sum(r.blocks_run for r in h2cache.step_records(flux) if r.step == s) for s in range(10)]
+    assert per_step == [7, 0, 7, 0, 0, 1, 1, 7, 0, 0]
+
+
+@pytest.mark.parametrize("granularity", ["module", "stage"])
+def test_speca_rejects_after_a_failed_check(flux, granularity):
+    config = SpeCaConfig(base=0.0, floor=0.0, granularity=granularity)
+    run(flux, config, steps=12)
+    assert computed(flux) == [0, 2, 6, 10]
+    assert h2cache.summary(flux).blocks_run == 4 * 7 + 2
+
+
+def test_speca_computes_a_failing_step_itself_if_asked(flux):
+    exact = denoise(flux, steps=6)
+    outputs = run(
+        flux, SpeCaConfig(base=0.0, floor=0.0, min_drafts=1, warmup_steps=1, on_reject="recompute"), steps=6
+    )
+    assert computed(flux) == [0, 2, 4]
+    per_step = [sum(r.blocks_run for r in h2cache.step_records(flux) if r.step == s) for s in range(6)]
+    assert per_step == [7, 0, 8, 0, 8, 0]
+    assert torch.equal(outputs[0], exact[0])
+    kept = run(
+        flux, SpeCaConfig(base=INF, floor=INF, min_drafts=1, warmup_steps=1, on_reject="recompute"), steps=6
+    )
+    plain = run(flux, SpeCaConfig(base=INF, floor=INF, min_drafts=1, warmup_steps=1), steps=6)
+    assert all(torch.equal(a, b) for a, b in zip(kept, plain, strict=True))
+
+
+def test_a_recomputed_step_is_the_uncached_one(flux):
+    """From the same latents, with what a ControlNet adds between the blocks."""
+    control = torch.randn(2, 1, 16, 32, generator=torch.Generator().manual_seed(1))
+    inputs = make_inputs() | {"controlnet_block_samples": list(control)}
+    exact = []
+    h2cache.enable(
+        flux,
+        SpeCaConfig(base=0.0, floor=0.0, min_drafts=1, warmup_steps=1, on_reject="recompute"),
+        steps=3,
+    )
+    cached = []
+    for target, on in ((cached, True), (exact, False)):
+        if not on:
+            h2cache.disable(flux)
+        for n in range(3):
+            with torch.no_grad(), flux.cache_context("cond"):
+                target.append(flux(**inputs | {"timestep": torch.full((1,), 1 - n / 3)}).sample)
+    assert torch.equal(cached[0], exact[0])
+    assert not torch.allclose(cached[1], exact[1], atol=1e-3)
+    assert torch.allclose(cached[2], exact[2], atol=1e-5)
+
+
+def test_the_error_is_taken_in_float32():
+    draft, real = torch.full((1, 4), 2.0, dtype=torch.bfloat16), torch.full((1, 4), 1.0, dtype=torch.bfloat16)
+    assert error_of(draft, real, "element").item() == pytest.approx(1)
+    assert error_of(draft, real, "norm").item() == pytest.approx(1)
+    assert math.isfinite(error_of(draft, torch.zeros_like(real), "element").item())
+    with pytest.raises(ValueError, match="recompute"):
+        SpeCaConfig(on_reject="recompute", granularity="stage")
+
+
+# ClusCa.
+
+
+def test_planted_clusters_are_found():
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 40, 8, generator=g) * 0.1
+    x[:, 25:] += 5
+    labels, centres = cluster(x, x[:, [0, 1]].clone())  # both centres start in the same clump
+    assert all(len(set(labels[b, :25].tolist())) == len(set(labels[b, 25:].tolist())) == 1 for b in range(2))
+    assert (labels[:, 0] != labels[:, -1]).all()
+    assert centres.dtype == torch.float32
+
+
+def test_empty_clusters_do_no_harm():
+    x = torch.ones(1, 6, 4)  # all tokens alike: all clusters but one stay empty
+    labels, centres = cluster(x, x[:, :3].clone())
+    assert labels.unique().numel() == 1
+    assert centres.isfinite().all()
+    assert pick(labels, 3, torch.Generator().manual_seed(0)).max() < 6
+
+
+def test_members_are_picked_uniformly():
+    labels = torch.tensor([[0, 0, 0, 0, 1, 1]])
+    g = torch.Generator().manual_seed(0)
+    picked = torch.cat([pick(labels, 2, g) for _ in range(600)])
+    counts = torch.bincount(picked[:, 0], minlength=6)
+    assert counts[4:].sum() == 0
+    assert all(100 < n < 200 for n in counts[:4].tolist())
+    assert set(picked[:, 1].tolist()) == {4, 5}
+
+
+def test_without_clusters_it_is_taylorseer(flux):
+    taylor = run(flux, TaylorSeerConfig(interval=4))
+    assert all(map(torch.equal, taylor, run(flux, ClusCaConfig(interval=4, clusters=0))))
+    hermite = run(flux, HiCacheConfig(interval=4, order=1))
+    assert all(map(torch.equal, hermite, run(flux, ClusCaConfig(interval=4, clusters=0, basis="hermite"))))
+
+
+def test_as_many_clusters_as_tokens_computes_the_whole_mlp(flux):
+    seen, inputs = [], make_inputs()
+    config = ClusCaConfig(interval=4, clusters=1000, gamma=0.0, exact_fresh=True)
+    run(flux, config, steps=3, inputs=inputs)
+    for name in ("ff", "ff_context"):
+        module = getattr(flux.transformer_blocks[1], name)
+        own = module.forward
+        module.forward = lambda x, own=own: seen.append((x, own(x))) or seen[-1][1]
+    with torch.no_grad(), flux.cache_context("cond"):
+        flux(**inputs | {"timestep": torch.full((1,), 0.1)})
+    assert computed(flux) == [0, 1, 2]
+    h2cache.disable(flux)
+    for module, (x, out) in zip(("ff", "ff_context"), seen, strict=True):
+        with torch.no_grad():
+            expected = type(flux.transformer_blocks[1].ff).forward(
+                getattr(flux.transformer_blocks[1], module), x
+            )
+        assert torch.allclose(out, expected, atol=1e-5)
+
+
+def test_only_the_picked_rows_are_touched(flux):
+    touched, inputs = [], make_inputs()
+    run(flux, ClusCaConfig(interval=4, clusters=4, gamma=0.0, order=0), steps=3, inputs=inputs)
+    module = flux.transformer_blocks[0].ff
+    own = module.forward
+    module.forward = lambda x: touched.append(own(x)) or touched[-1]
+    memory = h2cache.api._attachments_of(flux)[0].request.memories["cond"]
+    before = memory.slots["modules"].predictor.outputs[0, "ff"][-1][0]
+    with torch.no_grad(), flux.cache_context("cond"):
+        flux(**inputs | {"timestep": torch.full((1,), 0.1)})
+    rows = (touched[0] != before).any(-1).sum(-1)
+    assert rows.tolist() == [4]
+
+
+def test_labels_hold_between_computed_steps_and_seeds_decide(flux):
+    first = run(flux, ClusCaConfig(interval=4, clusters=3))
+    again = run(flux, ClusCaConfig(interval=4, clusters=3))
+    other = run(flux, ClusCaConfig(interval=4, clusters=3, seed=1))
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[-1], other[-1])
+    assert not torch.equal(first[-1], run(flux, ClusCaConfig(interval=4, clusters=3, anchor=False))[-1])
+    state = Clusters()
+    assert not state.labels
