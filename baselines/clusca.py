@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from h2cache import weights
-from h2cache.forecasting import Key, ModuleForecast, Rule, check_room
-from h2cache.method import Method, MethodConfig, check
+from h2cache.forecasting import Key, ModuleForecast, Rule, check_room, forecast_bytes
+from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import interval_due
 from h2cache.predictors import combine
 from h2cache.stages import Drive
@@ -78,6 +78,14 @@ class ClusCaConfig(MethodConfig):
         if self.basis == "hermite":
             return partial(weights.hermite, order=self.order, sigma=self.sigma)
         return partial(weights.taylor, order=self.order)
+
+    def bytes_needed(self, shape: Shape) -> int:
+        return (
+            forecast_bytes(shape, "module", self.order + 1)
+            + shape.blocks[0] * shape.joint  # corrected features of the mlps
+            + shape.batch * (shape.img + shape.txt) * 8  # labels
+            + 2 * shape.batch * self.clusters * shape.width * 4  # centres
+        )
 
     def build(self) -> ClusCa:
         return ClusCa(self)

@@ -12,8 +12,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from h2cache import weights
-from h2cache.forecasting import GRANULARITIES, forecast_step
-from h2cache.method import Method, MethodConfig, check
+from h2cache.forecasting import GRANULARITIES, forecast_bytes, forecast_step
+from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import interval_due
 
 if TYPE_CHECKING:
@@ -57,6 +57,9 @@ class HiCacheConfig(MethodConfig):
     @property
     def requires(self) -> frozenset[str]:
         return frozenset({"modules"} if self.granularity == "module" else ())
+
+    def bytes_needed(self, shape: Shape) -> int:
+        return forecast_bytes(shape, self.granularity, self.order + 1)
 
     def build(self) -> HiCache:
         return HiCache(self)

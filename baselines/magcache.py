@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from h2cache.method import Method, MethodConfig, check, fitted_constants
+from h2cache.method import Method, MethodConfig, Shape, check, fitted_constants
 from h2cache.predictors import LastResidual
 from h2cache.stages import Run, Skip, Stream
 
@@ -75,6 +75,9 @@ class MagCacheConfig(MethodConfig):
                 product, skipped, error = 1.0, 0, 0.0
             computed.append(forced)
         return computed
+
+    def bytes_needed(self, shape: Shape) -> int:
+        return shape.tensor(shape.img)
 
     def build(self) -> MagCache:
         return MagCache(self)

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from h2cache import weights
-from h2cache.forecasting import GRANULARITIES, ModuleForecast, check_room
-from h2cache.method import Method, MethodConfig, check
+from h2cache.forecasting import GRANULARITIES, ModuleForecast, check_room, forecast_bytes
+from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.predictors import Forecast
 from h2cache.stages import Drive, Run, Skip
 
@@ -86,6 +86,9 @@ class SpeCaConfig(MethodConfig):
     def tolerance(self, step: int, total: int) -> float:
         """The largest error that lets a draft go on."""
         return max(self.base * self.decay ** (step / total), self.floor)
+
+    def bytes_needed(self, shape: Shape) -> int:
+        return forecast_bytes(shape, self.granularity, self.order + 1, stages=3)
 
     def build(self) -> SpeCa:
         return SpeCa(self)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from torch import zeros
 
 from h2cache import weights
-from h2cache.method import Method, MethodConfig, check
+from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import interval_due
 from h2cache.predictors import Forecast
 from h2cache.stages import Output, Run, Skip, Stream
@@ -50,6 +50,10 @@ class TaylorSeerLiteConfig(MethodConfig):
     @property
     def requires(self) -> frozenset[str]:
         return frozenset({"output"} if self.lite_at == "output" else ())
+
+    def bytes_needed(self, shape: Shape) -> int:
+        width = shape.out if self.lite_at == "output" else shape.width
+        return (self.order + 1) * shape.tensor(shape.img, width)
 
     def build(self) -> TaylorSeerLite:
         return TaylorSeerLite(self)

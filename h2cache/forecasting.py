@@ -17,6 +17,7 @@ from h2cache.stages import Drive, Run, Skip
 
 if TYPE_CHECKING:
     from h2cache.memory import Memory
+    from h2cache.method import Shape
     from h2cache.stages import Program, Span
     from h2cache.weights import Times
 
@@ -115,13 +116,10 @@ def check_room(needed: int, granularity: str) -> None:
         )
 
 
-def module_bytes(double: int, single: int, tokens: int, width: int, states: int, itemsize: int = 2) -> int:
-    """Bytes that a forecast of every module holds: four streams of `tokens` joint tokens in two modules of a
-    double block, one in a single block; `states` is order + 1. FLUX.1-dev at 1024x1024, order 1: 4104 MiB.
+def forecast_bytes(shape: Shape, granularity: str, states: int, stages: int = 2) -> int:
+    """Bytes that a forecast of order `states` - 1 holds. FLUX.1-dev at 1024x1024, modules, order 1: 4104 MiB.
+
+    Modules: attention and mlp of both streams in a double block, one joint output in a single block.
     """
-    return states * (2 * double + single) * tokens * width * itemsize
-
-
-def stage_bytes(stages: int, tokens: int, width: int, states: int, itemsize: int = 2) -> int:
-    """Bytes that a forecast of whole stages holds."""
-    return states * stages * tokens * width * itemsize
+    double, single = shape.blocks
+    return states * (2 * double + single if granularity == "module" else stages) * shape.joint

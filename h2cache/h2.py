@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from h2cache import predictors
-from h2cache.method import Method, MethodConfig, check
+from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import SmartThreshold, below
 from h2cache.similarity import pooled_summary
 from h2cache.stages import Run, Skip
@@ -114,6 +114,15 @@ class H2Config(MethodConfig):
     @property
     def needs_total_steps(self) -> bool:
         return self.adaptive or self.last_steps > 0
+
+    def bytes_needed(self, shape: Shape) -> int:
+        summaries = 0
+        for tokens, pool in ((shape.img, self.pool1), (shape.img + shape.txt, self.pool2)):
+            k = max(1, int(tokens // pool))
+            heads = 2 if self.predictor == "secant" else 0
+            summaries += (1 + heads) * shape.tensor(tokens // k, shape.width // min(k, shape.width))
+        held = 2 * predictors.states(self.predictor, self.order, self.repay) * shape.joint
+        return held if self.ahead else held + summaries
 
     def build(self) -> Method:
         if self.ahead:

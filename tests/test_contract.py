@@ -8,6 +8,7 @@ from conftest import denoise, generate, make_flux, make_inputs
 
 import h2cache
 from h2cache import find_method, method_names
+from h2cache.method import Shape
 
 OFF = {"tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1, "max_drafts": 0}
 INFINITE = {"tau1": float("inf"), "tau2": float("inf"), "threshold": float("inf")}
@@ -136,3 +137,16 @@ def test_two_requests_are_the_same(method, tiny):
     first = generate(tiny)
     generate(tiny, 'a teal hexagon badge that says "GO" on a plain white background', steps=5, seed=3)
     assert torch.equal(first, generate(tiny))
+
+
+def test_memory_is_what_was_reckoned(method):
+    """After computing every step, all histories are full."""
+    model, config = make_flux(), switched_off(method)
+    h2cache.enable(model, config, steps=8)
+    denoise(model, steps=8)
+    shape = Shape(blocks=(3, 4), img=16, txt=5, width=32, out=8, itemsize=4)
+    held = h2cache.summary(model).bytes_held
+    if "clusca" in method:  # corrections are only held between computed steps
+        assert held <= config.bytes_needed(shape)
+    else:
+        assert held == config.bytes_needed(shape)

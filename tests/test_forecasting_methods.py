@@ -11,11 +11,14 @@ from diffusers import TaylorSeerCacheConfig as DiffusersConfig
 import h2cache
 from baselines.clusca import ClusCaConfig, Clusters, cluster, pick
 from baselines.hicache import PRESETS, HiCacheConfig
+from baselines.magcache import MagCacheConfig
 from baselines.speca import Draft, SpeCaConfig, error_of
 from baselines.taylorseer import TaylorSeerConfig
 from baselines.taylorseer_lite import TaylorSeerLiteConfig
-from h2cache import weights
-from h2cache.forecasting import ModuleForecast, check_room, module_bytes, stage_bytes
+from baselines.teacache import TeaCacheConfig
+from h2cache import H2Config, weights
+from h2cache.forecasting import ModuleForecast, check_room
+from h2cache.method import Shape
 from h2cache.policies import interval_due
 
 INF = float("inf")
@@ -232,20 +235,29 @@ def test_threads_do_not_mix():
 
 
 @pytest.mark.parametrize("granularity", ["module", "stage"])
-def test_memory_is_the_formula(flux, granularity):
-    for order in (0, 1, 2):
-        run(flux, TaylorSeerConfig(interval=2, order=order, granularity=granularity))
-        if granularity == "module":
-            expected = module_bytes(3, 4, 21, 32, order + 1, itemsize=4)
-        else:
-            expected = stage_bytes(2, 21, 32, order + 1, itemsize=4)
-        assert h2cache.summary(flux).bytes_held == expected
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_memory_is_the_formula(flux, granularity, order):
+    config = TaylorSeerConfig(interval=2, order=order, granularity=granularity)
+    run(flux, config)
+    shape = Shape(blocks=(3, 4), img=16, txt=5, width=32, out=8, itemsize=4)
+    assert h2cache.summary(flux).bytes_held == config.bytes_needed(shape)
 
 
 def test_memory_of_flux_dev_is_that_of_the_specification():
-    assert module_bytes(19, 38, 4608, 3072, 2) == 4104 * 2**20
-    assert module_bytes(19, 38, 4608, 3072, 3) == 6156 * 2**20
-    assert stage_bytes(2, 4608, 3072, 2) == 108 * 2**20
+    dev = Shape(blocks=(19, 38), img=4096, txt=512, width=3072, out=64)
+    for config, mib in (
+        (TaylorSeerConfig(), 4104),
+        (TaylorSeerConfig(order=2), 6156),
+        (HiCacheConfig(), 6156),
+        (TaylorSeerConfig(granularity="stage"), 108),
+        (TaylorSeerLiteConfig(), 1.5),
+        (TaylorSeerLiteConfig(order=1, lite_at="hidden"), 48),
+        (MagCacheConfig(), 24),
+        (TeaCacheConfig(), 51),
+        (H2Config(), 54 + 6 + 384 * 256 * 2 / 2**20),
+        (H2Config(predictor="taylor", repay=True, ahead=True), 162),
+    ):
+        assert config.bytes_needed(dev) == mib * 2**20
 
 
 def test_too_much_memory_is_refused_with_the_variant():
