@@ -87,7 +87,8 @@ def at_ratio(points: list[dict], wanted: float) -> dict | None:
         if low["ratio"] <= wanted <= high["ratio"]:
             span = math.log(high["ratio"] / low["ratio"])
             part = math.log(wanted / low["ratio"]) / span if span else 0.0
-            names = [n for n in ("psnr", "worst", "words", "speed_up", "bytes") if low[n] is not None]
+            names = ("psnr", "worst", "words", "speed_up", "bytes")
+            names = [name for name in names if None not in (low[name], high[name])]
             return {name: low[name] + part * (high[name] - low[name]) for name in names}
     return None
 

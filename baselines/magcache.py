@@ -97,9 +97,10 @@ class MagCache(Method):
 
     def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
+        step = memory.step  # first of all: asking may show that a new request began
         slot, blocks = memory.slot("stack", LastResidual), range(stages[-1].last)
         schedule = self.config.schedule(memory.total_steps, memory.branch == "uncond")
-        full = slot.predictor.residual is None or memory.step >= len(schedule) or schedule[memory.step]
+        full = slot.predictor.residual is None or step >= len(schedule) or schedule[step]
         if full:
             ran = yield Run(blocks)
             slot.predictor.learn(Stream(ran.residual.img))

@@ -135,9 +135,10 @@ class SpeCa(Method):
 
     def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
-        cfg, draft = self.config, memory.slot("draft", Draft).predictor
-        full, checked = draft.decide(memory.step, memory.total_steps, cfg)
-        alone = full and memory.step < cfg.warmup_steps - 1
+        cfg, step = self.config, memory.step  # the step first: asking may show that a new request began
+        draft = memory.slot("draft", Draft).predictor
+        full, checked = draft.decide(step, memory.total_steps, cfg)
+        alone = full and step < cfg.warmup_steps - 1
         drive = self._modules if cfg.granularity == "module" else self._stages
         yield from drive(stages, memory, draft, full, checked, alone)
         if memory.step == 0:

@@ -49,8 +49,8 @@ class H2Ahead(Method):
 
     def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
-        cfg, plan = self.config, memory.slot("plan", Plan).predictor
-        at, step = memory.time(cfg.clock), memory.step
+        cfg, step = self.config, memory.step  # the step first: asking may show that a new request began
+        at, plan = memory.time(cfg.clock), memory.slot("plan", Plan).predictor
         due = step >= plan.due or memory.in_warmup(cfg.warmup_steps) or memory.in_last(cfg.last_steps)
         slots = [memory.slot(stage.name, cfg.new_predictor) for stage in stages]
         if not due:

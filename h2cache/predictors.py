@@ -44,6 +44,10 @@ class LastResidual:
         """The stand-in for the skipped blocks, to be added to the head's fresh output."""
         return self.residual
 
+    def foresee(self, at: float) -> Stream:
+        """What `predict` would say, of which nobody makes use."""
+        return self.residual
+
 
 @dataclass
 class _Debt:
@@ -286,6 +290,8 @@ class FoCa:
             if self.bend is None
             else line.map(lambda r, w: torch.add(r, w, alpha=1 - 2.0**-k), self.bend)
         )
+
+    foresee = predict
 
 
 NAMES = ("last", "taylor", "newton", "hermite", "taylor_scaled", "foca", "dmd", "secant")

@@ -20,8 +20,8 @@ def test_figures_lie_between_the_nearest_settings_and_nowhere_else():
     assert at_ratio(points, 1.9) is None
     assert at_ratio(points, 9) is None
     text = markdown({"one": points, "other": points[:1]})
-    assert text.splitlines()[2].startswith("| one | 50.0 | 44.2 |")
-    assert text.splitlines()[3].startswith("| other | - | - |")
+    assert text.splitlines()[2].startswith("| one | 50.0 | 44.2 | 40.0 | 33.6 |")
+    assert text.splitlines()[3].startswith("| other | - | - |")  # one setting: only at its own ratio
 
 
 def test_points_are_means_over_prompts_against_the_uncached():
@@ -46,7 +46,7 @@ def test_points_are_means_over_prompts_against_the_uncached():
 
 
 def test_one_command_draws_table_and_plot(tmp_path, monkeypatch, capsys):
-    ladders = {"Block Cache": ["block_cache:threshold=0.1,0.3"], "H2-Cache": ["h2cache:ahead=true:tau1=0.05"]}
+    ladders = {"Block Cache": ["block_cache:threshold=0.4,0.8"], "H2-Cache": ["h2cache:ahead=true:tau1=0.05"]}
     monkeypatch.setattr(compare_methods, "LADDERS", ladders)
     settings = ["--limit", "1", "--steps", "6", "--no-words", "--device", "cpu", "--out", str(tmp_path)]
     assert compare_methods.main(settings) == 0

@@ -92,6 +92,12 @@ def test_ahead_doubles_its_gaps_where_nothing_is_asked(flux):
     assert {(r.stage, r.outcome) for r in records} == {("structure", "hit"), ("detail", "forced")}
 
 
+@pytest.mark.parametrize("predictor", ["last", "newton", "hermite", "taylor_scaled", "foca", "dmd"])
+def test_ahead_forecasts_by_any_rule(flux, predictor):
+    run(flux, H2Config(tau1=0.2, tau2=0.2, ahead=True, predictor=predictor), steps=20)
+    assert 3 < len(computed(flux)) < 20
+
+
 def test_ahead_stays_within_its_limits(flux):
     config = H2Config(tau1=INF, tau2=INF, max_consecutive_hits=3, warmup_steps=2, last_steps=2, **AHEAD)
     run(flux, config, steps=20)
