@@ -4,7 +4,8 @@ Ours. At a computed step both stages know what their forecast would have said, s
 and for nothing. Like the step size of an ODE solver, the distance to the next computed step is chosen such
 that the error there comes out at the threshold: an error of order p + 1 in the distance g gives
 g' = g (tau / error)^(1 / (p + 1)), for the stage that allows the least. Between computed steps whole stages
-are forecast. One stage is never computed without the other: on a shared error they correct each other.
+are forecast. Neither stage is computed without the other: a detail stage that sees the true structure at one
+step and a forecast one at the next jumps, which no forecast follows.
 
 The error counts by the length of the sampler's step, relative to the mean so far: that much of it reaches the
 latents. The samples of a batch share one plan, that of the most demanding.
@@ -64,7 +65,7 @@ class H2Ahead(Method):
             if plan.computed > self.exponent - 1:  # residuals enough for a forecast of this order
                 errors.append(self._error(stage, ran, slot.predictor.foresee(at), pool, memory.targets))
             slot.predictor.learn(ran.residual, at=at)
-        measured = self._measured(errors, memory)
+        measured = self._measured(errors, plan, memory)
         self._plan(plan, measured, memory)
         for stage, tau, found in zip(stages, (cfg.tau1, cfg.tau2), measured or (None, None), strict=True):
             memory.record(stage, None if found is None else [found], [tau], "miss")
@@ -80,17 +81,14 @@ class H2Ahead(Method):
         drawn = [Stream(s.img[:, targets or slice(None)], s.txt) for s in (ran.residual, guess)]
         return relative_l1(*(pooled_summary(s.joint if stage.joint else s.img, pool) for s in drawn))
 
-    def _measured(self, errors: list[torch.Tensor], memory: Memory) -> list[float] | None:
+    def _measured(self, errors: list[torch.Tensor], plan: Plan, memory: Memory) -> list[float] | None:
         """The largest error of each stage over the batch, weighed by the length of the step; one wait."""
         if not errors:
             return None
         values = memory.read(torch.cat(errors))  # of both stages, sample by sample
-        if values is None:  # another request began
-            return None
-        values = [max(values[n : n + memory.batch]) for n in range(0, len(values), memory.batch)]
-        passed = memory.slot("plan", Plan).predictor.start - memory.time("sigma")
-        weight = memory.span * memory.step / -passed if passed else 1.0
-        return [value * weight for value in values]
+        passed = memory.time("sigma") - plan.start  # on the noise clock, in `step` steps
+        weight = memory.span * memory.step / passed if passed else 1.0
+        return [weight * max(values[n : n + memory.batch]) for n in range(0, len(values), memory.batch)]
 
     def _plan(self, plan: Plan, errors: list[float] | None, memory: Memory) -> None:
         cfg, step = self.config, memory.step

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from h2cache import predictors
+from h2cache.ahead import H2Ahead
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import SmartThreshold, below
 from h2cache.similarity import pooled_summary
@@ -125,11 +126,7 @@ class H2Config(MethodConfig):
         return held if self.ahead else held + summaries
 
     def build(self) -> Method:
-        if self.ahead:
-            from h2cache.ahead import H2Ahead
-
-            return H2Ahead(self)
-        return H2Cache(self)
+        return H2Ahead(self) if self.ahead else H2Cache(self)
 
 
 class H2Cache(Method):
@@ -158,9 +155,8 @@ class H2Cache(Method):
                 yield Skip(stage.rest, stand_in)  # 3: head's fresh output + stored residual, or its forecast
             else:
                 rest = yield Run(stage.rest, kept=hit, stand_in=stand_in)
-                slot.predictor.learn(
-                    rest.residual, kept=hit, at=at, head=summary
-                )  # 4: from the head's output on
+                # 4: the residual from the head's output to the end of the stage
+                slot.predictor.learn(rest.residual, kept=hit, at=at, head=summary)
                 slot.refer(summary, kept=hit)  # the reference is written on a miss only
             slot.count_hits(hit)
             memory.record(stage, change, thresholds, "forced" if forced else "hit" if all(hit) else "miss")
