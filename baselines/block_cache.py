@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from h2cache.method import Method, MethodConfig, check
+from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import below
 from h2cache.predictors import LastResidual
 from h2cache.stages import Run, Skip
@@ -35,6 +35,9 @@ class BlockCacheConfig(MethodConfig):
     def __post_init__(self) -> None:
         check("threshold", self.threshold, 0.0, float("inf"), "it is a relative change; 0 switches off")
         check("warmup_steps", self.warmup_steps, 0, float("inf"), "it is a number of steps")
+
+    def bytes_needed(self, shape: Shape) -> int:
+        return shape.joint + shape.tensor(shape.img)  # the residual, and the first block's to compare with
 
     def build(self) -> BlockCache:
         return BlockCache(self)

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from h2cache.method import Method, MethodConfig, check, fitted_constants
+from h2cache.method import Method, MethodConfig, Shape, check, fitted_constants
 from h2cache.predictors import LastResidual
 from h2cache.stages import Look, Run, Skip
 
@@ -60,6 +60,9 @@ class TeaCacheConfig(MethodConfig):
         constants = fitted_constants("teacache", self.checkpoint or checkpoint)
         fitted = {key: tuple(constants.get(key, ())) for key in ("coefficients", "fitted_range")}
         return replace(self, **fitted)
+
+    def bytes_needed(self, shape: Shape) -> int:
+        return shape.joint + shape.tensor(shape.img)  # the residual, and the modulated input to compare with
 
     def build(self) -> TeaCache:
         return TeaCache(self)

@@ -20,6 +20,7 @@ from h2cache.engines import Engine, Inputs, class_names, find_engine, lay_out
 from h2cache.h2 import H2Config
 from h2cache.memory import Memory, Request
 from h2cache.method import Method, MethodConfig
+from h2cache.modules import ModuleDriver
 from h2cache.records import StepRecord, Summary, summarise
 from h2cache.stages import Call
 
@@ -61,7 +62,7 @@ def enable(
         if missing := config.requires - engine.offers:
             raise ValueError(
                 f"{config.name} with these settings needs of the model: {', '.join(sorted(missing))}; the "
-                f"engine of {engine.name} cannot give that"
+                f"engine of {engine.name} cannot give that{config.instead}"
             )
         fitted = config.for_checkpoint(checkpoint_name(pipeline) or checkpoint_name(transformer))
         if fitted.needs_total_steps and steps is None and pipeline is None:
@@ -187,11 +188,13 @@ class Attachment:
         self.spans, self._firsts = lay_out(engine, transformer, split)
         self._take_out: Callable[[nn.Module], None] = lambda transformer: None
         self._handles: tuple = ()
+        self._driver = ModuleDriver(self._current_call)
 
     def attach(self) -> None:
         """Put the stages and hooks in place."""
         transformer = self._transformer()
         self._take_out = self.engine.attach(transformer, self._firsts, self._current_call)
+        self._driver.attach(self.engine, transformer, self.config.requires)
         self._handles = (
             transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
             transformer.register_forward_hook(self._end, always_call=True),
@@ -202,6 +205,7 @@ class Attachment:
     def detach(self) -> None:
         """Undo `attach`, exactly."""
         transformer = self._transformer()
+        self._driver.detach()
         self._take_out(transformer)
         for handle in self._handles:
             handle.remove()

@@ -11,9 +11,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from h2cache.method import Method, MethodConfig, check
+from h2cache import predictors
+from h2cache.ahead import H2Ahead
+from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import SmartThreshold, below
-from h2cache.predictors import LastResidual
 from h2cache.similarity import pooled_summary
 from h2cache.stages import Run, Skip
 
@@ -50,6 +51,22 @@ class H2Config(MethodConfig):
     """Adaptive threshold at both ends of the run, in [0, adaptive_highest]."""
     adaptive_highest: float = 0.5
     """Adaptive threshold in the middle of the run."""
+    predictor: str = "last"
+    """What stands in: "last" as in the paper, or a forecast [ours]: "taylor", "newton", "hermite",
+    "taylor_scaled", "foca", "dmd", "secant"; see `predictors.py`."""
+    order: int = 1
+    """Order of the forecasting polynomial, 1 to 4. Each costs one more joint state; 2 amplifies noise."""
+    sigma: float = 0.5
+    """Contraction of "hermite" and "taylor_scaled", in (0, 1]. Lower: closer to plain reuse."""
+    clock: str = "step"
+    """What a forecast is a function of [ours]: "step", the step index, or "sigma", the noise level."""
+    repay: bool = False
+    """Pay back forecasting errors at the next stand-in [ours], for Euler samplers; see `predictors.py`."""
+    force_detail_hit: bool = True
+    """A structure hit forces the detail hit, as in the paper. False [ours]: tau2 is asked there too."""
+    ahead: bool = False
+    """Plan ahead instead of looking at every step [ours]: see `ahead.py`. The thresholds are then errors of
+    the forecast, about a tenth of the paper's, and the heads run in computed steps only."""
 
     def __post_init__(self) -> None:
         for field in ("tau1", "tau2"):
@@ -75,13 +92,46 @@ class H2Config(MethodConfig):
         )
         if self.reduce not in ("sample", "mean"):
             raise ValueError(f"reduce={self.reduce!r} is unknown: choose 'sample' or 'mean'")
+        check("order", self.order, 1, 4, "higher orders only amplify noise")
+        if not 0 < self.sigma <= 1:
+            raise ValueError(f"sigma={self.sigma!r} is out of range (0, 1]: it contracts")
+        if self.clock not in ("step", "sigma"):
+            raise ValueError(f"clock={self.clock!r} is unknown: choose 'step' or 'sigma'")
+        self.new_predictor()  # refuses what cannot be combined
+        if self.predictor == "foca" and self.clock == "sigma":
+            raise ValueError('predictor="foca" walks by steps: use clock="step"')
+        if self.predictor == "foca" and self.reduce == "sample" and not self.ahead:
+            raise ValueError('predictor="foca" learns a batch as a whole: add reduce="mean" or ahead=True')
+        if self.ahead and (self.adaptive or not self.force_detail_hit or self.predictor == "secant"):
+            raise ValueError(
+                "ahead=True forecasts whole steps and runs no heads: adaptive, force_detail_hit=False and "
+                'predictor="secant" need their checks'
+            )
+
+    def new_predictor(self):
+        """An empty predictor for one stage."""
+        return predictors.build(self.predictor, self.order, self.sigma, self.repay)
+
+    @property
+    def states(self) -> int:
+        """How many residuals the predictor of a stage holds."""
+        return predictors.states(self.predictor, self.order, self.repay)
 
     @property
     def needs_total_steps(self) -> bool:
         return self.adaptive or self.last_steps > 0
 
-    def build(self) -> H2Cache:
-        return H2Cache(self)
+    def bytes_needed(self, shape: Shape) -> int:
+        summaries = 0
+        for tokens, pool in ((shape.img, self.pool1), (shape.img + shape.txt, self.pool2)):
+            k = max(1, int(tokens // pool))
+            heads = 2 if self.predictor == "secant" else 0
+            summaries += (1 + heads) * shape.tensor(tokens // k, shape.width // min(k, shape.width))
+        held = 2 * self.states * shape.joint
+        return held if self.ahead else held + summaries
+
+    def build(self) -> Method:
+        return H2Ahead(self) if self.ahead else H2Cache(self)
 
 
 class H2Cache(Method):
@@ -92,26 +142,31 @@ class H2Cache(Method):
     def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
         """One denoising step of one branch (the numbers are the steps of the paper's Algorithm)."""
         cfg = self.config
-        if memory.computes_blindly(cfg.warmup_steps, cfg.last_steps):
+        if memory.computes_blindly(cfg.warmup_steps, cfg.last_steps, cfg.states):
             yield Run(range(stages[-1].last))  # at once, which some engines can do in one call
             for stage in stages:
                 memory.record(stage, None, None, "miss")
             return
-        hit = [False] * memory.batch  # per sample
+        none = hit = [False] * memory.batch  # per sample
         for stage, tau, pool in zip(stages, (cfg.tau1, cfg.tau2), (cfg.pool1, cfg.pool2), strict=True):
-            slot = memory.slot(stage.name, LastResidual)
+            slot = memory.slot(stage.name, cfg.new_predictor)
             head = yield Run(stage.head)  # 1: a stage's head always runs
-            change, thresholds, forced = None, None, all(hit)
-            if not forced:  # 2: a structure hit forces the detail hit, without a look
+            change, thresholds, forced, summary = None, None, all(hit) and cfg.force_detail_hit, None
+            if not forced or cfg.predictor == "secant":
                 summary = pooled_summary(stage.measured(head), pool)
+            if not forced:  # 2: a structure hit forces the detail hit, without a look
                 change = slot.compare(summary, per_sample=cfg.reduce == "sample")
                 thresholds = self._thresholds(tau, slot, memory)
-                hit = self._decide(hit, change, thresholds, slot, memory)
+                hit = self._decide(hit if cfg.force_detail_hit else none, change, thresholds, slot, memory)
+            at, stand_in = memory.time(cfg.clock), None
+            if any(hit):
+                stand_in = slot.predictor.predict(at, kept=hit, head=summary, span=memory.span)
             if all(hit):
-                yield Skip(stage.rest, slot.predictor.predict())  # 3: head's fresh output + stored residual
+                yield Skip(stage.rest, stand_in)  # 3: head's fresh output + stored residual, or its forecast
             else:
-                rest = yield Run(stage.rest, kept=hit, stand_in=slot.predictor.predict())
-                slot.predictor.learn(rest.residual, kept=hit)  # 4: residual from the head's output to the end
+                rest = yield Run(stage.rest, kept=hit, stand_in=stand_in)
+                # 4: the residual from the head's output to the end of the stage
+                slot.predictor.learn(rest.residual, kept=hit, at=at, head=summary)
                 slot.refer(summary, kept=hit)  # the reference is written on a miss only
             slot.count_hits(hit)
             memory.record(stage, change, thresholds, "forced" if forced else "hit" if all(hit) else "miss")

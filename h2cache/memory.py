@@ -88,6 +88,7 @@ class Memory:
         self.blocks_run: Counter[str] = Counter()  # by stage, in the current step
         self._step = -1
         self._timestep: float | None = None  # of the newest step whose timestep has been read
+        self._span = 1.0  # how far the timestep fell in the step before this one; 1 at the first
         self._pending: Tensor | None = None  # timestep of the current step, not yet read
         self._conditions: tuple = ()
 
@@ -128,6 +129,19 @@ class Memory:
         """Number of steps of the request; None when neither a pipeline nor the caller has told it."""
         return self._request.total_steps
 
+    @property
+    def span(self) -> float:
+        """How far the timestep fell in the step before this one, > 0; 1 at the first step."""
+        return self._span if self.step else 1.0
+
+    def time(self, clock: str) -> float:
+        """The time of the current step, rising: its index ("step"), or minus the timestep ("sigma").
+
+        FLUX and other flow models get sigma for a timestep, up to a factor.
+        """
+        step = self.step
+        return float(step) if clock == "step" else -self._timestep
+
     def in_warmup(self, steps: int) -> bool:
         """Whether the current step is among the first `steps`."""
         return steps > 0 and self.step < steps
@@ -136,13 +150,14 @@ class Memory:
         """Whether the current step is among the last `steps`."""
         return steps > 0 and self.step >= self.total_steps - steps
 
-    def computes_blindly(self, warmup_steps: int, last_steps: int) -> bool:
+    def computes_blindly(self, warmup_steps: int, last_steps: int, states: int) -> bool:
         """Whether this step has nothing to decide, and nothing to learn for later.
 
-        That is so before the last step of the warm-up, and among the last steps. Answered without a wait,
-        from the count of steps: where that is wrong another request has begun, and its first step computes.
+        That is so before the last `states` steps of the warm-up, as many as a predictor holds, and among the
+        last steps. Answered without a wait, from the count of steps: where that is wrong another request has
+        begun, and its first step computes.
         """
-        early = self._step < warmup_steps - 1
+        early = self._step < warmup_steps - states
         return early or (last_steps > 0 and self._step >= self.total_steps - last_steps)
 
     def read(self, values: Tensor) -> list[float] | None:
@@ -163,6 +178,8 @@ class Memory:
             self._request.restart("the timestep went up", keep=self)
             self.clear_slots()
             self._step = 0
+        elif self._timestep is not None and timestep < self._timestep:
+            self._span = self._timestep - timestep
         self._timestep = timestep
         return goes_on
 

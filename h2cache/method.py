@@ -21,12 +21,35 @@ if TYPE_CHECKING:
     from h2cache.stages import Program, Span
 
 
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The size of a model's hidden states in one guidance branch, to reckon what a method will keep."""
+
+    blocks: tuple[int, int]  # of the structure and detail stage; double and single blocks in FLUX
+    img: int  # image tokens
+    txt: int  # text tokens
+    width: int
+    out: int  # channels of the model's output, for each image token
+    itemsize: int = 2  # bytes of a number: 2 in bfloat16
+    batch: int = 1
+
+    def tensor(self, tokens: int, width: int | None = None) -> int:
+        """Bytes of a tensor of so many tokens."""
+        return self.batch * tokens * (self.width if width is None else width) * self.itemsize
+
+    @property
+    def joint(self) -> int:
+        """Bytes of text and image tokens between two blocks."""
+        return self.tensor(self.img + self.txt)
+
+
 @dataclass(frozen=True)
 class MethodConfig(ABC):
     """Settings of one method. Subclasses are frozen dataclasses that validate in `__post_init__`."""
 
     name: ClassVar[str]  # as written in records and tables
     requires: ClassVar[frozenset[str]] = frozenset()  # of an engine, beyond whole blocks: see `Engine.offers`
+    instead: ClassVar[str] = ""  # what to use of an engine that cannot give that, as the end of a sentence
 
     def for_checkpoint(self, checkpoint: str | None) -> MethodConfig:
         """These settings with the constants fitted to `checkpoint` (last part of its folder or hub id).
@@ -39,6 +62,10 @@ class MethodConfig(ABC):
     def requested_steps(self, steps: int) -> int:
         """How many steps to ask of a pipeline where the user asked for `steps`."""
         return steps
+
+    def bytes_needed(self, shape: Shape) -> int:
+        """The most bytes that a request keeps from step to step, for each guidance branch."""
+        return 0
 
     @property
     def needs_total_steps(self) -> bool:

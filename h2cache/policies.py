@@ -41,3 +41,13 @@ class SmartThreshold:
             return mean
         mean = mean or 0.0
         return mean + self.rate * (change - mean)
+
+
+def interval_due(step: int, interval: int, warmup: int, rule: str = "authors") -> bool:
+    """Whether a fixed schedule computes `step`: the first `warmup` steps, then every `interval`-th.
+
+    rule: "authors", counted from the last warm-up step (TaylorSeer, HiCache, ClusCa; cache-dit's is the
+    same); "diffusers", as its `TaylorSeerCacheConfig` counts, from the second step behind the warm-up.
+    """
+    start = warmup - 1 if rule == "authors" else warmup + 1
+    return step < warmup or (step - start) % interval == 0

@@ -1,7 +1,27 @@
-"""What stands in for skipped work. Pure maths on streams of tokens: no model, no decision."""
+"""What stands in for skipped work. Pure maths on streams of tokens: no model, no decision.
 
+A predictor learns a residual at every computed step and answers at the skipped ones. `at` is the time of the
+step, rising: its index, or -sigma. Samples of a batch may learn at different steps: those marked in `kept` at
+`learn` keep what they had.
+
+`Forecast` is a weighted sum of the last residuals; the rules are in `weights.py`. With `repay` it also pays
+back what it got wrong. That is ours: an Euler sampler adds up the model's outputs, so the errors of a
+skipped stretch add up too; as soon as the next step is computed, the polynomial through both ends says what
+the stretch should have been, and the difference is added to the next stand-in. It needs no tensor besides
+the stored residuals: weights are added to weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
 import torch
+from torch import Tensor
 
+from h2cache import weights
 from h2cache.similarity import sample_mask
 from h2cache.stages import Stream
 
@@ -12,7 +32,7 @@ class LastResidual:
     def __init__(self) -> None:
         self.residual: Stream | None = None
 
-    def learn(self, residual: Stream, kept: list[bool]) -> None:
+    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
         """Keep what was just computed, but for the samples marked in `kept`: they keep what they had."""
         if self.residual is not None and any(kept):
             residual = residual.map(
@@ -20,6 +40,288 @@ class LastResidual:
             )
         self.residual = residual.map(torch.Tensor.detach)
 
-    def predict(self) -> Stream:
+    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), head=None, span: float = 1.0) -> Stream:
         """The stand-in for the skipped blocks, to be added to the head's fresh output."""
         return self.residual
+
+    def foresee(self, at: float) -> Stream:
+        """What `predict` would say, of which nobody makes use."""
+        return self.residual
+
+
+@dataclass
+class _Debt:
+    """One sample's answers since its last computed step, and what it owes for those before it."""
+
+    answers: list[tuple[float, float, dict[float, float]]]  # (time, length of the step, weight of each time)
+    owed: dict[float, float]  # length times weight, of each stored time
+
+
+class Forecast:
+    """A weighted sum of the residuals of the last `history` computed steps.
+
+    rule: (times, x) -> weights. repay: see the top of the file; it interpolates through the newest three
+    residuals, so `history` must be at least 3.
+    Accumulates in float32 and rounds once: weights of +-10 cancel, partial sums in bf16 do not survive it.
+    """
+
+    def __init__(
+        self, rule: Callable[[weights.Times, float], list[float]], history: int, repay: bool = False
+    ) -> None:
+        if repay and history < 3:
+            raise ValueError(f"history={history}: repaying needs three residuals")
+        self.rule, self.history, self.repay = rule, history, repay
+        self.residuals: list[Stream] = []  # oldest first
+        self.times: list[list[float]] = []  # of each sample; aligned with `residuals` at the newest end
+        self._debts: list[_Debt] = []
+
+    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
+        """Store a computed residual with its time; a second one of the same time replaces the first."""
+        residual = residual.map(torch.Tensor.detach)
+        batch = residual.img.shape[0]
+        if not self.times:
+            self.times = [[] for _ in range(batch)]
+            self._debts = [_Debt([], {}) for _ in range(batch)]
+        learns = [not k for k in kept] if any(kept) else [True] * batch
+        again = bool(self.residuals) and all(
+            t[-1:] == [at] for t, f in zip(self.times, learns, strict=True) if f
+        )
+        shifted = self.residuals if again else [*self.residuals, residual]
+        shifted = [*shifted[:-1], residual]
+        if not all(learns) and self.residuals:
+            olds = self.residuals if again else [self.residuals[0], *self.residuals]
+            mask = partial(sample_mask, list(kept))
+            shifted = [
+                new.map(lambda n, o: torch.where(mask(n), o, n), old)
+                for new, old in zip(shifted, olds, strict=True)
+            ]
+        self.residuals = shifted[-self.history :]
+        for times, debt, fresh in zip(self.times, self._debts, learns, strict=True):
+            if fresh:
+                if not again:
+                    times.append(at)
+                self._settle(times, debt)
+
+    def _settle(self, times: list[float], debt: _Debt) -> None:
+        """After `learn`: work out what the answers since the last computed step got wrong; drop old times."""
+        for x, span, given in debt.answers:
+            for time, better in zip(times, weights.newton(times, x, 2), strict=True):
+                debt.owed[time] = debt.owed.get(time, 0.0) + span * (better - given.get(time, 0.0))
+        debt.answers.clear()
+        while len(times) > self.history:
+            dropped = debt.owed.pop(times.pop(0), 0.0)
+            if dropped:  # what is owed must still add up to nothing, else a constant would not be kept
+                debt.owed[times[0]] = debt.owed.get(times[0], 0.0) + dropped
+
+    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), head=None, span: float = 1.0) -> Stream:
+        """The forecast for time `at`, of which the samples in `kept` (none marked: all) make use.
+
+        span: how far the sampler goes in this step, in any unit that stays the same.
+        """
+        rows = [self.weigh(n, times, at) for n, times in enumerate(self.times)]
+        if self.repay:
+            for n, (times, debt) in enumerate(zip(self.times, self._debts, strict=True)):
+                if any(kept) and not kept[n]:
+                    continue
+                debt.answers.append((at, span, dict(zip(times, rows[n], strict=True))))
+                rows[n] = [w + debt.owed.get(t, 0.0) / span for w, t in zip(rows[n], times, strict=True)]
+                debt.owed.clear()
+        return weighted_sum(self.residuals, rows)
+
+    def foresee(self, at: float) -> Stream:
+        """The bare forecast for time `at`, of which nobody makes use."""
+        return weighted_sum(self.residuals, [self.weigh(n, times, at) for n, times in enumerate(self.times)])
+
+    def weigh(self, sample: int, times: list[float], at: float) -> list[float]:
+        """The weights of one sample."""
+        return self.rule(times, at)
+
+
+def weighted_sum(residuals: list[Stream], rows: list[list[float]]) -> Stream:
+    """sum_j w_j R_j with a row of weights for each sample, summed in float32, in the residuals' own dtype.
+
+    A row may be shorter than the list: it belongs to the newest residuals.
+    """
+    rows = [[0.0] * (len(residuals) - len(row)) + row for row in rows]
+    parts = [[t for t in (r.img, r.txt) if t is not None] for r in residuals]
+    if all(row == rows[0] for row in rows):
+        factors: Sequence[float | Tensor] = rows[0]
+    else:
+        factors = [_per_sample(column, parts[0][0]) for column in zip(*rows, strict=True)]
+    img, *txt = combine(parts, factors)
+    return Stream(img, txt[0] if txt else None)
+
+
+def combine(snapshots: Sequence[Sequence[Tensor]], factors: Sequence[float | Tensor]) -> list[Tensor]:
+    """sum_j f_j * snapshots[j], part by part, all parts at once where the factors are numbers."""
+    total: list[Tensor] | None = None
+    for parts, factor in zip(snapshots, factors, strict=True):
+        if isinstance(factor, float) and factor == 0.0:
+            continue
+        wide = [p.float() for p in parts]
+        if total is None:
+            total = [p * factor for p in wide]
+        elif isinstance(factor, float):
+            torch._foreach_add_(total, wide, alpha=factor)
+        else:
+            torch._foreach_add_(total, [p * factor for p in wide])
+    return [t.to(p.dtype) for t, p in zip(total, snapshots[-1], strict=True)]
+
+
+def _per_sample(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
+    """(B, 1, ..) float32 on the device of `like`."""
+    return torch.as_tensor(values, dtype=torch.float32, device=like.device).view(-1, *[1] * (like.ndim - 1))
+
+
+class Modes(Forecast):
+    """Dynamic mode decomposition: exact on sums of exponentials, whose number it finds itself.
+
+    Costs `history` joint states and, at the first answer after a computed step, a wait for its dot products.
+    """
+
+    def __init__(self, history: int = 6, repay: bool = False) -> None:
+        super().__init__(weights.last, history, repay)
+        self._dots: list[dict[tuple[float, float], float]] = []  # <R_i, R_j> by times, of each sample
+        self._unread: list[Tensor] = []
+        self.answered: list[str] = []  # who answered last, of each sample: "dmd", "taylor" or "reuse"
+
+    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
+        super().learn(residual, kept, at)
+        self._unread = [_dots(old, self.residuals[-1]) for old in self.residuals]
+        self._read()
+
+    def _read(self) -> None:
+        table = torch.stack(self._unread, 1).tolist()  # a wait
+        self._unread = []
+        self._dots = self._dots or [{} for _ in table]
+        for row, times, dots in zip(table, self.times, self._dots, strict=True):
+            for value, time in zip(row[-len(times) :], times, strict=True):
+                dots[time, times[-1]] = value
+            for a, b in [pair for pair in dots if pair[0] not in times]:
+                del dots[a, b]
+
+    def weigh(self, sample: int, times: list[float], at: float) -> list[float]:
+        dots = self._dots[sample]
+        gram = np.array([[dots[min(a, b), max(a, b)] for b in times] for a in times])
+        row, who = weights.dmd(times, at, gram)
+        self.answered = [*self.answered[:sample], who]
+        return row
+
+
+def _dots(a: Stream, b: Stream) -> Tensor:
+    """<a, b> of each sample, (B,) float64: the Gram matrix squares the spread."""
+    pairs = [(a.img, b.img)] + ([(a.txt, b.txt)] if a.txt is not None else [])
+    return sum((x.float() * y.float()).sum(-1, dtype=torch.float64).sum(-1) for x, y in pairs)
+
+
+class Secant(Forecast):
+    """The head tells how far to go: R + a (R - R_before), a = the head's movement since then, in units of its
+    movement between the last two computed steps (least squares over its pooled summary, per sample).
+
+    Reads no clock and no schedule; a is clipped to [0, highest] and stays on the device. 2 joint states.
+    """
+
+    def __init__(self, highest: float = 4.0) -> None:
+        super().__init__(weights.last, 2)
+        self.highest = highest
+        self.heads: list[Tensor] = []  # summaries of the head's residual at the stored steps
+
+    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
+        super().learn(residual, kept, at)
+        head = head.detach()
+        olds = [*self.heads, head][-2:]
+        if self.heads and any(kept):
+            stay = [self.heads[0], *self.heads][-2:]
+            olds = [torch.where(sample_mask(list(kept), n), o, n) for n, o in zip(olds, stay, strict=True)]
+        self.heads = olds
+
+    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), head=None, span: float = 1.0) -> Stream:
+        newest = self.residuals[-1]
+        if len(self.residuals) < 2:
+            return newest
+        before, last = (h.float() for h in self.heads)
+        known = torch.tensor([len(t) > 1 for t in self.times], device=head.device)
+        moved, unit = (head.float() - last).flatten(1), (last - before).flatten(1)
+        a = torch.linalg.vecdot(moved, unit) / torch.linalg.vecdot(unit, unit)
+        a = torch.where(known, a.nan_to_num(0.0, 0.0, 0.0).clamp(0.0, self.highest), 0.0)
+
+        def extend(new: Tensor, old: Tensor) -> Tensor:
+            factor = _per_sample(a, new)
+            return torch.lerp(new.float(), old.float(), -factor).to(new.dtype)
+
+        return newest.map(extend, self.residuals[0])
+
+
+class FoCa:
+    """FoCa (arXiv 2508.16211): a line plus a bounded correction, R + k v + (1 - 2^-k) w; time counts steps.
+
+    v: slope of the last two computed steps; w: how much steeper it was just before the last one, by the
+    forecast for that step. The closed form of the paper's step-by-step recursion; 3 joint states. Samples of
+    a batch learn together.
+    """
+
+    def __init__(self) -> None:
+        self.residual: Stream | None = None
+        self.slope: Stream | None = None
+        self.bend: Stream | None = None
+        self.time = 0.0
+
+    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
+        if any(kept):
+            raise ValueError('FoCa learns a batch as a whole: use reduce="mean", or another predictor')
+        residual = residual.map(torch.Tensor.detach)
+        if self.residual is not None and at > self.time:
+            gap, old = at - self.time, self.residual
+            slope = residual.map(lambda new, before: (new - before) / gap, old)
+            self.bend = None
+            if self.slope is not None and gap != 1:
+                before = self.predict(at - 1)
+                self.bend = residual.map(lambda new, b, v: (new - b) - v, before, slope)
+            self.slope = slope
+        self.residual, self.time = residual, at
+
+    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), head=None, span: float = 1.0) -> Stream:
+        k = at - self.time
+        if self.slope is None:
+            return self.residual
+        line = self.residual.map(lambda r, v: torch.add(r, v, alpha=k), self.slope)
+        return (
+            line
+            if self.bend is None
+            else line.map(lambda r, w: torch.add(r, w, alpha=1 - 2.0**-k), self.bend)
+        )
+
+    foresee = predict
+
+
+NAMES = ("last", "taylor", "newton", "hermite", "taylor_scaled", "foca", "dmd", "secant")
+
+
+def states(name: str, order: int, repay: bool = False) -> int:
+    """How many residuals of a stage the predictor `name` holds."""
+    fixed = {"last": 1, "foca": 3, "dmd": 6, "secant": 2}.get(name, order + 1)
+    return max(fixed, 3) if repay else fixed
+
+
+def build(name: str, order: int = 1, sigma: float = 0.5, repay: bool = False):
+    """A new, empty predictor.
+
+    order: of the polynomial, for taylor, newton, hermite and taylor_scaled. sigma: HiCache's contraction.
+    repay: pay back forecasting errors, for the rules that are weighted sums.
+    """
+    if name not in NAMES:
+        raise ValueError(f"predictor={name!r} is unknown: choose one of {', '.join(NAMES)}")
+    if repay and name in ("foca", "secant"):
+        raise ValueError(f"repay=True: {name} is no weighted sum of residuals and cannot repay")
+    history = states(name, order, repay)
+    if name == "dmd":
+        return Modes(history, repay)
+    if name == "foca":
+        return FoCa()
+    if name == "secant":
+        return Secant()
+    if name == "last":
+        return Forecast(weights.last, history, repay) if repay else LastResidual()
+    rule = getattr(weights, name)
+    extra = {"order": order, "sigma": sigma} if name in ("hermite", "taylor_scaled") else {"order": order}
+    return Forecast(partial(rule, **extra), history, repay)

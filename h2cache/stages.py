@@ -108,6 +108,40 @@ class Skip:
     stand_in: Stream
 
 
+Answer = Callable[[int, str, Callable, tuple, dict], Any]
+
+
+@dataclass(slots=True)
+class Drive:
+    """Let the forward of `blocks` run with `answer` in the place of each of their modules (attention, mlp).
+
+    answer(block index, module name, the module's own forward, args, kwargs) gives the module's output.
+    counts: whether the blocks are computed, that is, count as executed and have their idle modules run; see
+    `Engine.modules`. Only for methods that list "modules" in `MethodConfig.requires`.
+
+    remember: keep the block calls of this step, so that a later `Drive` can ask for them again. again: asked
+    after the last block; if it gives an `answer`, all remembered blocks run anew with it, and that is the
+    outcome.
+    """
+
+    blocks: range
+    answer: Answer
+    counts: bool
+    remember: bool = False
+    again: Callable[[], Answer | None] | None = None
+
+
+@dataclass(slots=True)
+class Output:
+    """Let `answer(forward, args, kwargs)` stand in the place of the model's last layer, after all blocks.
+
+    Only for methods that list "output" in `MethodConfig.requires`.
+    """
+
+    answer: Callable[[Callable, tuple, dict], Any]
+    blocks: range = range(0)
+
+
 @dataclass(slots=True)
 class Look:
     """Show the input of the next block after its first norm and modulation, (B, I, C); nothing runs yet.
@@ -156,7 +190,7 @@ class Ran:
         return self.after.map(lambda new, old: torch.where(sample_mask(kept, new), old, new), skipped)
 
 
-Program = Generator[Run | Skip | Look, Ran | Tensor | None, None]
+Program = Generator[Run | Skip | Look | Drive | Output, Ran | Tensor | None, None]
 
 
 class Driven(Protocol):
@@ -183,7 +217,9 @@ class Call:
         self._span_of = [span.name for span in spans for _ in span.blocks]  # of each block
         self.position = 0  # number of the next block, through the whole model
         self.ran: Ran | None = None
-        self.command: Run | Skip | Look | None = next(program)
+        self.driven: tuple[int, Drive] | None = None  # the block whose modules are answered for, right now
+        self.remembered: list[tuple] = []  # block calls: stage, index, args, kwargs, input and output stream
+        self.command: Run | Skip | Look | Drive | Output | None = next(program)
 
     def _next_command(self) -> None:
         """Hand the outcome to the program and take its next wish; a wish for no blocks is met at once."""
@@ -193,7 +229,7 @@ class Call:
             except StopIteration:
                 self.command = None
                 return
-            if isinstance(self.command, Look) or len(self.command.blocks):
+            if isinstance(self.command, Look | Output) or len(self.command.blocks):
                 self.ran = None
                 return
             self.ran = self.ran and Ran(self.ran.after, self.memory.targets)
@@ -218,8 +254,8 @@ class Call:
             return _Look(self, stage, index)
         command = self._command_at(index)
         last = index == command.blocks.stop - 1
-        if isinstance(command, Run):
-            self.memory.blocks_run[self._span_of[index]] += 1
+        if isinstance(command, Run | Drive):
+            self.memory.blocks_run[self._span_of[index]] += isinstance(command, Run) or command.counts
             return _Tap(self, stage, index, command, last)
         if last:
             return _Add(self, stage, index, command.stand_in)
@@ -258,6 +294,37 @@ class Call:
             self._next_command()
         return x
 
+    def run_block(self, stage: Stage, index: int, command: Drive, args: tuple, kwargs: dict) -> Any:
+        """Call a block with its modules answered for."""
+        self.driven = (index, command)
+        out = stage[index - stage.first](*args, **kwargs)
+        self.driven = None
+        return out
+
+    def run_again(self, answer: Answer) -> Any:
+        """Run all remembered blocks anew, from the same input and with what the model added between them."""
+        stream = self.remembered[0][4]
+        before = out = None
+        for stage, index, args, kwargs, x, after in self.remembered:
+            if before is not None:
+                stream = stage.form.read_output(out, self.text_tokens)
+                if not x.is_at(before):
+                    stream = stream + (x - before)
+            before = after
+            self.memory.blocks_run[self._span_of[index]] += 1
+            args, kwargs = self.engine.with_input(args, kwargs, stream)
+            out = self.run_block(stage, index, Drive(range(index, index + 1), answer, True), args, kwargs)
+        self.remembered.clear()
+        return out
+
+    def output(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        """What the model's last layer gives, or what the program says instead."""
+        if not isinstance(self.command, Output):
+            return forward(*args, **kwargs)
+        answered = self.command.answer(forward, args, kwargs)
+        self._next_command()
+        return answered
+
     def look(self, seen: Tensor) -> None:
         """Hand the program what it wished to see, of the image tokens that are drawn."""
         targets = self.memory.targets
@@ -281,7 +348,7 @@ class _Turn:
 class _Tap(_Turn):
     """Runs the block and notes what goes in and out."""
 
-    def __init__(self, call: Call, stage: Stage, index: int, command: Run, ends: bool) -> None:
+    def __init__(self, call: Call, stage: Stage, index: int, command: Run | Drive, ends: bool) -> None:
         super().__init__(call, stage, index)
         self.command, self.ends = command, ends
 
@@ -294,10 +361,25 @@ class _Tap(_Turn):
             ran.enter(x)
         if self.index == self.command.blocks.start:
             onload(self.block, unless_leader=True)
+        if isinstance(self.command, Drive):
+            return self._run_driven(x, args, kwargs)
         out = self.block(*args, **kwargs)
         ran.after = form.read_output(out, call.text_tokens)
         if self.ends and self.command.kept is not None and any(self.command.kept):
             return form.write_output(ran.replaced(self.command.kept, self.command.stand_in))
+        return out
+
+    def _run_driven(self, x: Stream, args: tuple, kwargs: dict) -> Any:
+        call, command, form = self.call, self.command, self.stage.form
+        out = call.run_block(self.stage, self.index, command, args, kwargs)
+        if command.remember:
+            after = form.read_output(out, call.text_tokens)
+            call.remembered.append((self.stage, self.index, args, kwargs, x, after))
+        if self.ends and command.again is not None:
+            answer = command.again()
+            if answer is not None:
+                out = call.run_again(answer)
+        call.ran.after = form.read_output(out, call.text_tokens)
         return out
 
 

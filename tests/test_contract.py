@@ -4,15 +4,29 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from conftest import generate
+from conftest import denoise, generate, make_flux
 from families import RECORDED, STEPS, Case, flux_cases, recorded
 
 import h2cache
 from h2cache import find_method, method_names
+from h2cache.method import Shape
 
-OFF = {"tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1}
+OFF = {"tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1, "max_drafts": 0}
 INFINITE = {"tau1": float("inf"), "tau2": float("inf"), "threshold": float("inf")}
-FITTED = {"coefficients": (0.0, 0.0, 0.0, 1.0, 0.0)}  # the random models have no constants of their own
+VARIANTS = {  # further settings of a method that must hold what every method must
+    "h2cache with a forecast": ("h2cache", {"predictor": "taylor", "order": 2, "repay": True}),
+    "h2cache by the head's secant": ("h2cache", {"predictor": "secant", "force_detail_hit": False}),
+    "taylorseer of stages": ("taylorseer", {"granularity": "stage", "interval": 3, "order": 2}),
+    "taylorseer_lite of hidden states": ("taylorseer_lite", {"lite_at": "hidden", "interval": 3}),
+    "hicache of stages": ("hicache", {"granularity": "stage", "interval": 3}),
+    "speca of stages": ("speca", {"granularity": "stage"}),
+    "clusca by Hermite": ("clusca", {"basis": "hermite", "exact_fresh": True, "interval": 3}),
+    "h2cache ahead": ("h2cache", {"ahead": True, "predictor": "taylor", "repay": True, "clock": "sigma"}),
+}
+FITTED = {
+    "coefficients": (0.0, 0.0, 0.0, 1.0, 0.0),
+    "ratios": (1.0, 1.02, 0.98, 0.95),
+}  # the random models have no constants of their own
 
 
 def with_fields(config: h2cache.MethodConfig, values: dict) -> h2cache.MethodConfig:
@@ -21,7 +35,8 @@ def with_fields(config: h2cache.MethodConfig, values: dict) -> h2cache.MethodCon
 
 def usual(name: str) -> h2cache.MethodConfig:
     """The default settings of a method."""
-    return with_fields(find_method(name)(), FITTED)
+    name, settings = VARIANTS.get(name, (name, {}))
+    return with_fields(find_method(name)(**settings), FITTED)
 
 
 def switched_off(name: str) -> h2cache.MethodConfig:
@@ -29,7 +44,7 @@ def switched_off(name: str) -> h2cache.MethodConfig:
     return with_fields(usual(name), OFF)
 
 
-@pytest.fixture(params=method_names())
+@pytest.fixture(params=[*method_names(), *VARIANTS])
 def method(request) -> str:
     return request.param
 
@@ -136,3 +151,16 @@ def test_two_requests_are_the_same(method, tiny):
     first = generate(tiny)
     generate(tiny, 'a teal hexagon badge that says "GO" on a plain white background', steps=5, seed=3)
     assert torch.equal(first, generate(tiny))
+
+
+def test_memory_is_what_was_reckoned(method):
+    """After computing every step, all histories are full."""
+    model, config = make_flux(), switched_off(method)
+    h2cache.enable(model, config, steps=8)
+    denoise(model, steps=8)
+    shape = Shape(blocks=(3, 4), img=16, txt=5, width=32, out=8, itemsize=4)
+    held = h2cache.summary(model).bytes_held
+    if "clusca" in method:  # corrections are only held between computed steps
+        assert held <= config.bytes_needed(shape)
+    else:
+        assert held == config.bytes_needed(shape)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from h2cache.engines.forms import Form
-from h2cache.stages import Call, Span, Stage
+from h2cache.modules import Modules
+from h2cache.stages import Call, Span, Stage, Stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +101,18 @@ class Engine(ABC):
 
         Only asked of engines that offer "modulated input"; the block itself does not run.
         """
+        raise NotImplementedError(f"{self.name} does not offer it")
+
+    def modules(self, block: nn.Module) -> Modules:
+        """How `block` divides into modules. Only asked of engines that offer "modules"."""
+        raise NotImplementedError(f"{self.name} does not offer it")
+
+    def with_input(self, args: tuple, kwargs: dict[str, Any], stream: Stream) -> tuple[tuple, dict[str, Any]]:
+        """A block call's arguments with another stream. Only asked of engines that offer "modules"."""
+        raise NotImplementedError(f"{self.name} does not offer it")
+
+    def output_layer(self, transformer: nn.Module) -> nn.Module:
+        """The last layer, whose output is the model's. Only asked of engines that offer "output"."""
         raise NotImplementedError(f"{self.name} does not offer it")
 
     def own_steps(self, pipeline: Any, transformer: nn.Module, total: int | None) -> int | None:

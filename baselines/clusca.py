@@ -1,0 +1,202 @@
+"""ClusCa: TaylorSeer along time, and on skipped steps one token of each cluster is computed for real.
+
+Source: arXiv 2509.10312 (ACM MM 2025) and the authors' code. Tokens are clustered at computed steps after the
+last double block; on a skipped step the mlps of the double blocks run for one random token of each cluster.
+Deviations, from faults of the released code: an anchor keeps differences between computed features
+(anchor=False: the authors'), each request has its own generator, empty clusters take the token that lies
+farthest from its centre, clustering in float32 with a fixed number of rounds, so that nothing waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from h2cache import weights
+from h2cache.forecasting import Key, ModuleForecast, Rule, check_room, forecast_bytes
+from h2cache.method import Method, MethodConfig, Shape, check
+from h2cache.policies import interval_due
+from h2cache.predictors import combine
+from h2cache.stages import Drive
+
+if TYPE_CHECKING:
+    from h2cache.memory import Memory
+    from h2cache.stages import Program, Span, Stream
+
+MLPS = {"ff": "img", "ff_context": "txt"}  # module name to stream
+ROUNDS = 10  # of k-means
+
+
+@dataclass(frozen=True)
+class ClusCaConfig(MethodConfig):
+    """Settings of ClusCa. The authors' for FLUX.1-dev at 50 steps are the defaults (4.2x)."""
+
+    name = "clusca"
+    requires = frozenset({"modules"})
+    instead = ': use taylorseer with granularity="stage"'
+
+    interval: int = 5
+    """A step is computed every so many steps, >= 1. Higher: faster, less faithful. 1: always compute."""
+    order: int = 1
+    """Order of the polynomial, 0 (plain reuse) to 4."""
+    warmup_steps: int = 3
+    """First steps that are always computed, >= 1."""
+    clusters: int = 16
+    """Clusters, and tokens computed on skipped steps, in each stream. 0: TaylorSeer."""
+    gamma: float = 0.005
+    """Weight of the cluster's computed token in all its image tokens, in [0, 1]."""
+    basis: str = "taylor"
+    """"taylor", or "hermite" for Hi-ClusCa, with `sigma`."""
+    sigma: float = 0.5
+    """Contraction of the Hermite basis, in (0, 1]."""
+    anchor: bool = True
+    """Differences between computed features only [ours]; False: corrections enter them, as the authors'."""
+    exact_fresh: bool = False
+    """Computed tokens are used as they are [ours]; False: drift is added to them too, as the authors do."""
+    seed: int = 0
+    """Of the choice of tokens."""
+
+    def __post_init__(self) -> None:
+        check("interval", self.interval, 1, float("inf"), "it is a number of steps; 1 switches off")
+        check("order", self.order, 0, 4, "higher differences are noise")
+        check("warmup_steps", self.warmup_steps, 1, float("inf"), "the first step must be computed")
+        check("clusters", self.clusters, 0, float("inf"), "it counts clusters; 0 is TaylorSeer")
+        check("gamma", self.gamma, 0.0, 1.0, "it is a weight")
+        if not 0 < self.sigma <= 1:
+            raise ValueError(f"sigma={self.sigma!r} is out of range (0, 1]: it contracts")
+        if self.basis not in ("taylor", "hermite"):
+            raise ValueError(f"basis={self.basis!r} is unknown: choose 'taylor' or 'hermite'")
+
+    @property
+    def rule(self) -> Rule:
+        """The forecasting rule."""
+        if self.basis == "hermite":
+            return partial(weights.hermite, order=self.order, sigma=self.sigma)
+        return partial(weights.taylor, order=self.order)
+
+    def bytes_needed(self, shape: Shape) -> int:
+        return (
+            forecast_bytes(shape, "module", self.order + 1)
+            + shape.blocks[0] * shape.joint  # corrected features of the mlps
+            + shape.batch * (shape.img + shape.txt) * 8  # labels
+            + 2 * shape.batch * self.clusters * shape.width * 4  # centres
+        )
+
+    def build(self) -> ClusCa:
+        return ClusCa(self)
+
+
+def cluster(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """k-means with L1 distance: labels (B, n) and centres (B, K, C) of tokens `x` (B, n, C), in float32.
+
+    Starts from `centres`; a cluster that loses all its tokens takes the token farthest from its own centre.
+    """
+    x, count = x.float(), centres.shape[1]
+    for _ in range(ROUNDS):
+        distance, labels = torch.cdist(x, centres, p=1).min(-1)  # (B, n)
+        member = torch.nn.functional.one_hot(labels, count).to(x.dtype)  # (B, n, K)
+        sizes = member.sum(1)[..., None]  # (B, K, 1)
+        means = member.transpose(1, 2) @ x / sizes.clamp(min=1)
+        far = distance.argsort(-1, descending=True)  # (B, n)
+        empty = sizes[..., 0] == 0
+        rank = (empty.long().cumsum(-1) - 1).clamp(min=0)  # the n-th empty cluster takes the n-th farthest
+        spare = x.gather(1, far.gather(1, rank)[..., None].expand(-1, -1, x.shape[-1]))
+        centres = torch.where(empty[..., None], spare, means)
+    return torch.cdist(x, centres, p=1).argmin(-1), centres
+
+
+def pick(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """A random member of each cluster, uniformly: (B, K) token numbers; token 0 for an empty cluster."""
+    chance = torch.rand(labels.shape, generator=generator, device=labels.device)
+    member = labels[:, None, :] == torch.arange(count, device=labels.device)[None, :, None]  # (B, K, n)
+    return torch.where(member, chance[:, None], -1.0).argmax(-1)
+
+
+class Clusters:
+    """Labels and centres of one request and branch."""
+
+    def __init__(self) -> None:
+        self.labels: dict[str, Tensor] = {}
+        self.centres: dict[str, Tensor] = {}
+        self.corrected: dict[Key, Tensor] = {}  # order-0 features of the mlps since the last computed step
+        self.generator: torch.Generator | None = None
+
+    def update(self, stream: Stream, cfg: ClusCaConfig) -> None:
+        """Cluster the tokens of both streams anew, starting from the centres of the last time."""
+        if self.generator is None:
+            self.generator = torch.Generator(stream.img.device).manual_seed(cfg.seed)
+        for name in MLPS.values():
+            x = getattr(stream, name)
+            if name not in self.centres:
+                order = torch.rand(x.shape[:2], generator=self.generator, device=x.device).argsort(-1)
+                first = order[:, : min(cfg.clusters, x.shape[1]), None].expand(-1, -1, x.shape[-1])
+                self.centres[name] = x.float().gather(1, first)
+            self.labels[name], self.centres[name] = cluster(x, self.centres[name])
+        self.corrected.clear()
+
+
+class ClusCa(Method):
+    """Steps are computed on a schedule; in between, forecasts that a few computed tokens correct."""
+
+    config: ClusCaConfig
+
+    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+        """One denoising step of one branch."""
+        cfg, at, double = self.config, float(memory.step), stages[0]
+        modules = memory.slot("modules", lambda: ModuleForecast(cfg.rule, cfg.order + 1)).predictor
+        clusters = memory.slot("clusters", Clusters).predictor
+        rest = range(double.last, stages[-1].last)
+        full = interval_due(memory.step, cfg.interval, cfg.warmup_steps)
+        if full:
+            if memory.step < cfg.warmup_steps - 1:  # differences count from the last warm-up step on
+                modules.clear()
+            modules.compute(at)
+            ran = yield Drive(double.blocks, modules.learn, counts=True)
+            if cfg.clusters:
+                clusters.update(ran.after, cfg)
+            yield Drive(rest, modules.learn, counts=True)
+        else:
+            modules.forecast(at)
+            answer = partial(self._answer, modules, clusters) if cfg.clusters else modules.predict
+            yield Drive(range(stages[-1].last), answer, counts=False)
+        if memory.step == 0:
+            check_room(memory.bytes_held * cfg.order, "module")
+        memory.record_stack(stages, None, 0.0, not full)
+
+    def _answer(
+        self,
+        modules: ModuleForecast,
+        clusters: Clusters,
+        index: int,
+        name: str,
+        forward: Callable,
+        args: tuple,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """A module's forecast; an mlp's with the chosen tokens computed for real."""
+        if name not in MLPS:
+            return modules.predict(index, name, forward, args, kwargs)
+        cfg, key, stream = self.config, (index, name), MLPS[name]
+        labels, count = clusters.labels[stream], clusters.centres[stream].shape[1]
+        idx = pick(labels, count, clusters.generator)[..., None]  # (B, K, 1)
+        x = args[0]  # modulated input of this step, (B, n, C)
+        fresh = forward(x.gather(1, idx.expand(-1, -1, x.shape[-1])))  # (B, K, C)
+        rows = idx.expand_as(fresh)
+        snapshots = modules.outputs[key]
+        base = clusters.corrected.get(key, snapshots[-1][0]).scatter(1, rows, fresh)
+        if stream == "img" and cfg.gamma:
+            spread = fresh.gather(1, labels[..., None].expand_as(base))
+            base = torch.lerp(base, spread, cfg.gamma)
+        drift = [*modules.weights[:-1], modules.weights[-1] - 1.0]  # what the forecast adds to the newest
+        if cfg.anchor:
+            clusters.corrected[key] = base
+            out = base + combine(snapshots, drift)[0] if any(drift) else base
+        else:
+            out = base + combine(snapshots, drift)[0] if any(drift) else base
+            snapshots[-1] = (base,)
+        return out.scatter(1, rows, fresh) if cfg.exact_fresh else out

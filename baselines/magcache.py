@@ -1,0 +1,109 @@
+"""MagCache: how much the network's residual shrinks from step to step is nearly the same for every prompt.
+
+Source: arXiv 2506.09045 (NeurIPS 2025) and the authors' repository. Their product over skipped steps says how
+far the stored residual has drifted, so the whole schedule follows from a table measured once on a checkpoint
+(`constants/magcache.json`, `analysis/fit_magcache.py`); no feature is compared. Text is not cached.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from h2cache.method import Method, MethodConfig, Shape, check, fitted_constants
+from h2cache.predictors import LastResidual
+from h2cache.stages import Run, Skip, Stream
+
+if TYPE_CHECKING:
+    from h2cache.memory import Memory
+    from h2cache.stages import Program, Span
+
+
+@dataclass(frozen=True)
+class MagCacheConfig(MethodConfig):
+    """Settings of MagCache. The authors' for FLUX.1-dev at 28 steps are the defaults (2.8x)."""
+
+    name = "magcache"
+
+    threshold: float = 0.24
+    """Limit of the summed drift of a stretch of skipped steps, >= 0. Higher: faster. 0: always compute."""
+    max_consecutive_hits: int = 5
+    """Steps skipped in a row at most (K), >= 0. 0: always compute."""
+    retention: float = 0.1
+    """Share of the steps at the beginning that is always computed, in [0, 1]."""
+    ratios: tuple[float, ...] = ()
+    """Size of each step's residual, of that of the step before; empty: those of the checkpoint."""
+    ratios_uncond: tuple[float, ...] = ()
+    """The same of the branch without the prompt, where it differs."""
+    always_compute: tuple[float, ...] = ()
+    """Steps that are always computed, counted in the steps of `ratios`: an outlier in FLUX.1's table."""
+    checkpoint: str = ""
+    """Whose ratios to take; empty: the name of the folder or hub id that the model came from."""
+
+    def __post_init__(self) -> None:
+        check("threshold", self.threshold, 0.0, float("inf"), "it is a summed drift; 0 switches off")
+        check("max_consecutive_hits", self.max_consecutive_hits, 0, float("inf"), "it counts steps")
+        check("retention", self.retention, 0.0, 1.0, "it is a share of the steps")
+        if len(self.ratios) == 1:
+            raise ValueError("ratios: one value is no table; two steps at least are needed")
+
+    @property
+    def needs_total_steps(self) -> bool:
+        return True
+
+    def for_checkpoint(self, checkpoint: str | None) -> MagCacheConfig:
+        if self.ratios:
+            return self
+        table = fitted_constants("magcache", self.checkpoint or checkpoint)
+        fitted = ("ratios", "ratios_uncond", "always_compute")
+        return replace(self, **{key: tuple(table.get(key, ())) for key in fitted})
+
+    def schedule(self, total: int, uncond: bool = False) -> list[bool]:
+        """Which of `total` steps are computed: a pure function of the table and the settings."""
+        ratios = resample(self.ratios_uncond if uncond and self.ratios_uncond else self.ratios, total)
+        last = len(self.ratios) - 1
+        retained = max(1, int(self.retention * total + 0.5))
+        product, skipped, error, computed = 1.0, 0, 0.0, []
+        for step, ratio in enumerate(ratios):
+            forced = step < retained or round(step * last / max(total - 1, 1)) in self.always_compute
+            if step >= retained:
+                product, skipped = product * ratio, skipped + 1
+                error += abs(1.0 - product)
+                within = error <= self.threshold and skipped <= self.max_consecutive_hits
+                forced = forced or not within or self.threshold == 0
+            if forced:
+                product, skipped, error = 1.0, 0, 0.0
+            computed.append(forced)
+        return computed
+
+    def bytes_needed(self, shape: Shape) -> int:
+        return shape.tensor(shape.img)
+
+    def build(self) -> MagCache:
+        return MagCache(self)
+
+
+def resample(ratios: tuple[float, ...], total: int) -> list[float]:
+    """The nearest entries of the table for another number of steps; first and last stay."""
+    if total == 1:
+        return [ratios[0]]
+    return [ratios[round(i * (len(ratios) - 1) / (total - 1))] for i in range(total)]
+
+
+class MagCache(Method):
+    """The stored residual of the whole network stands in, unscaled."""
+
+    config: MagCacheConfig
+
+    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+        """One denoising step of one branch."""
+        step = memory.step  # first of all: asking may show that a new request began
+        slot, blocks = memory.slot("stack", LastResidual), range(stages[-1].last)
+        schedule = self.config.schedule(memory.total_steps, memory.branch == "uncond")
+        full = slot.predictor.residual is None or step >= len(schedule) or schedule[step]
+        if full:
+            ran = yield Run(blocks)
+            slot.predictor.learn(Stream(ran.residual.img))
+        else:
+            yield Skip(blocks, slot.predictor.predict())
+        memory.record_stack(stages, None, 0.0, not full)

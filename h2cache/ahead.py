@@ -1,0 +1,113 @@
+"""H2-Cache that plans ahead: the forecast's own error says when to compute next, and no head runs between.
+
+Ours. At a computed step both stages know what their forecast would have said, so its error is known exactly
+and for nothing. Like the step size of an ODE solver, the distance to the next computed step is chosen such
+that the error there comes out at the threshold: an error of order p + 1 in the distance g gives
+g' = g (tau / error)^(1 / (p + 1)), for the stage that allows the least. Between computed steps whole stages
+are forecast. Neither stage is computed without the other: a detail stage that sees the true structure at one
+step and a forecast one at the next jumps, which no forecast follows.
+
+The error counts by the length of the sampler's step, relative to the mean so far: that much of it reaches the
+latents. The samples of a batch share one plan, that of the most demanding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from h2cache.method import Method
+from h2cache.similarity import pooled_summary, relative_l1
+from h2cache.stages import Run, Skip, Stream
+
+if TYPE_CHECKING:
+    from h2cache.h2 import H2Config
+    from h2cache.memory import Memory
+    from h2cache.stages import Program, Ran, Span
+
+FIRST_GAP = 2  # steps from the first computed step to the second
+GROWTH = 2.0  # a gap is at most this many times the one before, and at least its inverse
+
+
+@dataclass
+class Plan:
+    """When the next step is computed; one for a request and branch."""
+
+    due: int = 0  # step
+    last: int = 0  # step computed last
+    gap: int = 0  # steps between the last two computed ones
+    computed: int = 0
+    start: float = 0.0  # time of the first step, on the noise clock
+
+
+class H2Ahead(Method):
+    """Both stages, one plan."""
+
+    config: H2Config
+
+    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+        """One denoising step of one branch."""
+        cfg, step = self.config, memory.step  # the step first: asking may show that a new request began
+        at, plan = memory.time(cfg.clock), memory.slot("plan", Plan).predictor
+        due = step >= plan.due or memory.in_warmup(cfg.warmup_steps) or memory.in_last(cfg.last_steps)
+        slots = [memory.slot(stage.name, cfg.new_predictor) for stage in stages]
+        if not due:
+            for n, (stage, slot) in enumerate(zip(stages, slots, strict=True)):
+                yield Skip(stage.blocks, slot.predictor.predict(at, span=memory.span))
+                memory.record(stage, None, None, "forced" if n else "hit")
+            return
+        errors = []
+        for stage, slot, pool in zip(stages, slots, (cfg.pool1, cfg.pool2), strict=True):
+            ran = yield Run(stage.blocks)
+            if plan.computed > self.exponent - 1:  # residuals enough for a forecast of this order
+                errors.append(self._error(stage, ran, slot.predictor.foresee(at), pool, memory.targets))
+            slot.predictor.learn(ran.residual, at=at)
+        measured = self._measured(errors, plan, memory)
+        self._plan(plan, measured, memory)
+        for stage, tau, found in zip(stages, (cfg.tau1, cfg.tau2), measured or (None, None), strict=True):
+            memory.record(stage, None if found is None else [found], [tau], "miss")
+
+    @property
+    def exponent(self) -> int:
+        """The error of a forecast grows with this power of the distance."""
+        polynomial = self.config.predictor in ("taylor", "newton", "hermite", "taylor_scaled")
+        return 1 + (self.config.order if polynomial else self.config.predictor != "last")
+
+    def _error(self, stage: Span, ran: Ran, guess: Stream, pool: int, targets: slice | None) -> torch.Tensor:
+        """Relative L1 error of what the forecast would have said, pooled like the paper's checks: (B,)."""
+        drawn = [Stream(s.img[:, targets or slice(None)], s.txt) for s in (ran.residual, guess)]
+        return relative_l1(*(pooled_summary(s.joint if stage.joint else s.img, pool) for s in drawn))
+
+    def _measured(self, errors: list[torch.Tensor], plan: Plan, memory: Memory) -> list[float] | None:
+        """The largest error of each stage over the batch, weighed by the length of the step; one wait."""
+        if not errors:
+            return None
+        values = memory.read(torch.cat(errors))  # of both stages, sample by sample
+        passed = memory.time("sigma") - plan.start  # on the noise clock, in `step` steps
+        weight = memory.span * memory.step / passed if passed else 1.0
+        return [weight * max(values[n : n + memory.batch]) for n in range(0, len(values), memory.batch)]
+
+    def _plan(self, plan: Plan, errors: list[float] | None, memory: Memory) -> None:
+        cfg, step = self.config, memory.step
+        if plan.computed == 0:
+            plan.start = memory.time("sigma")
+        else:
+            plan.gap = step - plan.last
+        plan.last = step
+        plan.computed += 1
+        if min(cfg.tau1, cfg.tau2) <= 0:
+            wanted = 1.0
+        elif errors is None:
+            wanted = plan.gap * GROWTH or FIRST_GAP
+        elif not all(map(math.isfinite, errors)):
+            wanted = 1.0
+        else:
+            taus = (cfg.tau1, cfg.tau2)
+            ratio = min(tau / e if e else math.inf for tau, e in zip(taus, errors, strict=True))
+            factor = min(max(ratio ** (1 / self.exponent), 1 / GROWTH), GROWTH)
+            wanted = plan.gap * factor
+        limit = math.inf if cfg.max_consecutive_hits is None else cfg.max_consecutive_hits + 1
+        plan.due = step + max(1, round(min(wanted, limit)))
