@@ -3,9 +3,10 @@
 Ours. At a computed step both stages know what their forecast would have said, so its error is known exactly
 and for nothing. Like the step size of an ODE solver, the distance to the next computed step is chosen such
 that the error there comes out at the threshold: an error of order p + 1 in the distance g gives
-g' = g (tau / error)^(1 / (p + 1)), for the stage that allows the least. Between computed steps whole stages
-are forecast. Neither stage is computed without the other: a detail stage that sees the true structure at one
-step and a forecast one at the next jumps, which no forecast follows.
+g' = g (tau / error)^(1 / (p + 1)), for the stage that allows the least. Between computed steps
+both stages are forecast together, from the sum of their residuals. Neither is computed without the other: a
+detail stage that sees the true structure at one step and a forecast one at the next jumps, which no forecast
+follows. The error of each stage is measured on its pooled residuals.
 
 The error counts by the length of the sampler's step, relative to the mean so far: that much of it reaches the
 latents. The samples of a batch share one plan, that of the most demanding.
@@ -18,8 +19,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from h2cache import weights
 from h2cache.method import Method
+from h2cache.predictors import Forecast, weighted_sum
 from h2cache.similarity import pooled_summary, relative_l1
 from h2cache.stages import Run, Skip, Stream
 
@@ -43,6 +47,17 @@ class Plan:
     start: float = 0.0  # time of the first step, on the noise clock
 
 
+class Summaries:
+    """One stage's pooled residuals at the steps that the forecast holds: a forecast of these is one pooled."""
+
+    def __init__(self) -> None:
+        self.summaries: list[Stream] = []  # oldest first
+
+    def learn(self, summary: Tensor, history: int) -> None:
+        """Store the newest; the oldest beyond `history` goes."""
+        self.summaries = [*self.summaries, Stream(summary.detach())][-history:]
+
+
 class H2Ahead(Method):
     """Both stages, one plan."""
 
@@ -53,18 +68,24 @@ class H2Ahead(Method):
         cfg, step = self.config, memory.step  # the step first: asking may show that a new request began
         at, plan = memory.time(cfg.clock), memory.slot("plan", Plan).predictor
         due = step >= plan.due or memory.in_warmup(cfg.warmup_steps) or memory.in_last(cfg.last_steps)
-        slots = [memory.slot(stage.name, cfg.new_predictor) for stage in stages]
+        both = memory.slot("both", self._new_forecast).predictor
         if not due:
-            for n, (stage, slot) in enumerate(zip(stages, slots, strict=True)):
-                yield Skip(stage.blocks, slot.predictor.predict(at, span=memory.span))
+            yield Skip(range(stages[-1].last), both.predict(at, span=memory.span))
+            for n, stage in enumerate(stages):
                 memory.record(stage, None, None, "forced" if n else "hit")
             return
-        errors = []
-        for stage, slot, pool in zip(stages, slots, (cfg.pool1, cfg.pool2), strict=True):
+        foreseen = plan.computed > self.exponent - 1  # residuals enough for a forecast of this order
+        rows = both.rows(at) if foreseen else []
+        errors, residual = [], None
+        for stage, pool in zip(stages, (cfg.pool1, cfg.pool2), strict=True):
             ran = yield Run(stage.blocks)
-            if plan.computed > self.exponent - 1:  # residuals enough for a forecast of this order
-                errors.append(self._error(stage, ran, slot.predictor.foresee(at), pool, memory.targets))
-            slot.predictor.learn(ran.residual, at=at)
+            residual = ran.residual if residual is None else residual + ran.residual
+            summary = self._summary(stage, ran, pool, memory.targets)
+            known = memory.slot(stage.name, Summaries).predictor
+            if foreseen:
+                errors.append(relative_l1(summary, weighted_sum(known.summaries, rows).img))
+            known.learn(summary, both.history)
+        both.learn(residual, at=at)
         measured = self._measured(errors, plan, memory)
         self._plan(plan, measured, memory)
         for stage, tau, found in zip(stages, (cfg.tau1, cfg.tau2), measured or (None, None), strict=True):
@@ -76,12 +97,17 @@ class H2Ahead(Method):
         polynomial = self.config.predictor in ("taylor", "newton", "hermite", "taylor_scaled")
         return 1 + (self.config.order if polynomial else self.config.predictor != "last")
 
-    def _error(self, stage: Span, ran: Ran, guess: Stream, pool: int, targets: slice | None) -> torch.Tensor:
-        """Relative L1 error of what the forecast would have said, pooled like the paper's checks: (B,)."""
-        drawn = [Stream(s.img[:, targets or slice(None)], s.txt) for s in (ran.residual, guess)]
-        return relative_l1(*(pooled_summary(s.joint if stage.joint else s.img, pool) for s in drawn))
+    def _new_forecast(self) -> Forecast:
+        cfg = self.config
+        return Forecast(weights.last, 1) if cfg.predictor == "last" and not cfg.repay else cfg.new_predictor()
 
-    def _measured(self, errors: list[torch.Tensor], plan: Plan, memory: Memory) -> list[float] | None:
+    def _summary(self, stage: Span, ran: Ran, pool: int, targets: slice | None) -> Tensor:
+        """The stage's residual of the tokens that are drawn, pooled like the paper's checks."""
+        residual = ran.residual
+        drawn = Stream(residual.img[:, targets or slice(None)], residual.txt)
+        return pooled_summary(drawn.joint if stage.joint else drawn.img, pool)
+
+    def _measured(self, errors: list[Tensor], plan: Plan, memory: Memory) -> list[float] | None:
         """The largest error of each stage over the batch, weighed by the length of the step; one wait."""
         if not errors:
             return None

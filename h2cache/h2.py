@@ -100,8 +100,6 @@ class H2Config(MethodConfig):
         self.new_predictor()  # refuses what cannot be combined
         if self.predictor == "foca" and self.clock == "sigma":
             raise ValueError('predictor="foca" walks by steps: use clock="step"')
-        if self.predictor == "foca" and self.reduce == "sample" and not self.ahead:
-            raise ValueError('predictor="foca" learns a batch as a whole: add reduce="mean" or ahead=True')
         if self.ahead and (self.adaptive or not self.force_detail_hit or self.predictor == "secant"):
             raise ValueError(
                 "ahead=True forecasts whole steps and runs no heads: adaptive, force_detail_hit=False and "
@@ -125,10 +123,10 @@ class H2Config(MethodConfig):
         summaries = 0
         for tokens, pool in ((shape.img, self.pool1), (shape.img + shape.txt, self.pool2)):
             k = max(1, int(tokens // pool))
-            heads = 2 if self.predictor == "secant" else 0
-            summaries += (1 + heads) * shape.tensor(tokens // k, shape.width // min(k, shape.width))
-        held = 2 * self.states * shape.joint
-        return held if self.ahead else held + summaries
+            summaries += shape.tensor(tokens // k, shape.width // min(k, shape.width))
+        if self.ahead:  # both stages in one residual, and a summary of each for every residual
+            return self.states * (shape.joint + summaries)
+        return 2 * self.states * shape.joint + summaries * (3 if self.predictor == "secant" else 1)
 
     def build(self) -> Method:
         return H2Ahead(self) if self.ahead else H2Cache(self)

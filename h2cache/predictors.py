@@ -44,10 +44,6 @@ class LastResidual:
         """The stand-in for the skipped blocks, to be added to the head's fresh output."""
         return self.residual
 
-    def foresee(self, at: float) -> Stream:
-        """What `predict` would say, of which nobody makes use."""
-        return self.residual
-
 
 @dataclass
 class _Debt:
@@ -118,7 +114,7 @@ class Forecast:
 
         span: how far the sampler goes in this step, in any unit that stays the same.
         """
-        rows = [self.weigh(n, times, at) for n, times in enumerate(self.times)]
+        rows = self.rows(at)
         if self.repay:
             for n, (times, debt) in enumerate(zip(self.times, self._debts, strict=True)):
                 if any(kept) and not kept[n]:
@@ -128,9 +124,9 @@ class Forecast:
                 debt.owed.clear()
         return weighted_sum(self.residuals, rows)
 
-    def foresee(self, at: float) -> Stream:
-        """The bare forecast for time `at`, of which nobody makes use."""
-        return weighted_sum(self.residuals, [self.weigh(n, times, at) for n, times in enumerate(self.times)])
+    def rows(self, at: float) -> list[list[float]]:
+        """The weights of the bare forecast for time `at`, of each sample."""
+        return [self.weigh(n, times, at) for n, times in enumerate(self.times)]
 
     def weigh(self, sample: int, times: list[float], at: float) -> list[float]:
         """The weights of one sample."""
@@ -252,48 +248,6 @@ class Secant(Forecast):
         return newest.map(extend, self.residuals[0])
 
 
-class FoCa:
-    """FoCa (arXiv 2508.16211): a line plus a bounded correction, R + k v + (1 - 2^-k) w; time counts steps.
-
-    v: slope of the last two computed steps; w: how much steeper it was just before the last one, by the
-    forecast for that step. The closed form of the paper's step-by-step recursion; 3 joint states. Samples of
-    a batch learn together.
-    """
-
-    def __init__(self) -> None:
-        self.residual: Stream | None = None
-        self.slope: Stream | None = None
-        self.bend: Stream | None = None
-        self.time = 0.0
-
-    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
-        if any(kept):
-            raise ValueError('FoCa learns a batch as a whole: use reduce="mean", or another predictor')
-        residual = residual.map(torch.Tensor.detach)
-        if self.residual is not None and at > self.time:
-            gap, old = at - self.time, self.residual
-            slope = residual.map(lambda new, before: (new - before) / gap, old)
-            self.bend = None
-            if self.slope is not None and gap != 1:
-                before = self.predict(at - 1)
-                self.bend = residual.map(lambda new, b, v: (new - b) - v, before, slope)
-            self.slope = slope
-        self.residual, self.time = residual, at
-
-    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), head=None, span: float = 1.0) -> Stream:
-        k = at - self.time
-        if self.slope is None:
-            return self.residual
-        line = self.residual.map(lambda r, v: torch.add(r, v, alpha=k), self.slope)
-        return (
-            line
-            if self.bend is None
-            else line.map(lambda r, w: torch.add(r, w, alpha=1 - 2.0**-k), self.bend)
-        )
-
-    foresee = predict
-
-
 NAMES = ("last", "taylor", "newton", "hermite", "taylor_scaled", "foca", "dmd", "secant")
 
 
@@ -311,17 +265,16 @@ def build(name: str, order: int = 1, sigma: float = 0.5, repay: bool = False):
     """
     if name not in NAMES:
         raise ValueError(f"predictor={name!r} is unknown: choose one of {', '.join(NAMES)}")
-    if repay and name in ("foca", "secant"):
-        raise ValueError(f"repay=True: {name} is no weighted sum of residuals and cannot repay")
+    if repay and name == "secant":
+        raise ValueError("repay=True: secant reads no clock, so it cannot say later what was owed")
     history = states(name, order, repay)
     if name == "dmd":
         return Modes(history, repay)
-    if name == "foca":
-        return FoCa()
     if name == "secant":
         return Secant()
     if name == "last":
         return Forecast(weights.last, history, repay) if repay else LastResidual()
     rule = getattr(weights, name)
-    extra = {"order": order, "sigma": sigma} if name in ("hermite", "taylor_scaled") else {"order": order}
-    return Forecast(partial(rule, **extra), history, repay)
+    if name in ("hermite", "taylor_scaled"):
+        rule = partial(rule, sigma=sigma)
+    return Forecast(rule if name == "foca" else partial(rule, order=order), history, repay)

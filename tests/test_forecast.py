@@ -168,7 +168,6 @@ def test_repaying_comes_closer_under_an_euler_sampler(tiny):
         ({"sigma": 0.0}, "sigma"),
         ({"sigma": 1.1}, "sigma"),
         ({"clock": "time"}, "clock"),
-        ({"predictor": "foca"}, "reduce"),
         ({"predictor": "foca", "reduce": "mean", "clock": "sigma"}, "clock"),
         ({"predictor": "secant", "repay": True}, "repay"),
         ({"ahead": True, "force_detail_hit": False}, "ahead"),

@@ -217,7 +217,7 @@ def test_memory_of_flux_dev_is_that_of_the_specification():
         (MagCacheConfig(), 24),
         (TeaCacheConfig(), 51),
         (H2Config(), 54 + 6 + 384 * 256 * 2 / 2**20),
-        (H2Config(predictor="taylor", repay=True, ahead=True), 162),
+        (H2Config(predictor="taylor", repay=True, ahead=True), 81 + 3 * (6 + 384 * 256 * 2 / 2**20)),
     ):
         assert config.bytes_needed(dev) == mib * 2**20
 
