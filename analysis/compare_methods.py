@@ -26,9 +26,10 @@ from accelerate import PartialState
 from analysis import experiment, keep
 
 WANTED = (2.0, 3.0, 4.0, 5.0, 6.0)
+PAIRS = ((0.05, 0.02), (0.06, 0.02), (0.12, 0.02), (0.2, 0.05), (0.35, 0.2), (0.5, 0.3))  # tau1, tau2
 LADDERS = {  # name in the plot: contestants, chosen to reach from 2x to 6x on the embedded model
     "fewer steps": ["fewer_steps:factor=2,3,4,5,6"],
-    "Block Cache": ["block_cache:threshold=0.05,0.1,0.15,0.2,0.28"],
+    "Block Cache": ["block_cache:threshold=0.05,0.1,0.15,0.2,0.3"],
     "TeaCache": ["teacache:threshold=0.035,0.06,0.09,0.13,0.18"],
     "MagCache": ["magcache:threshold=0.05,0.15,0.4,0.8,2:max_consecutive_hits=9:retention=0.04"],
     "TaylorSeer": ["taylorseer:order=2:interval=2,3,4,6,8"],
@@ -39,17 +40,11 @@ LADDERS = {  # name in the plot: contestants, chosen to reach from 2x to 6x on t
         f"speca:base={base}:decay=1:floor=0:min_drafts=1:max_drafts={most}"
         for base, most in ((7, 1), (0.02, 2), (0.1, 6), (0.2, 8), (0.5, 9), (7, 9))
     ],
-    "H2-Cache": [
-        f"h2cache:tau1={a}:tau2={b}"
-        for a, b in ((0.06, 0.02), (0.12, 0.02), (0.2, 0.05), (0.35, 0.2), (0.5, 0.3))
-    ],
-    "H2-Cache, Taylor": [
-        f"h2cache:tau1={a}:tau2={b}:predictor=taylor"
-        for a, b in ((0.06, 0.02), (0.12, 0.02), (0.2, 0.05), (0.35, 0.2), (0.5, 0.3))
-    ],
+    "H2-Cache": [f"h2cache:tau1={a}:tau2={b}" for a, b in PAIRS],
+    "H2-Cache, Taylor": [f"h2cache:tau1={a}:tau2={b}:predictor=taylor" for a, b in PAIRS],
     "H2-Cache, ahead": [
         f"h2cache:ahead=true:predictor=taylor:repay=true:tau1={tau / 2}:tau2={tau}"
-        for tau in (0.01, 0.02, 0.04, 0.06, 0.08, 0.11)
+        for tau in (0.01, 0.02, 0.04, 0.06, 0.09, 0.14)
     ],
 }
 KEPT = ("id", "label", "method", "config", "psnr", "ssim", "words_read", "seconds", "seconds_steps")

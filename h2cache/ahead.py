@@ -48,7 +48,7 @@ class Plan:
 
 
 class Summaries:
-    """One stage's pooled residuals at the steps that the forecast holds: a forecast of these is one pooled."""
+    """One stage's pooled residuals at the steps that the forecast holds; their forecast is its, pooled."""
 
     def __init__(self) -> None:
         self.summaries: list[Stream] = []  # oldest first

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from h2cache import predictors, weights
-from h2cache.predictors import Forecast, Secant, build, weighted_sum
+from h2cache.predictors import Forecast, Secant, build
 from h2cache.stages import Stream
 
 POLYNOMIAL = ("taylor", "newton", "hermite", "taylor_scaled")
@@ -130,8 +130,8 @@ def test_what_is_repaid_makes_the_sum_that_of_the_interpolation(name, skips):
         stretch = []
         at += 1
     answer = predictor.predict(float(at))
-    bare = weighted_sum(predictor.residuals, predictor.rows(float(at)))
-        repaid = given_ + answer - bare
+    bare = predictors.weighted_sum(predictor.residuals, predictor.rows(float(at)))
+    repaid = given_ + answer - bare
     assert close(repaid, wanted, 1e-2)
 
 
