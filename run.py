@@ -21,11 +21,11 @@ import torch
 from tqdm import tqdm
 
 from analysis import keep
-from analysis.families import add_family_arguments, with_prompt
+from analysis.families import add_family_arguments
 from analysis.gallery import HEADER, Gallery, table_line
 from analysis.loading import add_loading_arguments, load
 from analysis.prompts import Prompt, read_prompts
-from analysis.runs import Limits, default_device, prepare
+from analysis.runs import Limits, default_device, prepare, warm_up
 from h2cache import MethodConfig, find_method, method_names
 from h2cache.method import parse_settings
 from h2cache.presets import PRESETS, find_preset
@@ -89,8 +89,7 @@ def run(args: argparse.Namespace) -> None:
     pipeline, name = load(args)
     pipeline, call, further = prepare(pipeline, limits, args)
     pipeline.set_progress_bar_config(delay=3, leave=False)  # seen only where a picture takes longer
-    few = call | {"prompt": prompts[0].text, "num_inference_steps": 2, "output_type": "latent"}
-    pipeline(**with_prompt(pipeline, few))  # warm-up, untimed
+    print(warm_up(pipeline, config, call | {"prompt": prompts[0].text}))
     call["num_inference_steps"] = args.steps
     gallery = Gallery(args.out, pipeline, name, call, bool(args.prompts), further)
 
@@ -112,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"stopped: finished pictures and their records are kept in {args.out}/", file=sys.stderr)
         return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -192,6 +192,20 @@ def prepare(
 # Drawing.
 
 
+def warm_up(pipeline: DiffusionPipeline, config: MethodConfig, call: dict[str, Any]) -> str:
+    """Take two steps with the cache on, untimed; returns a line on what it is going to keep in memory.
+
+    Raises MemoryError, before anything is drawn, when that is more than there is room for.
+    """
+    h2cache.enable(pipeline, config)
+    try:
+        pipeline(**with_prompt(pipeline, call | {"num_inference_steps": 2, "output_type": "latent"}))
+        needed = h2cache.summary(pipeline).bytes_needed
+    finally:
+        h2cache.disable(pipeline)
+    return f"{config.name} keeps up to {needed / 2**20:.2f} MiB from step to step, beside the model"
+
+
 @dataclass(frozen=True)
 class Drawn:
     """One image with what it cost."""

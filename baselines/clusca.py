@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from h2cache import weights
-from h2cache.forecasting import Key, ModuleForecast, Rule, check_room, forecast_bytes
+from h2cache.forecasting import Key, ModuleForecast, Rule, forecast_bytes
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import interval_due
 from h2cache.predictors import combine
@@ -164,8 +164,6 @@ class ClusCa(Method):
             modules.forecast(at)
             answer = partial(self._answer, modules, clusters) if cfg.clusters else modules.predict
             yield Drive(range(stages[-1].last), answer, counts=False)
-        if memory.step == 0:
-            check_room(memory.bytes_held * cfg.order, "module")
         memory.record_stack(stages, None, 0.0, not full)
 
     def _answer(

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from h2cache import weights
-from h2cache.forecasting import GRANULARITIES, ModuleForecast, check_room, forecast_bytes
+from h2cache.forecasting import GRANULARITIES, ModuleForecast, forecast_bytes
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.predictors import Forecast
 from h2cache.stages import Drive, Run, Skip
@@ -141,8 +141,6 @@ class SpeCa(Method):
         alone = full and step < cfg.warmup_steps - 1
         drive = self._modules if cfg.granularity == "module" else self._stages
         yield from drive(stages, memory, draft, full, checked, alone)
-        if memory.step == 0:
-            check_room(memory.bytes_held * cfg.order, cfg.granularity)
         memory.record_stack(stages, None, 0.0, not draft.last_full)
 
     def _modules(self, stages, memory, draft: Draft, full: bool, checked: bool, alone: bool) -> Program:

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 from h2cache.engines import Engine, Inputs, class_names, find_engine, lay_out
 from h2cache.h2 import H2Config
 from h2cache.memory import Memory, Request
-from h2cache.method import Method, MethodConfig
+from h2cache.method import Method, MethodConfig, Shape
 from h2cache.modules import ModuleDriver
 from h2cache.records import StepRecord, Summary, summarise
-from h2cache.stages import Call
+from h2cache.room import free_bytes, require_room
+from h2cache.stages import Call, Stream
 
 _ATTRIBUTE = "_h2cache"
 
@@ -96,7 +98,8 @@ def summary(target: Any) -> Summary:
     requests = _newest_requests(target)
     name = _attachments_of(target)[0].config.name
     held = sum(request.bytes_held for request in requests)
-    return summarise(name, step_records(target), held, requests[0].reason)
+    needed = sum(request.bytes_needed for request in requests)
+    return summarise(name, step_records(target), held, needed, requests[0].reason)
 
 
 def step_records(target: Any) -> list[StepRecord]:
@@ -243,7 +246,27 @@ class Attachment:
         inputs = self.engine.inputs(args, kwargs)
         memory = self._memory(inputs)
         program = self.method.step(self.spans, memory)
-        self._local.call = Call(self.engine, self.spans, inputs, memory, program)
+        entered = partial(self._reserve, memory) if memory.bytes_needed is None else None
+        self._local.call = Call(self.engine, self.spans, inputs, memory, program, entered)
+
+    def _reserve(self, memory: Memory, x: Stream) -> None:
+        """Refuse a request, before its first block, that would keep more than there is room for."""
+        tokens, width = x.img.shape[1:]
+        out = (
+            self.engine.output_layer(self._transformer()).out_features
+            if "output" in self.engine.offers
+            else 0
+        )
+        shape = Shape(
+            blocks=tuple(len(span.blocks) for span in self.spans),
+            img=tokens,
+            txt=0 if x.txt is None else x.txt.shape[1],
+            width=width,
+            out=out,
+            itemsize=x.img.element_size(),
+            batch=memory.batch,
+        )
+        memory.bytes_needed = require_room(self.config, shape, free_bytes(x.img.device))
 
     def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:
         call, self._local.call = self._current_call(), None

@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import psutil
-import torch
 from torch import Tensor
 
 from h2cache.predictors import Forecast, combine
@@ -101,19 +99,7 @@ def forecast_step(
                 slot.predictor.learn(ran.residual, at=at)
             else:
                 yield Skip(stage.blocks, slot.predictor.predict(at))
-    if memory.step == 0:
-        check_room(memory.bytes_held * (states - 1), granularity)
     memory.record_stack(stages, None, 0.0, not full)
-
-
-def check_room(needed: int, granularity: str) -> None:
-    """MemoryError, early, unless `needed` more bytes can be kept on this machine."""
-    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else psutil.virtual_memory().available
-    if needed > free:
-        raise MemoryError(
-            f"the forecast will keep {needed / 2**30:.1f} GiB more, {free / 2**30:.1f} GiB are free: lower "
-            + ('order, or use granularity="stage"' if granularity == "module" else "order or the image size")
-        )
 
 
 def forecast_bytes(shape: Shape, granularity: str, states: int, stages: int = 2) -> int:

@@ -86,6 +86,7 @@ class Memory:
         self._guided = guided  # the batch is [cond, uncond], and both halves share each decision
         self.slots: dict[str, Slot] = {}
         self.blocks_run: Counter[str] = Counter()  # by stage, in the current step
+        self.bytes_needed: int | None = None  # what the method will keep, reckoned at the first block
         self._step = -1
         self._timestep: float | None = None  # of the newest step whose timestep has been read
         self._span = 1.0  # how far the timestep fell in the step before this one; 1 at the first
@@ -244,6 +245,11 @@ class Request:
         self.signatures = {keep.branch: self.signatures[keep.branch]}
         self.texts = {keep.branch: self.texts[keep.branch]}
         self.records.clear()
+
+    @property
+    def bytes_needed(self) -> int:
+        """What the method was reckoned to keep from step to step at most, over all branches."""
+        return sum(memory.bytes_needed or 0 for memory in self.memories.values())
 
     @property
     def bytes_held(self) -> int:

@@ -23,7 +23,7 @@ class Modules:
     """How an engine divides a block: these modules' outputs determine what the block adds to the stream.
 
     answered: by name, each returns a tensor (B, tokens, C) or a tuple of such, before the gate.
-    idle: their work only feeds answered modules. Where those are answered for, these get `(B, tokens, 0)`.
+    idle: their work only feeds answered modules. Where those are answered for, these get `(B, tokens, 0)`, for each stream.
     """
 
     answered: dict[str, nn.Module]
@@ -83,8 +83,9 @@ class ModuleDriver:
             call = self._current_call()
             if call is None or call.driven is None or call.driven[1].counts:
                 return own(*args, **kwargs)
-            x = args[0] if args else kwargs["hidden_states"]
-            return x[..., :0]
+            given = args or (kwargs["hidden_states"], kwargs.get("encoder_hidden_states"))
+            img, txt = (*given, None)[:2]
+            return img[..., :0] if txt is None else (img[..., :0], txt[..., :0])
 
         return forward
 

@@ -51,7 +51,8 @@ class Summary:
     stages: tuple[StageSummary, ...]
     steps: int
     branches: tuple[str, ...]
-    bytes_held: int
+    bytes_held: int  # now
+    bytes_needed: int  # as reckoned before the first block ran, at most
     started_because: str
 
     @property
@@ -112,7 +113,9 @@ class Summary:
         return "\n".join(lines)
 
 
-def summarise(method: str, records: list[StepRecord], bytes_held: int, started_because: str) -> Summary:
+def summarise(
+    method: str, records: list[StepRecord], bytes_held: int, bytes_needed: int, started_because: str
+) -> Summary:
     """Sum up the records of one request."""
     names = list(dict.fromkeys(r.stage for r in records))
     return Summary(
@@ -121,6 +124,7 @@ def summarise(method: str, records: list[StepRecord], bytes_held: int, started_b
         steps=1 + max((r.step for r in records), default=-1),
         branches=tuple(dict.fromkeys(r.branch for r in records)),
         bytes_held=bytes_held,
+        bytes_needed=bytes_needed,
         started_because=started_because,
     )
 

@@ -207,15 +207,25 @@ class Driven(Protocol):
 
 
 class Call:
-    """One forward call of the transformer: carries out a method's program while the model iterates."""
+    """One forward call of the transformer: carries out a method's program while the model iterates.
+
+    entered: called once, with the stream before the first block that runs.
+    """
 
     def __init__(
-        self, engine: Engine, spans: tuple[Span, ...], inputs: Inputs, memory: Memory, program: Program
+        self,
+        engine: Engine,
+        spans: tuple[Span, ...],
+        inputs: Inputs,
+        memory: Memory,
+        program: Program,
+        entered: Callable[[Stream], None] | None = None,
     ) -> None:
         self.engine, self.inputs, self.memory, self.program = engine, inputs, memory, program
         self.text_tokens = inputs.text_tokens
         self._span_of = [span.name for span in spans for _ in span.blocks]  # of each block
         self.position = 0  # number of the next block, through the whole model
+        self.entered = entered
         self.ran: Ran | None = None
         self.driven: tuple[int, Drive] | None = None  # the block whose modules are answered for, right now
         self.remembered: list[tuple] = []  # block calls: stage, index, args, kwargs, input and output stream
@@ -272,6 +282,14 @@ class Call:
             )
         return command
 
+    def begin_run(self, x: Stream) -> Ran:
+        """The next `Run` begins, with `x`."""
+        if self.entered is not None:
+            self.entered(x)
+            self.entered = None
+        self.ran = Ran(x, self.memory.targets)
+        return self.ran
+
     def drive(self, x: Stream, blocks: Driven) -> Stream:
         """Carry out the whole program where there is no list to iterate; returns the stream at its end."""
         while self.position < len(self._span_of):
@@ -282,8 +300,7 @@ class Call:
             added = blocks.added(x, command.blocks)
             if isinstance(command, Run):
                 self.memory.blocks_run.update(self._span_of[index] for index in command.blocks)
-                self.ran = Ran(x, self.memory.targets)
-                self.ran.added = added
+                self.begin_run(x).added = added
                 self.ran.after = x = blocks.run(x, command.blocks)
                 if command.kept is not None and any(command.kept):
                     x = self.ran.replaced(command.kept, command.stand_in)
@@ -356,7 +373,7 @@ class _Tap(_Turn):
         call, form = self.call, self.stage.form
         ran, x = call.ran, form.read_input(args, kwargs, call.text_tokens)
         if ran is None:
-            ran = call.ran = Ran(x, call.memory.targets)
+            ran = call.begin_run(x)
         elif call.inputs.adds_between or not (form.joined and self.index == self.stage.first):
             ran.enter(x)
         if self.index == self.command.blocks.start:

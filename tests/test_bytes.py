@@ -6,10 +6,13 @@ from families import recorded
 
 import h2cache
 from analysis.tiny_families import FAMILIES
+from baselines.taylorseer import TaylorSeerConfig
 from h2cache import H2Config
 from h2cache.engines import find_engine, lay_out
 from h2cache.memory import Memory, Request
+from h2cache.method import Shape
 from h2cache.predictors import LastResidual
+from h2cache.room import require_room
 from h2cache.similarity import pooled_summary
 from h2cache.stages import Stream
 
@@ -102,3 +105,30 @@ def test_full_references_as_the_specification_counts_them(img, txt, joint, mib):
     whole = 2 * elements(img, txt, 3072, joint, pools=(10**9, 10**9))
     assert whole / MIB == pytest.approx(mib, rel=0.02)
     assert whole == 2 * 3072 * (2 * img + txt + 2 * (txt + img) - (0 if joint else txt))
+
+
+HUNYUAN_VIDEO_720P = Shape(blocks=(20, 40), img=118800, txt=256, width=3072, out=16)
+
+
+def test_modules_of_hunyuan_video_at_720p_are_refused_with_the_figure():
+    with pytest.raises(MemoryError, match=r'taylorseer keeps 109\.0 GiB.*80\.0 GiB.*granularity="stage"'):
+        require_room(TaylorSeerConfig(), HUNYUAN_VIDEO_720P, 80 * 2**30)
+    stages = require_room(TaylorSeerConfig(granularity="stage"), HUNYUAN_VIDEO_720P, 80 * 2**30)
+    assert stages == 2 * 2 * (118800 + 256) * 3072 * 2
+
+
+def test_what_does_not_fit_is_refused_before_the_first_block_and_leaves_nothing(monkeypatch):
+    case = recorded("hunyuan_video")
+    expected = case.uncached()
+    blocks = []
+    hook = case.transformers[0].transformer_blocks[0].register_forward_pre_hook(lambda *_: blocks.append(1))
+    h2cache.enable(case.target, TaylorSeerConfig(interval=1))
+    with monkeypatch.context() as small:
+        small.setattr("h2cache.api.free_bytes", lambda device: 1000)
+        with pytest.raises(MemoryError, match="taylorseer keeps"):
+            case.run()
+    assert not blocks
+    hook.remove()
+    for a, b in zip(expected, case.run(), strict=True):
+        assert torch.equal(a, b)
+    h2cache.disable(case.target)

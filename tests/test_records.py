@@ -22,7 +22,7 @@ def record(step, outcome="miss", measure=None, stage="structure", run=3):
 @given(st.lists(st.tuples(st.sampled_from(["hit", "forced", "miss"]), st.none() | st.floats(0)), max_size=40))
 def test_a_summary_counts_every_record(rows):
     records = [record(n, outcome, measure) for n, (outcome, measure) in enumerate(rows)]
-    summary = summarise("h2cache", records, 0, "test")
+    summary = summarise("h2cache", records, 0, 0, "test")
     assert summary.steps == len(rows)
     assert sum(s.hits for s in summary.stages) == sum(o != "miss" for o, _ in rows)
     assert summary.blocks_run == 3 * len(rows)

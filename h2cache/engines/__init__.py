@@ -63,7 +63,7 @@ class Engine(ABC):
     name: str
     serves: tuple[str, ...]  # names of the transformers' classes; subclasses are served too
     cuts: tuple[Cut, ...]
-    offers: frozenset[str] = frozenset()  # what methods may require beyond whole blocks: "modulated input"
+    offers: frozenset[str] = frozenset()  # beyond whole blocks: "modulated input", "modules", "output"
     trainable = True  # its models are trained too: a cache refuses them in training mode
 
     def check(self, transformer: nn.Module) -> None:

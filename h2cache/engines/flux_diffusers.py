@@ -12,14 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from h2cache.engines import Cut, Engine, Inputs
+from h2cache.engines.divided import DividedBlocks
 from h2cache.engines.forms import TwoStreams, argument
-from h2cache.modules import Modules
-from h2cache.stages import Stream
 
 BLOCKS = TwoStreams(text_first=True)
 
 
-class FluxDiffusers(Engine):
+class FluxDiffusers(DividedBlocks, Engine):
     """Engine of `diffusers.FluxTransformer2DModel` and its subclasses."""
 
     name = "FluxTransformer2DModel (diffusers)"
@@ -54,17 +53,6 @@ class FluxDiffusers(Engine):
     def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         img, temb = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 2, "temb")
         return block.norm1(img, emb=temb)[0]
-
-    def modules(self, block: nn.Module) -> Modules:
-        if hasattr(block, "ff"):  # a double block
-            return Modules({"attn": block.attn, "ff": block.ff, "ff_context": block.ff_context})
-        # A single block adds one projection of attention and mlp side by side.
-        return Modules({"total": block.proj_out}, idle=(block.attn, block.proj_mlp))
-
-    def with_input(self, args: tuple, kwargs: dict[str, Any], stream: Stream) -> tuple[tuple, dict[str, Any]]:
-        if args:
-            return (stream.img, stream.txt, *args[2:]), kwargs
-        return args, kwargs | {"hidden_states": stream.img, "encoder_hidden_states": stream.txt}
 
     def output_layer(self, transformer: nn.Module) -> nn.Module:
         return transformer.proj_out

@@ -46,6 +46,7 @@ class FluxNunchakuV2(FluxDiffusers):
         Cut("structure", "transformer_blocks", TwoStreams(text_first=True)),
         Cut("detail", "single_transformer_blocks", JOINED, joint=True),
     )
+    offers = frozenset({"modulated input", "output"})  # its modules are fused
     trainable = False  # nunchaku's loader leaves its models in training mode; 4-bit weights cannot be trained
 
     def check(self, transformer: nn.Module) -> None:
@@ -61,6 +62,7 @@ class FluxNunchakuV1(FluxDiffusers):
         Cut("structure", "num_layers", TwoStreams(text_first=False)),
         Cut("detail", "num_single_layers", JOINED, joint=True),
     )
+    offers = frozenset({"modulated input", "output"})
     trainable = False
 
     def check(self, transformer: nn.Module) -> None:

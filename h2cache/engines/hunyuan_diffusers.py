@@ -12,12 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from h2cache.engines import Cut, Engine, Inputs
+from h2cache.engines.divided import DividedBlocks
 from h2cache.engines.forms import TwoStreams, argument
 
 BLOCKS = TwoStreams(text_first=False)
 
 
-class HunyuanDiffusers(Engine):
+class HunyuanDiffusers(DividedBlocks, Engine):
     """Engine of `HunyuanVideoTransformer3DModel` and `HunyuanImageTransformer2DModel` of diffusers."""
 
     name = "HunyuanVideoTransformer3DModel, HunyuanImageTransformer2DModel (diffusers)"
@@ -26,7 +27,7 @@ class HunyuanDiffusers(Engine):
         Cut("structure", "transformer_blocks", BLOCKS),
         Cut("detail", "single_transformer_blocks", BLOCKS),
     )
-    offers = frozenset({"modulated input"})
+    offers = frozenset({"modulated input", "modules"})
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         return Inputs(

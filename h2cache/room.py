@@ -1,0 +1,29 @@
+"""Whether what a method will keep fits into memory, asked before the first block of a request runs."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from h2cache.method import MethodConfig, Shape
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be had on `device`; on one that does not tell, of main memory."""
+    module = torch.get_device_module(device)
+    if not hasattr(module, "mem_get_info"):
+        return psutil.virtual_memory().available
+    unused = module.memory_reserved(device) - module.memory_allocated(device)  # torch's own, free for reuse
+    return module.mem_get_info(device)[0] + unused
+
+
+def require_room(config: MethodConfig, shape: Shape, free: int) -> int:
+    """Bytes that `config` keeps for a guidance branch of `shape`; MemoryError if it is more than `free`."""
+    needed = config.bytes_needed(shape)
+    if needed > free:
+        raise MemoryError(
+            f"{config.name} keeps {needed / 2**30:.1f} GiB from step to step for {shape.img} image tokens (x "
+            f"{shape.batch}), and {free / 2**30:.1f} GiB are free: lower its order or the image size"
+            + config.instead.replace(":", ", or", 1)
+        )
+    return needed
