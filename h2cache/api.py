@@ -252,11 +252,8 @@ class Attachment:
     def _reserve(self, memory: Memory, x: Stream) -> None:
         """Refuse a request, before its first block, that would keep more than there is room for."""
         tokens, width = x.img.shape[1:]
-        out = (
-            self.engine.output_layer(self._transformer()).out_features
-            if "output" in self.engine.offers
-            else 0
-        )
+        answers = "output" in self.engine.offers
+        out = self.engine.output_layer(self._transformer()).out_features if answers else 0
         shape = Shape(
             blocks=tuple(len(span.blocks) for span in self.spans),
             img=tokens,

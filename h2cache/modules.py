@@ -23,7 +23,8 @@ class Modules:
     """How an engine divides a block: these modules' outputs determine what the block adds to the stream.
 
     answered: by name, each returns a tensor (B, tokens, C) or a tuple of such, before the gate.
-    idle: their work only feeds answered modules. Where those are answered for, these get `(B, tokens, 0)`, for each stream.
+    idle: their work only feeds answered modules. Where those are answered for, these give `(B, tokens, 0)`
+    for each stream that they are given.
     """
 
     answered: dict[str, nn.Module]

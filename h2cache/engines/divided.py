@@ -11,7 +11,7 @@ from h2cache.stages import Stream
 
 
 class DividedBlocks:
-    """What an engine that offers "modules" must tell, for `attn`, `ff`, `ff_context` and a fused single block."""
+    """What an engine that offers "modules" must tell: double blocks by name, single ones fused."""
 
     def modules(self, block: nn.Module) -> Modules:
         """How `block` divides into modules; see `Engine.modules`."""
