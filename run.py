@@ -2,14 +2,13 @@
 
     python run.py                                          # the FLUX that ships with the repository
     python run.py --prompt 'a blue oval badge that says "OPEN" on a dotted pink background' --seed 7
-    python run.py --prompts my.txt --tau1 0.1 --set warmup_steps=3
+    python run.py --prompts my.txt --preset tiny_flux-5x-ahead --set warmup_steps=3
     python run.py --input-image assets/example.png --prompt "..."             # to begin with, edit or animate
     python run.py --model black-forest-labs/FLUX.1-dev     # needs the weights and a GPU; 4 bits with nunchaku
 
-Into --out go the images, a labelled side-by-side PNG of each pair, and records.jsonl: one line per image with
-its settings, seconds, blocks executed, hits, fidelity to the uncached image and the decision of every step.
-Of a video the PNG has all frames in a row, beside an MP4 (a GIF where imageio-ffmpeg is missing). With
---prompts, a run that was stopped goes on where it ended.
+Into --out go the images, a labelled side-by-side PNG of each pair (of videos all frames in a row, and MP4s),
+and records.jsonl: one line per image with its settings, seconds, blocks executed, hits, fidelity to the
+uncached image and the decision of every step. With --prompts, a stopped run goes on where it ended.
 """
 
 import argparse
@@ -92,7 +91,6 @@ def run(args: argparse.Namespace) -> None:
     print(warm_up(pipeline, config, call | {"prompt": prompts[0].text}))
     call["num_inference_steps"] = args.steps
     gallery = Gallery(args.out, pipeline, name, call, bool(args.prompts), further)
-
     print(HEADER)
     for prompt in tqdm(prompts, unit="picture", delay=3, leave=False, disable=len(prompts) == 1):
         alone = args.no_compare or config == uncached

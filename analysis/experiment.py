@@ -5,10 +5,10 @@
     python -m analysis.experiment --model black-forest-labs/FLUX.1-dev --prompts assets/prompts/cute80.jsonl
     torchrun --nproc_per_node 4 -m analysis.experiment --model ...   # one process a GPU, prompts divided
 
-A contestant is METHOD or METHOD:KEY=VALUE[,VALUE...][:KEY=...]; several values make several contestants.
-Without settings it is the model's measured preset. Contestants take turns prompt by prompt, each prompt in
-another order, so that a machine that drifts is fair. `seconds` is the whole pipeline call, `seconds_steps`
-the denoising alone.
+A contestant is METHOD or METHOD:KEY=VALUE[,VALUE...][:KEY=...], where several values make several, or the
+name of a preset. A method without settings is the model's measured preset. Contestants take turns prompt by
+prompt, each prompt in another order, so that a machine that drifts is fair. `seconds` is the whole pipeline
+call, `seconds_steps` the denoising alone.
 
 Pictures and rows are kept in --out/runs/ID, where ID stands for model, steps, size, guidance, seed, device,
 dtype and number of processes: another setting is another folder. A run that was stopped, however, goes on
@@ -45,12 +45,13 @@ from analysis.table import write_tables
 from h2cache import MethodConfig, find_method
 from h2cache.api import checkpoint_name
 from h2cache.method import parse_settings
-from h2cache.presets import find_preset
+from h2cache.presets import PRESETS, find_preset
 
 TINY = "assets/tiny_flux"
 PROMPTS = {TINY: Path("assets/prompts/cute80_tiny.jsonl")}
 CUTE80 = Path("assets/prompts/cute80.jsonl")
 PAPER = ("none", "block_cache", "teacache", "h2cache", "fewer_steps")  # the paper's four and the control
+OURS = {TINY: ("tiny_flux-5x-ahead",)}  # presets to compare with those
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -62,7 +63,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--prompts", type=Path, help="default: our 80 for CUTE80, its short words for the embedded"
     )
     parser.add_argument("--limit", type=int, help="only the first N prompts")
-    parser.add_argument("--methods", nargs="+", default=PAPER, metavar="METHOD[:KEY=VALUE...]")
+    parser.add_argument("--methods", nargs="+", metavar="METHOD[:KEY=VALUE...]")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0, help="the same for every prompt, as in the paper")
     parser.add_argument("--height", type=int)
@@ -73,6 +74,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-words", action="store_true", help="do not read the words back (OCR)")
     parser.add_argument("--out", type=Path, default=Path("outputs/experiment"))
     args = parser.parse_args(argv)
+    args.methods = args.methods or [*PAPER, *OURS.get(args.model, ())]
     if args.steps < 1 or (args.limit is not None and args.limit < 1):
         parser.error("--steps and --limit must be at least 1")
     return args
@@ -97,6 +99,10 @@ def contestants(texts: Sequence[str], model: str, checkpoint: str | None) -> lis
     """The contestants in `texts`, the uncached baseline first; ValueError for what cannot be."""
     found = [Contestant("none", find_method("none")())]
     for text in texts:
+        if text in PRESETS:
+            preset = PRESETS[text]
+            found.append(Contestant(f"{preset.method} ({text})", preset.config.for_checkpoint(checkpoint)))
+            continue
         name, *parts = text.split(":")
         kind = find_method(name)
         preset = find_preset(model, name)

@@ -1,12 +1,14 @@
 """Quality against compute for every method: blocks, seconds and bytes of cache, with fewer steps as control.
 
-    python -m analysis.pareto                        # from the shipped curves: 80 prompts, many thresholds
+    python -m analysis.pareto                        # from the shipped records: 80 prompts, every method
     python -m analysis.pareto --records DIR/rows.jsonl --metric words_read
+    python -m analysis.pareto --run --prompts assets/prompts/cute80_tiny.jsonl      # an hour on one core
     python -m analysis.pareto --run --methods h2cache:tau1=0.2,0.4:tau2=0.2 fewer_steps:factor=2,4 --limit 12
 
 One figure for each metric of quality that was measured (or --metric): three panels of our own runs, means
 over prompts with 95 % bootstrap intervals, and what others have published in a panel of its own, hollow. A
-method that lies below the line of fewer steps loses against simply taking fewer steps.
+method that lies below the line of fewer steps loses against simply taking fewer steps. Settings that are
+words make a line of their own, settings that are numbers the points on it.
 
 Writes pareto_METRIC.png/.pdf/.csv and the comparison in pareto.md.
 """
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 from statistics import fmean, median
 
@@ -27,13 +30,28 @@ from analysis.saved import MAYBE, NUMBER, Saved, read_saved
 from analysis.table import PUBLISHED, published
 from analysis.trials import parser_of, source_of
 
-SHIPPED = Path("assets/results/curves/rows.jsonl")
-PAIRS = ((0.06, 0.02), (0.12, 0.02), (0.2, 0.05), (0.35, 0.2), (0.5, 0.3))
-CONTESTANTS = [
-    "block_cache:threshold=0.03,0.05,0.1,0.2,0.3,0.4", "teacache:threshold=0.03,0.05,0.1,0.15,0.25",
-    "fewer_steps:factor=1.5,2,3,4,5,6",
+SHIPPED = Path("assets/results/methods/rows.jsonl.gz")
+PAIRS = ((0.05, 0.02), (0.06, 0.02), (0.12, 0.02), (0.2, 0.05), (0.35, 0.2), (0.5, 0.3))  # tau1, tau2
+CONTESTANTS = [  # every method, from 2 to 6 times fewer blocks on the embedded model
+    "fewer_steps:factor=2,3,4,5,6",
+    "block_cache:threshold=0.05,0.1,0.15,0.2,0.3",
+    "teacache:threshold=0.035,0.06,0.09,0.13,0.18",
+    "magcache:threshold=0.05,0.15,0.4,0.8,2:max_consecutive_hits=9:retention=0.04",
+    "taylorseer:order=2:interval=2,3,4,6,8",
+    "taylorseer_lite:order=2:interval=2,3,4,6,8",
+    "hicache:sigma=0.7:interval=2,3,4,6,8",
+    "clusca:order=2:exact_fresh=true:interval=2,3,4,6,8",
+    *(
+        f"speca:base={base}:decay=1:floor=0:min_drafts=1:max_drafts={most}"
+        for base, most in ((7, 1), (0.02, 2), (0.1, 6), (0.2, 8), (0.5, 9), (7, 9))
+    ),
     *(f"h2cache:tau1={a}:tau2={b}" for a, b in PAIRS),
-]  # fmt: skip
+    *(f"h2cache:tau1={a}:tau2={b}:predictor=taylor" for a, b in PAIRS),
+    *(
+        f"h2cache:ahead=true:predictor=taylor:repay=true:tau1={tau / 2}:tau2={tau}"
+        for tau in (0.01, 0.02, 0.04, 0.06, 0.09, 0.14)
+    ),
+]
 NEEDS = {
     "key": str, "id": str, "label": str, "method": str, "seconds": NUMBER, "blocks_run": int, "blocks": int,
     "steps_recorded": int, "bytes_held": int, "psnr": MAYBE, "ssim": MAYBE, "gmsd": MAYBE,
@@ -90,8 +108,29 @@ def read(path: Path) -> Saved:
     return saved
 
 
+def lines_of(labels: list[str]) -> dict[str, str]:
+    """The line that each contestant is a point of: its method, and what of its settings is a word."""
+
+    def words(label: str) -> str:
+        method, *settings = label.split(" ")
+        return " ".join([method, *(s for s in settings if not _is_number(s.partition("=")[2]))])
+
+    lines = {label: words(label) for label in labels}
+    several = Counter(line.split(" ")[0] for line in set(lines.values()))
+    return {k: line if several[m := line.split(" ")[0]] > 1 else m for k, line in lines.items()}
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
 def points(rows: list[dict], metric: str) -> list[dict]:
     """One point for each contestant, in the order of the rows: cost, quality with interval."""
+    line = lines_of(list(dict.fromkeys(row["label"] for row in rows)))
     base = {row["id"]: row for row in rows if row["method"] == "none"}
     found = []
     for label in dict.fromkeys(row["label"] for row in rows):
@@ -105,7 +144,7 @@ def points(rows: list[dict], metric: str) -> list[dict]:
             quality = bootstrap([a - b for a, b in pairs if a is not None and b is not None] or [0.0])
         blocks = [sum(r["blocks_run"] for r in them) for them in ([base[r["id"]] for r in mine], mine)]
         found.append({
-            "label": label, "method": mine[0]["method"], "prompts": len(mine),
+            "label": label, "line": line[label], "method": mine[0]["method"], "prompts": len(mine),
             "blocks_ratio": blocks[0] / max(1, blocks[1]),
             "speed_up": median(base[r["id"]]["seconds"] / r["seconds"] for r in mine),
             "mebibytes": max(r["bytes_held"] for r in mine) / 2**20,
@@ -125,13 +164,18 @@ def front(found: list[dict], cost: str, higher: bool) -> list[dict]:
     return kept[::-1]
 
 
-def at(found: list[dict], method: str, ratio: float) -> float | None:
-    """Quality of `method` at `ratio` times fewer blocks, between its measured points; None beyond them."""
-    mine = sorted((p for p in found if p["method"] == method), key=lambda p: p["blocks_ratio"])
+def at(found: list[dict], line: str, ratio: float, what: str = "quality") -> float | None:
+    """`what` of a line at `ratio` times fewer blocks, between its measured points; None beyond them."""
+    mine = sorted((p for p in found if p["line"] == line), key=lambda p: p["blocks_ratio"])
     x = [p["blocks_ratio"] for p in mine]
     if len(x) < 2 or not x[0] <= ratio <= x[-1]:
         return None
-    return float(np.interp(ratio, x, [p["quality"] for p in mine]))
+    return float(np.interp(ratio, x, [p[what] for p in mine]))
+
+
+def _in_order(found: list[dict]) -> list[str]:
+    """The lines: ours first, the control last."""
+    return sorted({p["line"] for p in found}, key=lambda m: (not m.startswith("h2cache"), m == CONTROL, m))
 
 
 # The figure.
@@ -140,12 +184,12 @@ def at(found: list[dict], method: str, ratio: float) -> float | None:
 def draw(found: list[dict], metric: str, others: list[dict], path: Path) -> None:
     label, higher = METRICS[metric]
     cached = [p for p in found if p["method"] != "none"]
-    methods = sorted({p["method"] for p in cached}, key=lambda m: (m != "h2cache", m == CONTROL, m))
+    methods = _in_order(cached)
     with plots.figure(plots.PAGE, 5.0) as figure:
         grid = figure.subplots(2, 2)
         for n, (axes, (cost, title)) in enumerate(zip(grid.flat, COSTS.items(), strict=False)):
             for method in methods:
-                mine = sorted((p for p in cached if p["method"] == method), key=lambda p: p["blocks_ratio"])
+                mine = sorted((p for p in cached if p["line"] == method), key=lambda p: p["blocks_ratio"])
                 look = plots.look(method)
                 x, y = [p[cost] for p in mine], np.array([p["quality"] for p in mine])
                 ends = np.abs(np.array([[p["low"] for p in mine], [p["high"] for p in mine]]) - y)
@@ -183,10 +227,10 @@ def _draw_published(axes, others: list[dict]) -> None:
 
 
 def answer(measured: dict[str, list[dict]], source: str) -> str:
-    lines = [f"Source: {source}."]
+    lines = [f"Source: {source}.", *_at_once(measured)]
     for metric, found in measured.items():
         title, higher = METRICS[metric]
-        methods = sorted({p["method"] for p in found} - {"none"})
+        methods = _in_order([p for p in found if p["method"] != "none"])
         lines += ["", f"{title} at equal numbers of executed blocks (between measured points):", ""]
         lines += [
             f"| method | {' | '.join(f'{r:g}x fewer' for r in RATIOS)} |",
@@ -211,6 +255,26 @@ def answer(measured: dict[str, list[dict]], source: str) -> str:
                 text += f"; taking fewer steps instead gives {known[CONTROL]:{form}}: the cache is {word}"
             lines.append(text + ".")
     return "\n".join(lines)
+
+
+def _at_once(measured: dict[str, list[dict]]) -> list[str]:
+    """PSNR at every ratio, and what else there is to say of 5x, as one table."""
+    found, words = measured.get("psnr"), measured.get("words_read", [])
+    if not found:
+        return []
+    heads = ["method", *(f"{r:g}x" for r in RATIOS), "words at 5x", "time at 5x", "cache at 5x"]
+    lines = ["", "PSNR in dB at equal numbers of executed blocks, and the rest of 5x:", ""]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for line in _in_order([p for p in found if p["method"] != "none"]):
+        values = [at(found, line, r) for r in RATIOS]
+        cells = ["-" if v is None else f"{v:.1f}" for v in values]
+        for those, what, form in (
+            (words, "mean", "{:.1%}"), (found, "speed_up", "{:.2f}x"), (found, "mebibytes", "{:.2f} MiB")
+        ):  # fmt: skip
+            value = at(those, line, 5.0, what)
+            cells.append("-" if value is None else form.format(value))
+        lines.append(f"| {plots.look(line).name} | {' | '.join(cells)} |")
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

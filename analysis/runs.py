@@ -203,7 +203,7 @@ def warm_up(pipeline: DiffusionPipeline, config: MethodConfig, call: dict[str, A
         needed = h2cache.summary(pipeline).bytes_needed
     finally:
         h2cache.disable(pipeline)
-    return f"{config.name} keeps up to {needed / 2**20:.2f} MiB from step to step, beside the model"
+    return f"memory kept from step to step beside the model: up to {needed / 2**20:.2f} MiB ({config.name})"
 
 
 @dataclass(frozen=True)
