@@ -68,7 +68,6 @@ def load_pipeline(
             f"no model folder {model!r}, and it has not the form of a hub id (owner/name)"
         )
     dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
-    transformers.logging.set_verbosity_error()  # advice on torchvision, which nothing here needs
     transformers.logging.disable_progress_bar()
     if folder.exists():
         diffusers.logging.disable_progress_bar()  # a download keeps its bars
