@@ -3,8 +3,9 @@
 Source: arXiv 2509.10312 (ACM MM 2025) and the authors' code. Tokens are clustered at computed steps after the
 last double block; on a skipped step the mlps of the double blocks run for one random token of each cluster.
 Deviations, from faults of the released code: an anchor keeps differences between computed features
-(anchor=False: the authors'), each request has its own generator, empty clusters take the token that lies
-farthest from its centre, clustering in float32 with a fixed number of rounds, so that nothing waits.
+(anchor=False: the next ones are taken against the corrected feature, as the authors', of order 1 exactly),
+each request has its own generator, empty clusters take the token that lies
+farthest from its centre, clustering in float32 with a fixed number of rounds, so that it waits for nothing.
 """
 
 from __future__ import annotations
@@ -151,8 +152,11 @@ class ClusCa(Method):
         modules = memory.slot("modules", lambda: ModuleForecast(cfg.rule, cfg.order + 1)).predictor
         clusters = memory.slot("clusters", Clusters).predictor
         rest = range(double.last, stages[-1].last)
-        full = interval_due(memory.step, cfg.interval, cfg.warmup_steps)
+        full = interval_due(memory.step, cfg.interval, cfg.warmup_steps) or not modules.times
         if full:
+            if not cfg.anchor:
+                for key, base in clusters.corrected.items():
+                    modules.outputs[key][-1] = (base,)
             if memory.step < cfg.warmup_steps - 1:  # differences count from the last warm-up step on
                 modules.clear()
             modules.compute(at)
@@ -191,10 +195,6 @@ class ClusCa(Method):
             spread = fresh.gather(1, labels[..., None].expand_as(base))
             base = torch.lerp(base, spread, cfg.gamma)
         drift = [*modules.weights[:-1], modules.weights[-1] - 1.0]  # what the forecast adds to the newest
-        if cfg.anchor:
-            clusters.corrected[key] = base
-            out = base + combine(snapshots, drift)[0] if any(drift) else base
-        else:
-            out = base + combine(snapshots, drift)[0] if any(drift) else base
-            snapshots[-1] = (base,)
+        clusters.corrected[key] = base
+        out = base + combine(snapshots, drift)[0] if any(drift) else base
         return out.scatter(1, rows, fresh) if cfg.exact_fresh else out

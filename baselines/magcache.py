@@ -19,18 +19,23 @@ if TYPE_CHECKING:
     from h2cache.stages import Program, Span
 
 
+FLUX_DEV = {"threshold": 0.24, "max_consecutive_hits": 5, "retention": 0.1}
+
+
 @dataclass(frozen=True)
 class MagCacheConfig(MethodConfig):
-    """Settings of MagCache. The authors' for FLUX.1-dev at 28 steps are the defaults (2.8x)."""
+    """Settings of MagCache. None: the authors' for the checkpoint, else for FLUX.1-dev (28 steps, 2.8x)."""
 
     name = "magcache"
 
-    threshold: float = 0.24
+    threshold: float | None = None
     """Limit of the summed drift of a stretch of skipped steps, >= 0. Higher: faster. 0: always compute."""
-    max_consecutive_hits: int = 5
+    max_consecutive_hits: int | None = None
     """Steps skipped in a row at most (K), >= 0. 0: always compute."""
-    retention: float = 0.1
+    retention: float | None = None
     """Share of the steps at the beginning that is always computed, in [0, 1]."""
+    round_retention: bool = True
+    """Round that to whole steps, as the authors for FLUX; False: cut it, as for Qwen, Hunyuan and Wan."""
     ratios: tuple[float, ...] = ()
     """Size of each step's residual, of that of the step before; empty: those of the checkpoint."""
     ratios_uncond: tuple[float, ...] = ()
@@ -41,9 +46,13 @@ class MagCacheConfig(MethodConfig):
     """Whose ratios to take; empty: the name of the folder or hub id that the model came from."""
 
     def __post_init__(self) -> None:
-        check("threshold", self.threshold, 0.0, float("inf"), "it is a summed drift; 0 switches off")
-        check("max_consecutive_hits", self.max_consecutive_hits, 0, float("inf"), "it counts steps")
-        check("retention", self.retention, 0.0, 1.0, "it is a share of the steps")
+        for field, highest, why in (
+            ("threshold", float("inf"), "it is a summed drift; 0 switches off"),
+            ("max_consecutive_hits", float("inf"), "it counts steps"),
+            ("retention", 1.0, "it is a share of the steps"),
+        ):
+            if getattr(self, field) is not None:
+                check(field, getattr(self, field), 0, highest, why)
         if len(self.ratios) == 1:
             raise ValueError("ratios: one value is no table; two steps at least are needed")
 
@@ -53,16 +62,24 @@ class MagCacheConfig(MethodConfig):
 
     def for_checkpoint(self, checkpoint: str | None) -> MagCacheConfig:
         if self.ratios:
-            return self
+            return self._settled({})
         table = fitted_constants("magcache", self.checkpoint or checkpoint)
-        fitted = ("ratios", "ratios_uncond", "always_compute")
-        return replace(self, **{key: tuple(table.get(key, ())) for key in fitted})
+        fitted = {key: tuple(table.get(key, ())) for key in ("ratios", "ratios_uncond", "always_compute")}
+        cut = {"round_retention": False} if table.get("round_retention") is False else {}
+        return replace(self._settled(table.get("authors_setting", {})), **fitted, **cut)
+
+    def _settled(self, authors: dict[str, float]) -> MagCacheConfig:
+        """With the authors' values, else those of FLUX.1-dev, for what is left open."""
+        usual = FLUX_DEV | authors
+        return replace(self, **{key: usual[key] for key in FLUX_DEV if getattr(self, key) is None})
 
     def schedule(self, total: int, uncond: bool = False) -> list[bool]:
         """Which of `total` steps are computed: a pure function of the table and the settings."""
+        if None in (self.threshold, self.max_consecutive_hits, self.retention):
+            return self._settled({}).schedule(total, uncond)
         ratios = resample(self.ratios_uncond if uncond and self.ratios_uncond else self.ratios, total)
         last = len(self.ratios) - 1
-        retained = max(1, int(self.retention * total + 0.5))
+        retained = max(1, int(self.retention * total + (0.5 if self.round_retention else 0.0)))
         product, skipped, error, computed = 1.0, 0, 0.0, []
         for step, ratio in enumerate(ratios):
             forced = step < retained or round(step * last / max(total - 1, 1)) in self.always_compute

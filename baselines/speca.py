@@ -104,7 +104,9 @@ class Draft:
 
     def decide(self, step: int, total: int, cfg: SpeCaConfig) -> tuple[bool, bool]:
         """Whether `step` is computed, and whether a drafted one is checked."""
-        if self.last_full and cfg.max_drafts > 0:  # also within the warm-up
+        if self.last_full is None:  # nothing to draft from: the beginning, or all has been forgotten
+            full, checked = True, False
+        elif self.last_full and cfg.max_drafts > 0:  # also within the warm-up
             full, checked = False, False
         else:
             checked = self.count >= cfg.min_drafts

@@ -68,7 +68,7 @@ class TaylorSeerLite(Method):
         """One denoising step of one branch."""
         cfg, at, blocks = self.config, float(memory.step), range(stages[-1].last)
         slot = memory.slot("lite", lambda: Forecast(partial(weights.taylor, order=cfg.order), cfg.order + 1))
-        full = interval_due(memory.step, cfg.interval, cfg.warmup_steps)
+        full = interval_due(memory.step, cfg.interval, cfg.warmup_steps) or not slot.predictor.times
         if full and memory.step < cfg.warmup_steps - 1:
             slot.clear()  # differences count from the last warm-up step on
         at_output = cfg.lite_at == "output"

@@ -2,8 +2,10 @@
 
 Source: arXiv 2411.19108 (CVPR 2025) and the authors' repository. The polynomial maps the change of the input
 to the expected change of the output; it is fitted to a checkpoint (`constants/teacache.json`,
-`analysis/fit_teacache.py`). Deviations: per-sample decisions, float32 means, non-finite values compute, the
-number of steps is the request's own.
+`analysis/fit_teacache.py`). Text is not cached. Deviations: per-sample decisions, float32 means, non-finite
+values compute, the number of steps is the request's own. Of models with a reference image only the drawn
+tokens are looked at, for which the authors' polynomial of Kontext was not fitted: their changes are larger.
+Wan's input is the projected timestep embedding, of the authors' coefficients "use_ret_steps".
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from h2cache.method import Method, MethodConfig, Shape, check, fitted_constants
 from h2cache.predictors import LastResidual
-from h2cache.stages import Look, Run, Skip
+from h2cache.stages import Look, Run, Skip, Stream
 
 if TYPE_CHECKING:
     from h2cache.memory import Memory
@@ -62,7 +64,7 @@ class TeaCacheConfig(MethodConfig):
         return replace(self, **fitted)
 
     def bytes_needed(self, shape: Shape) -> int:
-        return shape.joint + shape.tensor(shape.img)  # the residual, and the modulated input to compare with
+        return shape.tensor(shape.img) + shape.tensor(shape.compared[0])  # residual, and modulated input
 
     def build(self) -> TeaCache:
         return TeaCache(self)
@@ -90,9 +92,8 @@ class TeaCache(Method):
             yield Skip(blocks, slot.predictor.predict())  # 4
         else:
             ran = yield Run(blocks, kept=hit, stand_in=slot.predictor.predict())
-            slot.predictor.learn(
-                ran.residual, kept=hit
-            )  # from the embedded input to the end of the last block
+            # From the embedded input to the end of the last block, which no text leaves.
+            slot.predictor.learn(Stream(ran.residual.img), kept=hit)
         slot.count_hits(hit)
         memory.record_stack(stages, None if change is None else sums, self.config.threshold, all(hit))
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,21 +42,11 @@ class Plan:
     """When the next step is computed; one for a request and branch."""
 
     due: int = 0  # step
+    first: int = 0  # step computed first
     last: int = 0  # step computed last
     gap: int = 0  # steps between the last two computed ones
     computed: int = 0
     start: float = 0.0  # time of the first step, on the noise clock
-
-
-class Summaries:
-    """One stage's pooled residuals at the steps that the forecast holds; their forecast is its, pooled."""
-
-    def __init__(self) -> None:
-        self.summaries: list[Stream] = []  # oldest first
-
-    def learn(self, summary: Tensor, history: int) -> None:
-        """Store the newest; the oldest beyond `history` goes."""
-        self.summaries = [*self.summaries, Stream(summary.detach())][-history:]
 
 
 class H2Ahead(Method):
@@ -81,10 +72,10 @@ class H2Ahead(Method):
             ran = yield Run(stage.blocks)
             residual = ran.residual if residual is None else residual + ran.residual
             summary = self._summary(stage, ran, pool, memory.targets)
-            known = memory.slot(stage.name, Summaries).predictor
-            if foreseen:
-                errors.append(relative_l1(summary, weighted_sum(known.summaries, rows).img))
-            known.learn(summary, both.history)
+            known = memory.slot(stage.name, partial(Forecast, weights.last, both.history)).predictor
+            if foreseen:  # the forecast of what is pooled is the forecast, pooled
+                errors.append(relative_l1(summary, weighted_sum(known.residuals, rows).img))
+            known.learn(Stream(summary), at=at)
         both.learn(residual, at=at)
         measured = self._measured(errors, plan, memory)
         self._plan(plan, measured, memory)
@@ -113,13 +104,14 @@ class H2Ahead(Method):
             return None
         values = memory.read(torch.cat(errors))  # of both stages, sample by sample
         passed = memory.time("sigma") - plan.start  # on the noise clock, in `step` steps
-        weight = memory.span * memory.step / passed if passed else 1.0
-        return [weight * max(values[n : n + memory.batch]) for n in range(0, len(values), memory.batch)]
+        weight = memory.span * (memory.step - plan.first) / passed if passed else 1.0
+        stages = [values[n : n + memory.batch] for n in range(0, len(values), memory.batch)]
+        return [weight * (math.nan if any(map(math.isnan, v)) else max(v)) for v in stages]
 
     def _plan(self, plan: Plan, errors: list[float] | None, memory: Memory) -> None:
         cfg, step = self.config, memory.step
         if plan.computed == 0:
-            plan.start = memory.time("sigma")
+            plan.start, plan.first = memory.time("sigma"), step
         else:
             plan.gap = step - plan.last
         plan.last = step

@@ -6,6 +6,7 @@ Everything is kept on the object it was given: no global, no patched class. A tr
 
 from __future__ import annotations
 
+import itertools
 import re
 import threading
 import weakref
@@ -21,12 +22,13 @@ from h2cache.engines import Engine, Inputs, class_names, find_engine, lay_out
 from h2cache.h2 import H2Config
 from h2cache.memory import Memory, Request
 from h2cache.method import Method, MethodConfig, Shape
-from h2cache.modules import ModuleDriver
+from h2cache.modules import ModuleDriver, check_divisible
 from h2cache.records import StepRecord, Summary, summarise
 from h2cache.room import free_bytes, require_room
 from h2cache.stages import Call, Stream
 
 _ATTRIBUTE = "_h2cache"
+MOST_BRANCHES = 4  # guidance branches that a pipeline without names for them may have
 
 
 def enable(
@@ -59,8 +61,7 @@ def enable(
     attachments = []
     for transformer in transformers:
         engine = find_engine(transformer)
-        _check_usable(transformer)
-        engine.check(transformer)
+        _check_usable(transformer, engine, config)
         if missing := config.requires - engine.offers:
             raise ValueError(
                 f"{config.name} with these settings needs of the model: {', '.join(sorted(missing))}; the "
@@ -74,9 +75,13 @@ def enable(
             )
         attachments.append(Attachment(transformer, engine, fitted, pipeline, steps, split))
     disable(target)
-    for transformer, attachment in zip(transformers, attachments, strict=True):
-        attachment.attach()
-        setattr(transformer, _ATTRIBUTE, attachment)
+    try:
+        for transformer, attachment in zip(transformers, attachments, strict=True):
+            setattr(transformer, _ATTRIBUTE, attachment)
+            attachment.attach()
+    except BaseException:
+        disable(target)
+        raise
     return target
 
 
@@ -143,7 +148,8 @@ def _transformers_of(target: Any) -> list[nn.Module]:
     return found
 
 
-def _check_usable(transformer: nn.Module) -> None:
+def _check_usable(transformer: nn.Module, engine: Engine, config: MethodConfig) -> None:
+    """ValueError, with what to do, if `transformer` cannot be cached as it is now."""
     if getattr(transformer, "_compiled_call_impl", None) is not None:
         raise ValueError(
             "the transformer is compiled as a whole, which would freeze the decisions into the graph: "
@@ -153,6 +159,9 @@ def _check_usable(transformer: nn.Module) -> None:
         raise ValueError(
             "diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first"
         )
+    engine.check(transformer)
+    if "modules" in config.requires & engine.offers:
+        check_divisible(engine, transformer)
 
 
 def _attachments_of(target: Any) -> list[Attachment]:
@@ -236,7 +245,8 @@ class Attachment:
                 self._local.branch = None
 
     def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        self.engine.check(transformer)  # something else may have been attached since
+        _check_usable(transformer, self.engine, self.config)  # something may have come since
+        self._driver.follow(self.engine, transformer, self.config.requires)
         if transformer.training and self.engine.trainable:
             raise RuntimeError(
                 "a cache is for inference: call transformer.eval(), or h2cache.disable it to train"
@@ -254,16 +264,22 @@ class Attachment:
         tokens, width = x.img.shape[1:]
         answers = "output" in self.engine.offers
         out = self.engine.output_layer(self._transformer()).out_features if answers else 0
+        starts = [*self._firsts.values(), self.spans[-1].last]
+        lists = tuple(b - a for a, b in itertools.pairwise(starts))
         shape = Shape(
-            blocks=tuple(len(span.blocks) for span in self.spans),
+            blocks=lists if len(lists) == 2 else tuple(len(span.blocks) for span in self.spans),
             img=tokens,
             txt=0 if x.txt is None else x.txt.shape[1],
             width=width,
             out=out,
             itemsize=x.img.element_size(),
             batch=memory.batch,
+            drawn=len(range(tokens)[memory.targets or slice(None)]),
+            text_compared=self.spans[-1].joint,
         )
-        memory.bytes_needed = require_room(self.config, shape, free_bytes(x.img.device))
+        others = [m for m in self.request.memories.values() if m is not memory and m.bytes_needed]
+        promised = sum(max(0, m.bytes_needed - m.bytes_held) for m in others)
+        memory.bytes_needed = require_room(self.config, shape, free_bytes(x.img.device) - promised)
 
     def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:
         call, self._local.call = self._current_call(), None
@@ -290,15 +306,19 @@ class Attachment:
         timestep: Tensor | float = inputs.timestep
         if branch is None:  # not named by the pipeline: it is the n-th call at one timestep
             timestep = float(timestep.reshape(-1)[0])  # a wait, only for pipelines that give no names
+            # In bfloat16 two steps may have one timestep: where the scheduler counts its steps, that tells.
+            here = (timestep, getattr(getattr(self._pipeline(), "scheduler", None), "step_index", None))
             last, calls = getattr(self._local, "position", (None, 0))
-            calls = calls + 1 if request is not None and timestep == last else 0
-            self._local.position = (timestep, calls)
-            branch = f"call {calls}"
+            calls = calls + 1 if request is not None and here == last else 0
+            self._local.position = (here, calls % MOST_BRANCHES)
+            branch = f"call {calls % MOST_BRANCHES}"
+            if calls == MOST_BRANCHES:
+                request, reason = None, "the same timestep came again and again"
         if request is not None and request.signatures.get(branch, signature) != signature:
             changed = next(a[0] for a, b in zip(request.signatures[branch], signature, strict=True) if a != b)
             request, reason = None, f"another {changed} came in"
         if request is None:
-            request = Request(token, self._total_steps(), reason)
+            request = Request(token, self._total_steps(inputs.timestep), reason)
             self._local.request = self._newest_request = request
             self._local.reason = None
             self._release_others()
@@ -324,15 +344,32 @@ class Attachment:
         # `set_timesteps` makes a new tensor at each call; it is held, so that its address is not used again.
         return (getattr(getattr(self._pipeline(), "scheduler", None), "timesteps", None),)
 
-    def _total_steps(self) -> int | None:
-        """How many steps of the request that begins now are this transformer's; None if nobody tells."""
+    def _total_steps(self, timestep: Tensor) -> int | None:
+        """How many steps of the request that begins at `timestep` are this transformer's; None: unknown."""
         pipeline = self._pipeline()
-        if pipeline is None:
+        if pipeline is None or self.steps:
             return self.steps
-        total = self.steps or getattr(pipeline, "num_timesteps", None)
-        if total is None and (timesteps := self._request_token()[0]) is not None:
-            total = len(timesteps)
+        total, timesteps = getattr(pipeline, "num_timesteps", None), self._request_token()[0]
+        if timesteps is not None and self._transformer() is pipeline.transformer:
+            # The pipeline may not be the one that runs: another may share its transformer and scheduler.
+            counted = steps_from(timestep, timesteps)
+            if total is None or (counted is not None and abs(counted - total) > 1):
+                total = len(timesteps) if counted is None else counted
         return self.engine.own_steps(pipeline, self._transformer(), total)
+
+
+def steps_from(timestep: Tensor, timesteps: Tensor) -> int | None:
+    """How many of the scheduler's falling `timesteps` are left from `timestep` on; None if it is none.
+
+    Models take them as they are, or divided by 1000. In bfloat16 a neighbour may be taken for it. A wait.
+    """
+    now, known = float(timestep.reshape(-1)[0]), timesteps.detach().float().cpu()
+    for scale in (1.0, 1000.0):
+        distance = (known / scale - now).abs()
+        nearest = int(distance.argmin())
+        if distance[nearest] <= 0.004 * float(known.max()) / scale:
+            return len(known) - nearest
+    return None
 
 
 def _signature(inputs: Inputs) -> tuple:

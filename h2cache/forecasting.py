@@ -76,11 +76,13 @@ def forecast_step(
     """One step of a method on a schedule: everything computed and learnt, or everything forecast.
 
     alone: this computed step starts afresh, as the authors do in the warm-up, whose early steps say little
-    about the slope that is needed later.
+    about the slope that is needed later. A step with nothing to forecast from is computed too: a ControlNet
+    or IP-Adapter has come or gone, and all is forgotten.
     """
     at = float(memory.step)
     if granularity == "module":
         modules = memory.slot("modules", lambda: ModuleForecast(rule, states)).predictor
+        full = full or not modules.times
         if full:
             if alone:
                 modules.clear()
@@ -92,6 +94,7 @@ def forecast_step(
     else:
         for stage in stages:
             slot = memory.slot(stage.name, lambda: Forecast(rule, states))
+            full = full or not slot.predictor.times
             if full:
                 ran = yield Run(stage.blocks)
                 if alone:

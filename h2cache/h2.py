@@ -100,10 +100,11 @@ class H2Config(MethodConfig):
         self.new_predictor()  # refuses what cannot be combined
         if self.predictor == "foca" and self.clock == "sigma":
             raise ValueError('predictor="foca" walks by steps: use clock="step"')
-        if self.ahead and (self.adaptive or not self.force_detail_hit or self.predictor == "secant"):
+        heads = self.adaptive or not self.force_detail_hit or self.reduce == "mean"
+        if self.ahead and (heads or self.predictor in ("secant", "foca")):
             raise ValueError(
-                "ahead=True forecasts whole steps and runs no heads: adaptive, force_detail_hit=False and "
-                'predictor="secant" need their checks'
+                "ahead=True forecasts whole steps by weights and runs no heads: adaptive, reduce, "
+                'force_detail_hit=False and predictor="secant" need their checks, "foca" has no weights'
             )
 
     def new_predictor(self):
@@ -121,7 +122,7 @@ class H2Config(MethodConfig):
 
     def bytes_needed(self, shape: Shape) -> int:
         summaries = 0
-        for tokens, pool in ((shape.img, self.pool1), (shape.img + shape.txt, self.pool2)):
+        for tokens, pool in zip(shape.compared, (self.pool1, self.pool2), strict=True):
             k = max(1, int(tokens // pool))
             summaries += shape.tensor(tokens // k, shape.width // min(k, shape.width))
         if self.ahead:  # both stages in one residual, and a summary of each for every residual

@@ -32,6 +32,14 @@ class Shape:
     out: int  # channels of the model's output, for each image token
     itemsize: int = 2  # bytes of a number: 2 in bfloat16
     batch: int = 1
+    drawn: int | None = None  # image tokens that are compared, without those of a reference; None: all
+    text_compared: bool = True  # whether the detail stage's check looks at text tokens too
+
+    @property
+    def compared(self) -> tuple[int, int]:
+        """How many tokens the structure and the detail check look at."""
+        drawn = self.img if self.drawn is None else self.drawn
+        return drawn, drawn + self.txt * self.text_compared
 
     def tensor(self, tokens: int, width: int | None = None) -> int:
         """Bytes of a tensor of so many tokens."""
@@ -149,19 +157,20 @@ def parse_settings(config: type[MethodConfig], settings: list[str]) -> dict[str,
                 f"cannot set {setting!r}: {config.name} has the fields {', '.join(known)} (key=value)"
             )
         try:
-            values[key] = _parse(text, known[key].default)
+            values[key] = _parse(text, known[key].default, float if "float" in str(known[key].type) else int)
         except ValueError as error:
             raise ValueError(f"cannot set {key} to {text!r}: {error}") from None
     return values
 
 
-def _parse(text: str, default: Any) -> Any:
+def _parse(text: str, default: Any, number: type) -> Any:
+    """`text` in the type of `default`; `number` is that of a field whose default is None."""
     if isinstance(default, bool):
         if text.lower() not in ("true", "false"):
             raise ValueError("write true or false")
         return text.lower() == "true"
     if default is None:
-        return None if text.lower() == "none" else int(text)
+        return None if text.lower() == "none" else number(text)
     if isinstance(default, tuple):
         return tuple(float(part) for part in text.split("/"))
     return type(default)(text)

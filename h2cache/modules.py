@@ -7,8 +7,9 @@ the module tree, so state-dict keys stay, and `detach` restores exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -31,43 +32,64 @@ class Modules:
     idle: tuple[nn.Module, ...] = field(default=())
 
 
+def check_divisible(engine: Engine, transformer: nn.Module) -> None:
+    """ValueError for compiled blocks."""
+    blocks = [block for cut in engine.cuts for block in getattr(transformer, cut.blocks)]
+    if any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
+        raise ValueError(
+            "the blocks are compiled, which would freeze their modules into the graph: use "
+            'granularity="stage", or do not compile'
+        )
+
+
 class ModuleDriver:
     """The forwards put in place on one transformer."""
 
     def __init__(self, current_call: Callable[[], Call | None]) -> None:
         self._current_call = current_call
-        self._restored: list[tuple[nn.Module, Any]] = []
+        self._put_in: list[tuple[nn.Module, Any, Callable]] = []  # module, what its instance had, and ours
 
     def attach(self, engine: Engine, transformer: nn.Module, required: frozenset[str]) -> None:
-        """Drive what is `required`: "modules" of all blocks, "output". ValueError for compiled blocks."""
-        if "modules" in required:
-            self._attach_blocks(engine, [b for cut in engine.cuts for b in getattr(transformer, cut.blocks)])
-        if "output" in required:
-            self._put(engine.output_layer(transformer), self._output)
+        """Drive what is `required`: "modules" of all blocks, "output"."""
+        for module, make in self._wanted(engine, transformer, required):
+            own = vars(module).get("forward")
+            module.forward = make(module.forward)
+            self._put_in.append((module, own, module.forward))
 
-    def _attach_blocks(self, engine: Engine, blocks: list[nn.Module]) -> None:
-        if any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
-            raise ValueError(
-                "the blocks are compiled, which would freeze their modules into the graph: use "
-                'granularity="stage", or do not compile'
-            )
-        for modules in map(engine.modules, dict.fromkeys(blocks)):
-            for name, module in modules.answered.items():
-                self._put(module, lambda own, name=name: self._answered(name, own))
-            for module in modules.idle:
-                self._put(module, self._idle)
+    def follow(self, engine: Engine, transformer: nn.Module, required: frozenset[str]) -> None:
+        """Attach anew if modules were exchanged since: a LoRA was loaded or taken away."""
+        if required.isdisjoint({"modules", "output"}):
+            return
+        wanted = [module for module, _ in self._wanted(engine, transformer, required)]
+        if len(wanted) != len(self._put_in) or any(
+            a is not b for a, (b, *_) in zip(wanted, self._put_in, strict=True)
+        ):
+            self.detach()
+            self.attach(engine, transformer, required)
 
     def detach(self) -> None:
-        for module, own in self._restored:
+        for module, own, ours in self._put_in:
+            if vars(module).get("forward") is not ours:
+                continue  # somebody's hook stands before ours, which outside of a cached call does nothing
             if own is None:
                 del module.forward
             else:
                 module.forward = own
-        self._restored.clear()
+        self._put_in.clear()
 
-    def _put(self, module: nn.Module, make: Callable[[Callable], Callable]) -> None:
-        self._restored.append((module, vars(module).get("forward")))
-        module.forward = make(module.forward)
+    def _wanted(
+        self, engine: Engine, transformer: nn.Module, required: frozenset[str]
+    ) -> Iterator[tuple[nn.Module, Callable[[Callable], Callable]]]:
+        """The modules to drive, each with what makes a forward of its own."""
+        if "modules" in required:
+            blocks = [block for cut in engine.cuts for block in getattr(transformer, cut.blocks)]
+            for modules in map(engine.modules, dict.fromkeys(blocks)):
+                for name, module in modules.answered.items():
+                    yield module, partial(self._answered, name)
+                for module in modules.idle:
+                    yield module, self._idle
+        if "output" in required:
+            yield engine.output_layer(transformer), self._output
 
     def _answered(self, name: str, own: Callable) -> Callable:
         def forward(*args, **kwargs):

@@ -13,6 +13,7 @@ the stored residuals: weights are added to weights.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -112,7 +113,7 @@ class Forecast:
     def predict(self, at: float = 0.0, kept: Sequence[bool] = (), head=None, span: float = 1.0) -> Stream:
         """The forecast for time `at`, of which the samples in `kept` (none marked: all) make use.
 
-        span: how far the sampler goes in this step, in any unit that stays the same.
+        span: how far the sampler goes in a step here, in any unit that stays the same.
         """
         rows = self.rows(at)
         if self.repay:
@@ -178,29 +179,37 @@ class Modes(Forecast):
     def __init__(self, history: int = 6, repay: bool = False) -> None:
         super().__init__(weights.last, history, repay)
         self._dots: list[dict[tuple[float, float], float]] = []  # <R_i, R_j> by times, of each sample
-        self._unread: list[Tensor] = []
-        self.answered: list[str] = []  # who answered last, of each sample: "dmd", "taylor" or "reuse"
+        self._unread: deque[tuple[Tensor, list[list[float]]]] = deque(maxlen=history)  # products, and whose
+        self.answered: dict[int, str] = {}  # who answered last, by sample: "dmd", "taylor" or "reuse"
 
     def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
         super().learn(residual, kept, at)
-        self._unread = [_dots(old, self.residuals[-1]) for old in self.residuals]
-        self._read()
+        dots = torch.stack([_dots(old, self.residuals[-1]) for old in self.residuals], 1)  # (B, history)
+        self._unread.append((dots, [list(times) for times in self.times]))  # of older ones nothing is held
 
     def _read(self) -> None:
-        table = torch.stack(self._unread, 1).tolist()  # a wait
-        self._unread = []
-        self._dots = self._dots or [{} for _ in table]
-        for row, times, dots in zip(table, self.times, self._dots, strict=True):
-            for value, time in zip(row[-len(times) :], times, strict=True):
-                dots[time, times[-1]] = value
+        if not self._unread:
+            return
+        columns = torch.cat([dots for dots, _ in self._unread], 1).tolist()  # a wait
+        self._dots = self._dots or [{} for _ in columns]
+        start = 0
+        for table, then in self._unread:
+            stop = start + table.shape[1]
+            for row, times, dots in zip(columns, then, self._dots, strict=True):
+                for value, time in zip(row[stop - len(times) : stop], times, strict=True):
+                    dots[time, times[-1]] = value
+            start = stop
+        self._unread.clear()
+        for times, dots in zip(self.times, self._dots, strict=True):
             for a, b in [pair for pair in dots if pair[0] not in times]:
                 del dots[a, b]
 
     def weigh(self, sample: int, times: list[float], at: float) -> list[float]:
+        self._read()
         dots = self._dots[sample]
         gram = np.array([[dots[min(a, b), max(a, b)] for b in times] for a in times])
         row, who = weights.dmd(times, at, gram)
-        self.answered = [*self.answered[:sample], who]
+        self.answered[sample] = who
         return row
 
 
@@ -248,6 +257,44 @@ class Secant(Forecast):
         return newest.map(extend, self.residuals[0])
 
 
+class FoCa(Forecast):
+    """FoCa (arXiv 2508.16211): a line plus a bounded correction, R + k v + (1 - 2^-k) w; time counts steps.
+
+    v: slope of the last two computed steps; w: how much steeper it was just before the last one, by this
+    rule's own answer for that step. The closed form of the paper's step-by-step recursion; 3 joint states.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(partial(weights.taylor, order=1), 2)
+        self.bend: Stream | None = None  # w
+
+    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
+        before = self.predict(at - 1) if self.residuals else None
+        bends = [len(times) > 1 and at - times[-1] > 1 for times in self.times]
+        super().learn(residual, kept, at)
+        if before is None or not (any(bends) or (self.bend is not None and any(kept))):
+            self.bend = None
+            return
+        slopes = [weights.differences(times, 1)[-1] if len(times) > 1 else [0.0] for times in self.times]
+        slope = weighted_sum(self.residuals, slopes)
+
+        def choose(new: Tensor, guess: Tensor, step: Tensor, old: Tensor) -> Tensor:
+            fresh = (new.float() - guess.float() - step.float()).to(new.dtype)
+            fresh = torch.where(sample_mask(bends, new), fresh, 0.0)
+            return torch.where(sample_mask(list(kept), new), old, fresh) if any(kept) else fresh
+
+        old = self.bend or residual.map(torch.zeros_like)
+        self.bend = residual.map(torch.Tensor.detach).map(choose, before, slope, old)
+
+    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), head=None, span: float = 1.0) -> Stream:
+        if self.bend is None:
+            return super().predict(at)
+        rows = [
+            [*row, 1 - 2.0 ** -(at - times[-1])] for row, times in zip(self.rows(at), self.times, strict=True)
+        ]
+        return weighted_sum([*self.residuals, self.bend], rows)
+
+
 NAMES = ("last", "taylor", "newton", "hermite", "taylor_scaled", "foca", "dmd", "secant")
 
 
@@ -265,11 +312,13 @@ def build(name: str, order: int = 1, sigma: float = 0.5, repay: bool = False):
     """
     if name not in NAMES:
         raise ValueError(f"predictor={name!r} is unknown: choose one of {', '.join(NAMES)}")
-    if repay and name == "secant":
-        raise ValueError("repay=True: secant reads no clock, so it cannot say later what was owed")
+    if repay and name in ("foca", "secant"):
+        raise ValueError(f"repay=True: {name} is no weighted sum of residuals and cannot repay")
     history = states(name, order, repay)
     if name == "dmd":
         return Modes(history, repay)
+    if name == "foca":
+        return FoCa()
     if name == "secant":
         return Secant()
     if name == "last":
@@ -277,4 +326,4 @@ def build(name: str, order: int = 1, sigma: float = 0.5, repay: bool = False):
     rule = getattr(weights, name)
     if name in ("hermite", "taylor_scaled"):
         rule = partial(rule, sigma=sigma)
-    return Forecast(rule if name == "foca" else partial(rule, order=order), history, repay)
+    return Forecast(partial(rule, order=order), history, repay)

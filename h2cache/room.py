@@ -17,13 +17,18 @@ def free_bytes(device: torch.device) -> int:
     return module.mem_get_info(device)[0] + unused
 
 
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if abs(count) >= 2**30 else f"{count / 2**20:.1f} MiB"
+
+
 def require_room(config: MethodConfig, shape: Shape, free: int) -> int:
     """Bytes that `config` keeps for a guidance branch of `shape`; MemoryError if it is more than `free`."""
     needed = config.bytes_needed(shape)
     if needed > free:
+        smaller = ["the order"] * hasattr(config, "order") + ["the image size"]
         raise MemoryError(
-            f"{config.name} keeps {needed / 2**30:.1f} GiB from step to step for {shape.img} image tokens (x "
-            f"{shape.batch}), and {free / 2**30:.1f} GiB are free: lower its order or the image size"
-            + config.instead.replace(":", ", or", 1)
+            f"{config.name} keeps {_size(needed)} from step to step for {shape.img} image tokens (x "
+            f"{shape.batch}), and {_size(free)} are free: lower {' or '.join(smaller)}"
+            + (config.instead.replace(":", ", or", 1) if config.requires else "")
         )
     return needed

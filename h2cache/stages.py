@@ -167,14 +167,17 @@ class Ran:
 
     @property
     def img_change(self) -> Tensor:
-        """after - before of the image tokens that are drawn, not of those of a reference image: (B, I, C)."""
-        return self.after.img[:, self._targets] - self.before.img[:, self._targets]
+        """What the blocks changed of the image tokens that are drawn, not those of a reference: (B, I, C)."""
+        change = self.after.img[:, self._targets] - self.before.img[:, self._targets]
+        return change if self.added is None else change - self.added.img[:, self._targets]
 
     @property
     def change(self) -> Stream:
-        """after - before, of the image tokens that are drawn and of the text."""
-        cut = [Stream(s.img[:, self._targets], s.txt) for s in (self.after, self.before)]
-        return cut[0] - cut[1]
+        """What the blocks changed, of the image tokens that are drawn and of the text."""
+        after, before, *added = (
+            Stream(s.img[:, self._targets], s.txt) for s in (self.after, self.before, self.added) if s
+        )
+        return after - before - added[0] if added else after - before
 
     @property
     def residual(self) -> Stream:
@@ -314,9 +317,10 @@ class Call:
     def run_block(self, stage: Stage, index: int, command: Drive, args: tuple, kwargs: dict) -> Any:
         """Call a block with its modules answered for."""
         self.driven = (index, command)
-        out = stage[index - stage.first](*args, **kwargs)
-        self.driven = None
-        return out
+        try:
+            return stage[index - stage.first](*args, **kwargs)
+        finally:
+            self.driven = None
 
     def run_again(self, answer: Answer) -> Any:
         """Run all remembered blocks anew, from the same input and with what the model added between them."""

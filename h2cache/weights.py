@@ -5,8 +5,8 @@ sum_j w_j R_j. `times` are those of the stored residuals, rising: step indices, 
 `x` is the time asked for. Weights are Python floats or float64; they add up to 1, so a constant is kept.
 
 Sources: TaylorSeer (arXiv 2503.06923), HiCache (arXiv 2508.16984) and their authors' code for `taylor` and
-`hermite`; FoCa (arXiv 2508.16211) for `foca`; divided differences for `newton`; Schmid 2010 and cache-dit's
-DMD calibrator for `dmd`, here in its Gram form.
+`hermite`; divided differences for `newton`; Schmid 2010 and cache-dit's DMD calibrator for `dmd`, here in
+its Gram form.
 """
 
 from __future__ import annotations
@@ -78,21 +78,6 @@ def newton(times: Times, x: float, order: int) -> list[float]:
     for i, a in enumerate(nodes):
         weights.append(math.prod((x - b) / (a - b) for j, b in enumerate(nodes) if j != i))
     return weights
-
-
-def foca(times: Times, x: float) -> list[float]:
-    """FoCa: a line plus a bounded correction, R + k v + (1 - 2^-k) w; times count steps.
-
-    v: slope of the last two residuals; w: how much steeper it was just before the last one, by the line
-    through the two before. The closed form of the paper's step-by-step recursion (arXiv 2508.16211).
-    """
-    rows, k = differences(times[-3:], 1), x - times[-1]
-    weights = _sum([1.0, k], rows) if len(rows) > 1 else rows[0]
-    if len(times) > 2 and times[-1] - times[-2] != 1:
-        before = [*taylor(times[-3:-1], times[-1] - 1, 1), 0.0]
-        bend = [r - b - v for r, b, v in zip(rows[0], before, rows[1], strict=True)]
-        weights = [w + (1 - 2.0**-k) * c for w, c in zip(weights, bend, strict=True)]
-    return [0.0] * (len(times) - len(weights)) + weights
 
 
 def dmd(

@@ -92,7 +92,7 @@ def test_ahead_doubles_its_gaps_where_nothing_is_asked(flux):
     assert {(r.stage, r.outcome) for r in records} == {("structure", "hit"), ("detail", "forced")}
 
 
-@pytest.mark.parametrize("predictor", ["last", "newton", "hermite", "taylor_scaled", "foca", "dmd"])
+@pytest.mark.parametrize("predictor", ["last", "newton", "hermite", "taylor_scaled", "dmd"])
 def test_ahead_forecasts_by_any_rule(flux, predictor):
     run(flux, H2Config(tau1=0.2, tau2=0.2, ahead=True, predictor=predictor), steps=20)
     assert 3 < len(computed(flux)) < 20
@@ -173,6 +173,8 @@ def test_repaying_comes_closer_under_an_euler_sampler(tiny):
         ({"ahead": True, "force_detail_hit": False}, "ahead"),
         ({"ahead": True, "adaptive": True}, "ahead"),
         ({"ahead": True, "predictor": "secant"}, "ahead"),
+        ({"ahead": True, "predictor": "foca"}, "no weights"),
+        ({"ahead": True, "reduce": "mean"}, "ahead"),
     ],
 )
 def test_what_cannot_be_is_refused(bad, named):

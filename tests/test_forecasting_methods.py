@@ -215,7 +215,7 @@ def test_memory_of_flux_dev_is_that_of_the_specification():
         (TaylorSeerLiteConfig(), 1.5),
         (TaylorSeerLiteConfig(order=1, lite_at="hidden"), 48),
         (MagCacheConfig(), 24),
-        (TeaCacheConfig(), 51),
+        (TeaCacheConfig(), 48),
         (H2Config(), 54 + 6 + 384 * 256 * 2 / 2**20),
         (H2Config(predictor="taylor", repay=True, ahead=True), 81 + 3 * (6 + 384 * 256 * 2 / 2**20)),
     ):

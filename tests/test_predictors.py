@@ -49,14 +49,15 @@ def test_one_residual_is_reused_and_a_second_of_the_same_time_replaces_it(name):
 @pytest.mark.parametrize("name", predictors.NAMES)
 @pytest.mark.parametrize("repay", [False, True])
 def test_states_says_how_much_is_held(name, repay):
-    if repay and name == "secant":
+    if repay and name in ("foca", "secant"):
         with pytest.raises(ValueError, match="repay"):
             build(name, repay=True)
         return
     predictor = build(name, order=2, repay=repay)
     for at in range(10):
         predictor.learn(stream(at), at=float(at), head=torch.zeros(1, 1, 1))
-    held = [predictor.residual] if name == "last" and not repay else predictor.residuals
+    held = [predictor.residual] if name == "last" and not repay else [*predictor.residuals]
+    held += [predictor.bend] if name == "foca" else []
     assert len(held) == predictors.states(name, 2, repay)
 
 
@@ -163,11 +164,36 @@ def test_foca_of_squares_is_the_worked_example():
     assert foca.predict(7.0).img.item() == 51.5  # 36 + 8 + 15 / 2: the slope, and half the bend
 
 
-def test_foca_is_its_recursion():
-    """After computed steps at 0, 6 and 10, of which the last steepens the line, step by step."""
-    values = {0.0: 1.0, 6.0: 0.5, 10.0: 2.0}
+def foca_step_by_step(nodes):
+    """The specification's algorithm on numbers; returns its answer x steps after the last node."""
+    value = slope = at = None
+    w = 0.0
+    for now, new in nodes:
+        if value is not None:
+            k = now - at - 1
+            before = value if k == 0 else None if slope is None else value + k * slope + (1 - 2.0**-k) * w
+            slope = (new - value) / (now - at)
+            w = 0.0 if before is None else new - before - slope
+        at, value = now, new
+    return lambda x: value + x * slope + (1 - 2.0**-x) * w
+
+
+@given(st.lists(st.tuples(st.integers(1, 6), st.floats(-2, 2)), min_size=2, max_size=6))
+@settings(max_examples=60, deadline=None)
+def test_foca_is_the_specification_over_several_intervals(nodes):
+    foca, at, seen = build("foca"), 0, []
+    for gap, value in nodes:
+        at += gap
+        seen.append((at, value))
+        foca.learn(scalar(value), at=float(at))
+    expected = foca_step_by_step(seen)
+    for x in range(1, 7):
+        assert foca.predict(float(at + x)).img.item() == pytest.approx(expected(x), abs=1e-4)
+
+
+def test_foca_is_the_walk_it_is_the_closed_form_of():
     foca = build("foca")
-    for at, value in values.items():
+    for at, value in ((0.0, 1.0), (6.0, 0.5), (10.0, 2.0)):
         foca.learn(scalar(value), at=at)
     v, u = (2.0 - 0.5) / 4, 2.0 - (0.5 + 3 * (0.5 - 1.0) / 6)  # slope, and the step just before the last
     now, before = 2.0, 2.0 - u
