@@ -28,5 +28,4 @@ class Uncached(Method):
 
     def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
         yield Run(range(stages[-1].last))  # at once, which some engines can do in one call
-        for stage in stages:
-            memory.record(stage, None, None, "miss")
+        memory.record_uncached(stages)

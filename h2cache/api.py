@@ -115,7 +115,7 @@ def step_records(target: Any) -> list[StepRecord]:
     records: list[StepRecord] = []
     for request in _newest_requests(target):
         done = 1 + max((r.step for r in records), default=-1)
-        records += [replace(r, step=r.step + done) if done else r for r in request.records]
+        records += [replace(r, step=r.step + done, timestep=float(r.timestep)) for r in request.records]
     return records
 
 

@@ -207,6 +207,14 @@ class Memory:
             )
         )
 
+    def record_uncached(self, stages: tuple[Span, ...]) -> None:
+        """Append the records of a step about which nothing is decided: without a wait, for fair baselines."""
+        step, timestep = self._step, self._timestep if self._pending is None else self._pending
+        for stage in stages:
+            run = self.blocks_run[stage.name], len(stage.blocks)
+            record = StepRecord(step, timestep, self.branch, stage.name, None, None, "miss", *run)
+            self._request.records.append(record)  # `step_records` reads the timestep
+
     def record_stack(
         self, stages: tuple[Span, ...], changes: list[float] | None, threshold: float, hit: bool
     ) -> None:
