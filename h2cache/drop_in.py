@@ -16,16 +16,15 @@ from h2cache.method import MethodConfig, find_method
 SINGLE_DEFAULT = 0.1  # of the authors' H2-Cache; nunchaku has none and switches the check off
 
 
-def apply_cache_on_pipe(pipe: Any, **thresholds: Any) -> Any:
+def apply_cache_on_pipe(
+    pipe: Any,
+    *,
+    use_double_fb_cache: bool = False,
+    residual_diff_threshold: float = 0.12,
+    residual_diff_threshold_multi: float | None = None,
+    residual_diff_threshold_single: float | None = None,
+) -> Any:
     """Cache the pipeline's transformer; a second call changes the thresholds. Returns `pipe`.
-
-    thresholds: as for `apply_cache_on_transformer`.
-    """
-    return enable(pipe, _config(**thresholds))
-
-
-def apply_cache_on_transformer(transformer: Any, **thresholds: Any) -> Any:
-    """Cache the transformer; a second call changes the thresholds. Returns `transformer`.
 
     use_double_fb_cache: two checks, H2-Cache (True), or one, Block Cache (False, the default).
     residual_diff_threshold: threshold of the only check, default 0.12.
@@ -33,21 +32,18 @@ def apply_cache_on_transformer(transformer: Any, **thresholds: Any) -> Any:
     residual_diff_threshold_single: threshold of the single blocks' check, default 0.1.
     A negative first threshold switches the cache off; a negative second one that check.
     """
-    return enable(transformer, _config(**thresholds))
-
-
-def _config(
-    *,
-    use_double_fb_cache: bool = False,
-    residual_diff_threshold: float = 0.12,
-    residual_diff_threshold_multi: float | None = None,
-    residual_diff_threshold_single: float | None = None,
-) -> MethodConfig:
     first, second = residual_diff_threshold_multi, residual_diff_threshold_single
     first = residual_diff_threshold if first is None else first
     second = SINGLE_DEFAULT if second is None else second
     if first < 0:
-        return find_method("none")()
-    if use_double_fb_cache:
-        return H2Config(tau1=first, tau2=max(second, 0.0))
-    return find_method("block_cache")(threshold=first)
+        config: MethodConfig = find_method("none")()
+    elif use_double_fb_cache:
+        config = H2Config(tau1=first, tau2=max(second, 0.0))
+    else:
+        config = find_method("block_cache")(threshold=first)
+    return enable(pipe, config)
+
+
+def apply_cache_on_transformer(transformer: Any, **thresholds: Any) -> Any:
+    """Cache the transformer, with the keywords of `apply_cache_on_pipe`. Returns `transformer`."""
+    return apply_cache_on_pipe(transformer, **thresholds)
