@@ -7,6 +7,7 @@ pictures that hold none, so any reading that merely contains the word says littl
 """
 
 import argparse
+import importlib.util
 import re
 import unicodedata
 from collections.abc import Sequence
@@ -23,14 +24,20 @@ def normalise(word: str) -> str:
     return re.sub(r"[^A-Z0-9]", "", unicodedata.normalize("NFKD", word).upper())
 
 
+def problem() -> str | None:
+    """Why no word can be read here, with what to install; None if they can. Loads nothing."""
+    needed = ("rapidocr", "onnxruntime")  # rapidocr does not install its own engine
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    return f"reading words needs {' and '.join(missing)}: pip install {' '.join(needed)}" if missing else None
+
+
 @lru_cache
 def engine():
     """The reader, made once."""
-    try:
-        import onnxruntime  # noqa: F401  rapidocr does not install its own engine
-        from rapidocr import RapidOCR
-    except ImportError as error:
-        raise ImportError(f"reading words needs {error.name}: pip install -r requirements-dev.txt") from error
+    if reason := problem():
+        raise ImportError(reason)
+    from rapidocr import RapidOCR
+
     params = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1}
     return RapidOCR(params=params)
 
