@@ -217,7 +217,7 @@ def markdown(lines: list[dict]) -> str:
 def read(folder: Path) -> list[dict]:
     """All rows of a calibration, whichever processes wrote them, each once; packed files too."""
     rows: dict[str, dict] = {}
-    for path in sorted([*folder.glob("records*.jsonl"), *folder.glob("records*.jsonl.gz")]):
+    for path in sorted([*folder.glob("records-*.jsonl"), *folder.glob("records-*.jsonl.gz")]):
         rows |= keep.read_records(path)
     return list(rows.values())
 

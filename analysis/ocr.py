@@ -9,6 +9,7 @@ pictures that hold none, so any reading that merely contains the word says littl
 import argparse
 import importlib.util
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
@@ -64,14 +65,19 @@ def word_recall(wanted: Sequence[str], image: Image.Image) -> float | None:
     return sum(word in found for word in words) / len(words)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("image")
     parser.add_argument("words", nargs="*")
-    args = parser.parse_args()
-    image = Image.open(args.image)
-    print(read_words(image), word_recall(args.words, image))
+    args = parser.parse_args(argv)
+    try:
+        image = Image.open(args.image)
+        print(read_words(image), word_recall(args.words, image))
+    except (OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 import warnings
@@ -60,10 +61,15 @@ def guarded(work: Callable[[], int | None], kept: str) -> int:
 
         warnings.showwarning = show
         try:
-            return work() or 0
+            code = work() or 0
+            sys.stdout.flush()
+            return code
         except KeyboardInterrupt:
             print(f"stopped: {kept}", file=sys.stderr)
             return 130
+        except BrokenPipeError:  # `... | head` has read enough; nothing is left to flush at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
         except ERRORS as error:
             print(f"error: {error}", file=sys.stderr)
             return 2

@@ -168,6 +168,9 @@ def _notes(table: list[dict], left_out: list[str], rows: list[dict]) -> Iterator
         yield "`identical` counts pictures that equal the uncached one bit by bit; PSNR is of the others."
     yield "TFLOP is analytic: executed blocks times what one block costs."
     yield f"Peak memory is {table[0]['peak_kind']}, over the process; a cache's own share is in `cache MiB`."
+    for line in table:
+        if line["prompts"] < table[0]["prompts"]:
+            yield f"{line['label']} is over {line['prompts']} prompts: the others have no finished picture."
     shown = {line["label"] for line in table}
     for label in dict.fromkeys(row["label"] for row in rows if row["label"] not in shown):
         yield f"{label} has no line: none of its prompts has a finished uncached picture."
@@ -223,7 +226,8 @@ def write_tables(out: Path, images: Path, rows: list[dict], settings: dict, comm
     told = {*settings, "machine", "how", "clip_iqa_reason", "words_reason"} - {"seed"}  # in table.json, once
     short = [{name: value for name, value in row.items() if name not in told} for row in rows]
     keep.write_records(out / "rows.jsonl", {row["label"] + row["key"]: row for row in short})
-    keep.save_png(out / "compare.png", compare(rows, images))
+    told = {line["label"] for line in table}
+    keep.save_png(out / "compare.png", compare([r for r in rows if r["label"] in told], images))
     return ours
 
 

@@ -311,9 +311,11 @@ def row(identity: str, label: str, seconds: float, **more) -> dict:
 
 def test_a_contestant_without_a_common_prompt_has_no_line():
     rows = [row("a", "none", 2.0), row("a", "h2cache", 1.0), row("b", "teacache", 1.0)]
+    rows.insert(1, row("c", "none", 2.0))
     found = lines(rows)
     assert [line["label"] for line in found] == ["none", "h2cache"]
     assert "teacache has no line" in markdown(found, rows)
+    assert "h2cache is over 1 prompts" in markdown(found, rows)
 
 
 def test_the_interval_of_a_median_is_of_the_median():

@@ -2,6 +2,7 @@
 
 import gzip
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +39,15 @@ def test_what_a_user_can_mend_is_one_line(capsys, error, code):
     assert told == ("stopped: the rest is kept\n" if code == 130 else f"error: {error}\n")
 
 
+def test_a_reader_that_leaves_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "analysis.table", "assets/results/tiny_flux_ahead"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
 def test_a_fault_of_ours_keeps_its_traceback():
     def work():
         raise KeyError("ours")
@@ -54,6 +64,7 @@ def test_a_fault_of_ours_keeps_its_traceback():
         (family_table.main, ["--table", "--out", "MISSING"], "families.json is not there"),
         (calibrate.main, ["--table", "--out", "MISSING"], "MISSING holds no records"),
         (calibrate.main, ["--pairs", "0.3"], "--pairs 0.3: the form is TAU1/TAU2"),
+        (ocr.main, ["MISSING.png"], "MISSING.png"),
         (fit_teacache.main, ["--model", "MISSING/"], "no model folder"),
         (fit_magcache.main, ["--prompts", "MISSING.jsonl"], "MISSING.jsonl"),
     ],
@@ -109,6 +120,26 @@ def test_ctrl_c_is_no_traceback(tmp_path, module):
     assert process.returncode == 130
     assert "stopped: " in told
     assert "Traceback" not in told
+
+
+def test_the_shell_script_needs_no_command_named_python(tmp_path):
+    """On many machines there is python3 only."""
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    path = tmp_path / "python3"
+    path.write_text(f'#!{shutil.which("bash")}\nexec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    command = ["bash", "run_exper.sh", "--quick", "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PATH": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout
+    path.unlink()
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PATH": str(tmp_path)}
+    )
+    assert (done.returncode, done.stderr) == (2, "error: neither python nor python3 is on the PATH\n")
 
 
 def test_a_shard_is_one_of_n():
