@@ -13,7 +13,6 @@ uncached image and the decision of every step. With --prompts, a stopped run goe
 
 import argparse
 import sys
-from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -25,11 +24,10 @@ from analysis.gallery import HEADER, Gallery, table_line
 from analysis.loading import add_loading_arguments, load
 from analysis.prompts import Prompt, read_prompts
 from analysis.runs import Limits, default_device, prepare, warm_up
-from h2cache import MethodConfig, find_method, method_names
-from h2cache.method import parse_settings
-from h2cache.presets import PRESETS, find_preset
+from analysis.scripts import TINY, check_prompts, chosen, guarded, size_of, warn
+from h2cache import find_method, method_names
+from h2cache.presets import PRESETS
 
-TINY = "assets/tiny_flux"
 PROMPT = 'a red round sign that says "CAFE" on a striped green background'
 
 
@@ -56,37 +54,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return args if args.steps > 0 else parser.error(f"--steps {args.steps}: at least one is needed")
 
 
-def settings(args: argparse.Namespace) -> MethodConfig:
-    """The method's settings: a preset's or the defaults, overridden by --tau1, --tau2 and --set."""
-    kind = find_method(args.method)
-    preset = PRESETS[args.preset] if args.preset else find_preset(args.model, args.method)
-    if preset and preset.config.name != args.method:
-        raise ValueError(f"--preset {args.preset} is one of {preset.config.name}, not of {args.method}")
-    given = [f"{k}={v}" for k, v in (("tau1", args.tau1), ("tau2", args.tau2)) if v is not None] + args.set
-    if not preset and not given and fields(kind):
-        hint = f"; measure: python -m analysis.calibrate --model {args.model}" * (args.method == "h2cache")
-        warn(f"nothing has been measured for {args.method} on {args.model}: its defaults are used{hint}")
-    return replace(preset.config if preset else kind(), **parse_settings(kind, given))
-
-
-def warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr)
-
-
 def run(args: argparse.Namespace) -> None:
-    config, uncached = settings(args), find_method("none")()
+    (config, preset), uncached = chosen(args), find_method("none")()
     limits = Limits.of(args.model)
     limits.check_size(args.height, args.width)
     prompts = read_prompts(args.prompts) if args.prompts else [Prompt("picture", args.prompt)]
-    for prompt in prompts:
-        for text in limits.warnings(prompt.text):
-            warn(f"{prompt.id}: {text}")
+    check_prompts(limits, prompts)
     args.out.mkdir(parents=True, exist_ok=True)
     keep.require_space(args.out, 16 + 8 * len(prompts))
 
     torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
     pipeline, name = load(args)
     pipeline, call, further = prepare(pipeline, limits, args)
+    if preset and (text := preset.mismatch(args.model, args.steps, size_of(call))):
+        warn(text)
     pipeline.set_progress_bar_config(delay=3, leave=False)  # seen only where a picture takes longer
     print(warm_up(pipeline, config, call | {"prompt": prompts[0].text}))
     call["num_inference_steps"] = args.steps
@@ -104,15 +85,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        run(args)
-    except KeyboardInterrupt:
-        print(f"stopped: finished pictures and their records are kept in {args.out}/", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError, MemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return guarded(lambda: run(args), f"finished pictures and their records are kept in {args.out}/")
 
 
 if __name__ == "__main__":

@@ -26,8 +26,15 @@ for argument in "$@"; do
     esac
 done
 
-gpus=$(python -c 'import torch; print(torch.cuda.device_count())')
-if [ "$gpus" -gt 1 ]; then
-    exec torchrun --nproc_per_node "$gpus" -m analysis.experiment "${arguments[@]}"
+python=$(command -v python || command -v python3 || true)
+if [ -z "$python" ]; then
+    echo "error: neither python nor python3 is on the PATH" >&2
+    exit 2
 fi
-exec python -m analysis.experiment "${arguments[@]}"
+gpus=$("$python" -c 'import torch; a = torch.accelerator; print(a.device_count() if a.is_available() else 0)')
+# ${x[@]+"${x[@]}"}: bash before 4.4 (macOS) calls an empty array unbound.
+if [ "$gpus" -gt 1 ]; then
+    exec "$python" -m torch.distributed.run --nproc_per_node "$gpus" \
+        -m analysis.experiment ${arguments[@]+"${arguments[@]}"}
+fi
+exec "$python" -m analysis.experiment ${arguments[@]+"${arguments[@]}"}

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import statistics
 import time
 from pathlib import Path
@@ -26,9 +27,11 @@ import h2cache
 from analysis import keep
 from analysis.loading import add_loading_arguments, choose_engine, load_quantized
 from analysis.runs import DTYPE, check_device, default_device
+from analysis.scripts import TINY, guarded, is_embedded
 from h2cache import H2Config
 
 INF = float("inf")
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 KINDS = {  # thresholds that make every step but the first one of this kind
     "uncached": None,
     "miss, miss": H2Config(tau1=0, tau2=0),
@@ -41,7 +44,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="assets/tiny_flux", help="folder or hub id (default: %(default)s)")
+    parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
     add_loading_arguments(parser, default_device())
     parser.add_argument("--v1", action="store_true", help="nunchaku's V1, where V2 would do")
     parser.add_argument("--side", type=int, default=None, help="of the image, in pixels (default: 1024)")
@@ -49,7 +52,12 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--burst", type=int, default=5, help="steps timed together")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in ("rounds", "burst", "side", "text"):
+        value = getattr(args, name)
+        if value is not None and value < (16 if name == "side" else 1):
+            parser.error(f"--{name} {value}: too small")
+    return args
 
 
 def load_transformer(args: argparse.Namespace) -> torch.nn.Module:
@@ -58,6 +66,10 @@ def load_transformer(args: argparse.Namespace) -> torch.nn.Module:
     if choose_engine(args.engine, args.model, args.checkpoint, args.device) == "nunchaku":
         return load_quantized(args, args.device, v1=args.v1)[0]
     dtype = args.dtype or ("float32" if torch.device(args.device).type == "cpu" else "bfloat16")
+    if not Path(args.model).expanduser().exists() and not HUB_ID.fullmatch(args.model):
+        raise FileNotFoundError(
+            f"no model folder {args.model!r}, and it has not the form owner/name of a hub id"
+        )
     model = FluxTransformer2DModel.from_pretrained(
         args.model, subfolder="transformer", **{DTYPE: getattr(torch, dtype)}
     )
@@ -160,10 +172,9 @@ def measure(bench: Bench, rounds: int) -> list[dict]:
     return rows
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
+def run(args: argparse.Namespace) -> int:
     transformer = load_transformer(args)
-    embedded = args.model == "assets/tiny_flux"
+    embedded = is_embedded(args.model)
     side, text = args.side or (128 if embedded else 1024), args.text or (24 if embedded else 512)
     inputs = random_inputs(transformer.config, (side // 16) ** 2, text, args.device, transformer.dtype)
     bench = Bench(transformer, inputs, args.burst)
@@ -173,7 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         "steps": measure(bench, args.rounds),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         | {"side": side, "text": text, "dtype": str(transformer.dtype)},
-        "machine": keep.machine(),
+        "machine": keep.machine(args.device),
         "date": keep.now(),
     }
     print(f"{report['transformer']}, {side}x{side}, {report['machine']['device_name']}, {report['date']}")
@@ -189,6 +200,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.out:
         keep.write_atomically(args.out, json.dumps(report, indent=1).encode())
     return 0 if report["identical at zero thresholds"] else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    return guarded(lambda: run(args), "nothing is written")
 
 
 if __name__ == "__main__":

@@ -44,6 +44,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--set", nargs="+", default=VARIANTS, metavar="METHOD:KEY=VALUE[:KEY=VALUE...]")
     parser.add_argument("--free-gib", type=float)
     args = parser.parse_args(argv)
+    least = {"double": 0, "single": 0, "txt": 0, "img": 1, "width": 1, "out_channels": 1, "itemsize": 1}
+    for name, low in (least | {"batch": 1}).items():
+        if getattr(args, name) < low:
+            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {low} is needed")
+    if args.double + args.single == 0:
+        parser.error("--double 0 --single 0: one block at least is needed")
+    if args.free_gib is not None and not args.free_gib >= 0:
+        parser.error(f"--free-gib {args.free_gib}: a size is not negative")
     shape = Shape(
         (args.double, args.single),
         args.img,

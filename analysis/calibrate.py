@@ -1,12 +1,14 @@
 """Measure H2-Cache's thresholds on a model: the whole (tau1, tau2) plane, and the best pair for a speed-up.
 
     python -m analysis.calibrate                     # embedded model, 32 prompts, 50 steps
+    python -m analysis.calibrate --table --out assets/results/tiny_flux_presets
     python -m analysis.calibrate --model black-forest-labs/FLUX.1-dev --steps 50 --prompts my.jsonl
 
 Every pair draws the same prompts with the same seeds; contestants take turns prompt by prompt, so that a
 machine that drifts is fair. After each prompt the rows are written (records.jsonl): a killed run goes on.
 The best pair for a speed-up S is the one of highest mean PSNR among those with at least S times fewer blocks.
---shard I/N does every N-th prompt only, for N processes that share --out.
+--shard I/N does every N-th prompt only, for N processes that share --out. A table is of one setting (model,
+steps, size, guidance, seed, dtype, ...): what --out holds of others is left to a table of its own.
 """
 
 from __future__ import annotations
@@ -19,14 +21,15 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
 
-import torch
 from tqdm import tqdm
 
-from analysis import keep
+from analysis import keep, ocr
+from analysis.families import add_family_arguments
+from analysis.loading import add_loading_arguments
 from analysis.metrics import ClipIqa, fidelity
-from analysis.ocr import word_recall
 from analysis.prompts import read_prompts
-from analysis.runs import Limits, call_arguments, default_device, draw, load_pipeline
+from analysis.runs import default_device, draw
+from analysis.scripts import TINY, command_of, guarded, shard, shipped, start
 from h2cache import H2Config, find_method
 from h2cache.method import parse_settings
 
@@ -34,12 +37,12 @@ GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
 WANTED = (2.0, 3.0, 4.0, 5.08, 6.0)
 
 
-def arguments() -> argparse.Namespace:
+def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="assets/tiny_flux")
-    parser.add_argument("--prompts", type=Path, default=Path("assets/prompts/tiny32.jsonl"))
+    parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
+    parser.add_argument("--prompts", type=Path, default=Path(shipped("assets/prompts/tiny32.jsonl")))
     parser.add_argument("--tau1", type=float, nargs="+", default=GRID)
     parser.add_argument("--tau2", type=float, nargs="+", default=GRID)
     parser.add_argument("--pairs", nargs="+", metavar="TAU1/TAU2[/HITS]", help="instead of the grid")
@@ -48,55 +51,70 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--clip", help="also judge every image by CLIP-IQA: CLIP as a folder or hub id")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, default=3.5)
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--dtype", default=None)
-    parser.add_argument("--shard", default="0/1", help="I/N: every N-th prompt, from the I-th")
+    parser.add_argument("--height", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's)")
+    add_family_arguments(parser)
+    add_loading_arguments(parser, default_device())
+    parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th prompt")
     parser.add_argument("--out", type=Path, default=Path("outputs/calibration"))
     parser.add_argument(
         "--table", action="store_true", help="draw nothing, print what --out holds as Markdown"
     )
-    return parser.parse_args()
+    args = parser.parse_args(argv)
+    return args if args.steps > 0 else parser.error(f"--steps {args.steps}: at least one is needed")
 
 
 def configurations(args: argparse.Namespace) -> list[H2Config]:
+    """The settings that --pairs, or --tau1 and --tau2, and --set name."""
     others = parse_settings(H2Config, args.set)
     pairs = args.pairs or ["/".join(map(str, pair)) for pair in itertools.product(args.tau1, args.tau2)]
     configs = []
     for pair in pairs:
-        tau1, tau2, *hits = pair.split("/")
-        given = [f"tau1={tau1}", f"tau2={tau2}", *(f"max_consecutive_hits={n}" for n in hits)]
+        parts = pair.split("/")
+        if len(parts) not in (2, 3):
+            raise ValueError(f"--pairs {pair}: the form is TAU1/TAU2 or TAU1/TAU2/HITS, such as 0.3/0.1")
+        names = ("tau1", "tau2", "max_consecutive_hits")
+        given = [f"{name}={part}" for name, part in zip(names, parts, strict=False)]
         configs.append(H2Config(**others | parse_settings(H2Config, given)))
     return configs
 
 
-def measure(args: argparse.Namespace) -> None:
-    """Fill `records.jsonl` (of this shard) with a row for each prompt and pair."""
-    limits = Limits.of(args.model)
-    torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
-    pipeline = load_pipeline(args.model, args.device, args.dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    call = call_arguments(pipeline, limits, None, None, args.guidance) | {"num_inference_steps": args.steps}
-    index, count = map(int, args.shard.split("/"))
-    prompts = read_prompts(args.prompts)[index::count]
-    path = args.out / f"records-{index}-of-{count}.jsonl"
-    rows = keep.read_records(path)
+def measure(args: argparse.Namespace) -> dict:
+    """Fill `records.jsonl` (of this shard) with a row for each prompt and pair; returns their settings."""
     contestants = [find_method("none")(), *configurations(args)]
+    index, count = args.shard
+    prompts = read_prompts(args.prompts)[index::count]
+    if not prompts:
+        raise ValueError(f"--shard {index}/{count}: {args.prompts} has no prompt for it")
+    if args.words and (reason := ocr.problem()):
+        raise ImportError(f"--words: {reason}")
     clip = ClipIqa(args.clip) if args.clip else None
+    args.out.mkdir(parents=True, exist_ok=True)
+    pipeline, _, call, settings = start(args, prompts)
+    settings |= {"device": pipeline.device.type, "dtype": str(pipeline.dtype)}
+    settings |= {"words": args.words, "clip": args.clip}
+    path = args.out / f"records-{index}-of-{count}.jsonl"
+    rows, done = keep.read_records(path), {row["key"] for row in read(args.out)}
     draw(pipeline, contestants[0], 0, prompt=prompts[0].text, **call)  # warm-up, untimed
-    for prompt in tqdm(prompts, unit="prompt"):
+    for number, prompt in enumerate(tqdm(prompts, unit="prompt")):
         seed = args.seed if prompt.seed is None else prompt.seed
-        fixed = {"model": args.model, "prompt": prompt.text, "seed": seed, "call": call, "words": args.words}
-        fixed |= {"clip": args.clip} if clip else {}
+        fixed = settings | {"prompt": prompt.text, "seed": seed}
         keys = [keep.run_key(**fixed, config=repr(config)) for config in contestants]
-        if all(key in rows for key in keys):
+        if done.issuperset(keys):
             continue
         # All pictures first, then the metrics: reading words would leave cold caches to the next picture.
-        drawn = [draw(pipeline, config, seed, prompt=prompt.text, **call) for config in contestants]
+        turns = [
+            (number + n) % len(contestants) for n in range(len(contestants))
+        ]  # each prompt another order
+        found = {n: draw(pipeline, contestants[n], seed, prompt=prompt.text, **call) for n in turns}
+        drawn = [found[n] for n in range(len(contestants))]
         for key, config, result in zip(keys, contestants, drawn, strict=True):
             rows[key] = {
                 "key": key,
                 "id": prompt.id,
+                "prompt": prompt.text,
+                "settings": settings,
+                "seed": seed,
                 "method": config.name,
                 "config": keep.settings_of(config),
                 "seconds": round(result.seconds, 4),
@@ -105,15 +123,30 @@ def measure(args: argparse.Namespace) -> None:
                 "blocks": result.summary.blocks,
                 "hits": result.summary.hits,
                 **fidelity(result.image, drawn[0].image),
-                "words": word_recall(prompt.words or (), result.image) if args.words else None,
+                "words": ocr.word_recall(prompt.words or (), result.image) if args.words else None,
                 "clip_iqa": clip(result.image) if clip else None,
             }
         keep.write_records(path, rows)
+    return settings
+
+
+def by_setting(rows: list[dict]) -> dict[str, list[dict]]:
+    """The rows of each setting; those from before rows said theirs count as one, under ""."""
+    found: dict[str, list[dict]] = {}
+    for row in rows:
+        told = row.get("settings")
+        found.setdefault(json.dumps(told, sort_keys=True) if told else "", []).append(row)
+    return found
 
 
 def table(rows: list[dict]) -> list[dict]:
-    """One line for each pair, over prompts: means (of time: medians), against the uncached pictures."""
-    base = {r["id"]: r for r in rows if r["method"] == "none"}
+    """One line for each pair, over prompts: means (of time: medians), against the uncached pictures.
+
+    Raises ValueError for rows of several settings (`by_setting` divides them).
+    """
+    if len(by_setting(rows)) > 1:
+        raise ValueError(f"rows of several settings do not make one table: {', '.join(by_setting(rows))}")
+    base = {_drawn(r): r for r in rows if r["method"] == "none"}
     cached = [r for r in rows if r["method"] != "none"]
     settings = {json.dumps(r["config"]): r["config"] for r in cached}
     lines = []
@@ -126,7 +159,8 @@ def table(rows: list[dict]) -> list[dict]:
             {
                 "config": config,
                 "prompts": len(mine),
-                "blocks": sum(base[r["id"]]["blocks_run"] for r in mine) / sum(r["blocks_run"] for r in mine),
+                "blocks": sum(base[_drawn(r)]["blocks_run"] for r in mine)
+                / sum(r["blocks_run"] for r in mine),
                 "speed_up": median(r["seconds_uncached"] / r["seconds"] for r in mine),
                 "seconds": median(r["seconds"] for r in mine),
                 "seconds_uncached": median(r["seconds_uncached"] for r in mine),
@@ -134,11 +168,16 @@ def table(rows: list[dict]) -> list[dict]:
                 "worst_psnr": min(psnr, default=None),
                 "ssim": fmean(r["ssim"] for r in mine),
                 "words": fmean(words) if words else None,
-                "words_uncached": fmean(base[r["id"]]["words"] for r in mine) if words else None,
+                "words_uncached": fmean(base[_drawn(r)]["words"] for r in mine) if words else None,
                 "clip_iqa": fmean(clip) if clip else None,
             }
         )
     return lines
+
+
+def _drawn(row: dict) -> tuple:
+    """What a row is of: two prompt files may use one id."""
+    return row["id"], row.get("prompt"), row.get("seed")
 
 
 def best(lines: list[dict], blocks: float) -> dict | None:
@@ -176,27 +215,33 @@ def markdown(lines: list[dict]) -> str:
 
 
 def read(folder: Path) -> list[dict]:
-    """All rows of a calibration, whichever processes wrote them."""
-    paths = sorted(folder.glob("records-*.jsonl"))
-    return [row for path in paths for row in keep.read_records(path).values()]
+    """All rows of a calibration, whichever processes wrote them, each once; packed files too."""
+    rows: dict[str, dict] = {}
+    for path in sorted([*folder.glob("records-*.jsonl"), *folder.glob("records-*.jsonl.gz")]):
+        rows |= keep.read_records(path)
+    return list(rows.values())
 
 
-def main() -> int:
-    args = arguments()
+def tables(folder: Path) -> str:
+    """What `folder` holds as Markdown, a table for each setting."""
+    found = by_setting(read(folder))
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no records of a calibration (records-*.jsonl)")
+    heads = [f"Settings: {setting or 'not told'}\n\n" if len(found) > 1 else "" for setting in found]
+    return "\n\n".join(head + markdown(table(rows)) for head, rows in zip(heads, found.values(), strict=True))
+
+
+def run(args: argparse.Namespace, command: str) -> None:
     if args.table:
-        print(markdown(table(read(args.out))))
-        return 0
-    args.out.mkdir(parents=True, exist_ok=True)
-    try:
-        measure(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    lines = table(read(args.out))
+        print(tables(args.out))
+        return
+    settings = measure(args)
+    lines = table(by_setting(read(args.out))[json.dumps(settings, sort_keys=True)])
     summary = {
-        "command": f"python -m analysis.calibrate {' '.join(sys.argv[1:])}",
-        "machine": keep.machine(),
+        "command": command,
+        "machine": keep.machine(args.device),
         "date": keep.now(),
+        "settings": settings,
         "table": lines,
         "best": {str(wanted): best(lines, wanted) for wanted in WANTED},
     }
@@ -206,7 +251,13 @@ def main() -> int:
     for wanted in WANTED:
         found = best(lines, wanted)
         print(f"best with at least {wanted}x fewer blocks: {show(found) if found else 'none'}")
-    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    command = command_of("calibrate", argv)
+    kept = f"the same command goes on; finished prompts are in {args.out}/"
+    return guarded(lambda: run(args, command), kept)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +34,24 @@ from accelerate import PartialState
 from PIL import Image
 from tqdm import tqdm
 
-from analysis import keep
+from analysis import keep, ocr
+from analysis.families import add_family_arguments
 from analysis.flops import count_step
-from analysis.loading import add_loading_arguments, load
-from analysis.metrics import ClipIqa, fidelity, more_fidelity
-from analysis.ocr import word_recall
+from analysis.loading import add_loading_arguments
+from analysis.metrics import ClipIqa, fidelity, lpips_model, more_fidelity
 from analysis.prompts import Prompt, read_prompts
-from analysis.runs import Limits, call_arguments, default_device, draw
+from analysis.runs import default_device, draw
+from analysis.scripts import TINY, command_of, guarded, is_embedded, shipped, size_of, start, warn
 from analysis.table import write_tables
 from h2cache import MethodConfig, find_method
 from h2cache.api import checkpoint_name
 from h2cache.method import parse_settings
-from h2cache.presets import PRESETS, find_preset
+from h2cache.presets import PRESETS, Preset, find_preset
 
-TINY = "assets/tiny_flux"
-PROMPTS = {TINY: Path("assets/prompts/cute80_tiny.jsonl")}
-CUTE80 = Path("assets/prompts/cute80.jsonl")
+CUTE80 = Path(shipped("assets/prompts/cute80.jsonl"))
+CUTE80_TINY = Path(shipped("assets/prompts/cute80_tiny.jsonl"))  # in words that the embedded model knows
 PAPER = ("none", "block_cache", "teacache", "h2cache", "fewer_steps")  # the paper's four and the control
-OURS = {TINY: ("tiny_flux-5x-ahead",)}  # presets to compare with those
+OURS = ("tiny_flux-5x-ahead",)  # presets to compare with those on the embedded model
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -68,13 +68,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="the same for every prompt, as in the paper")
     parser.add_argument("--height", type=int)
     parser.add_argument("--width", type=int)
-    parser.add_argument("--guidance", type=float, default=3.5)
+    add_family_arguments(parser)
     add_loading_arguments(parser, None)  # one accelerator for each process
     parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id (default: the hub's cache)")
     parser.add_argument("--no-words", action="store_true", help="do not read the words back (OCR)")
     parser.add_argument("--out", type=Path, default=Path("outputs/experiment"))
     args = parser.parse_args(argv)
-    args.methods = args.methods or [*PAPER, *OURS.get(args.model, ())]
+    args.methods = args.methods or [*PAPER, *(OURS if is_embedded(args.model) else ())]
     if args.steps < 1 or (args.limit is not None and args.limit < 1):
         parser.error("--steps and --limit must be at least 1")
     return args
@@ -89,6 +89,7 @@ class Contestant:
 
     label: str
     config: MethodConfig
+    preset: Preset | None = field(default=None, compare=False)  # that it is, unchanged
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -101,7 +102,8 @@ def contestants(texts: Sequence[str], model: str, checkpoint: str | None) -> lis
     for text in texts:
         if text in PRESETS:
             preset = PRESETS[text]
-            found.append(Contestant(f"{preset.method} ({text})", preset.config.for_checkpoint(checkpoint)))
+            config = preset.config.for_checkpoint(checkpoint)
+            found.append(Contestant(f"{preset.method} ({text})", config, preset))
             continue
         name, *parts = text.split(":")
         kind = find_method(name)
@@ -113,7 +115,7 @@ def contestants(texts: Sequence[str], model: str, checkpoint: str | None) -> lis
             choices.append([f"{key}={value}" for value in values.split(",")])
         for given in itertools.product(*choices):
             config = replace(base, **parse_settings(kind, list(given))).for_checkpoint(checkpoint)
-            found.append(Contestant(" ".join([name, *given]), config))
+            found.append(Contestant(" ".join([name, *given]), config, None if parts else preset))
     return list(dict.fromkeys(found))
 
 
@@ -125,29 +127,31 @@ class Experiment:
 
     def __init__(self, args: argparse.Namespace, state: PartialState) -> None:
         self.args, self.state = args, state
-        limits = Limits.of(args.model)
-        limits.check_size(args.height, args.width)
-        torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
-        path = args.prompts or PROMPTS.get(args.model, CUTE80)
+        path = args.prompts or (CUTE80_TINY if is_embedded(args.model) else CUTE80)
         self.prompts = read_prompts(path)[: args.limit]
+        self.unread = None if args.no_words else ocr.problem()
+        if args.clip:
+            ClipIqa(args.clip)  # before the hours of drawing: OSError with what to do
         device = args.device or (str(state.device) if state.num_processes > 1 else default_device())
-        self.pipeline, name = load(args, device)
-        self.pipeline.set_progress_bar_config(disable=True)
+        shown = self.prompts if state.is_main_process else ()
+        self.pipeline, _, self.call, settings = start(args, shown, device)
         self.contestants = contestants(args.methods, args.model, checkpoint_name(self.pipeline))
-        self.call = call_arguments(self.pipeline, limits, args.height, args.width, args.guidance)
-        self.call["num_inference_steps"] = args.steps
-        self.settings = {
-            "model": name,
-            "steps": args.steps,
-            "height": self.call["height"],
-            "width": self.call["width"],
-            "guidance": args.guidance,
-            "seed": args.seed,
+        self.machine = keep.machine(device)
+        self.settings = settings | {
             "device": self.pipeline.device.type,
             "dtype": str(self.pipeline.dtype),
             "processes": state.num_processes,
         }
         self.folder = args.out / "runs" / keep.run_key(**self.settings)[:8]
+
+    def warn(self) -> None:
+        """Say what will be missing from the table, and which presets are far from home."""
+        if self.unread:
+            warn(f"words are not read back: {self.unread}")
+        presets = [c.preset for c in self.contestants if c.preset]
+        told = [p.mismatch(self.args.model, self.args.steps, size_of(self.call)) for p in presets]
+        for text in dict.fromkeys(filter(None, told)):
+            warn(text)
 
     def prepare(self) -> None:
         """Make the folders; check the disk; count operations."""
@@ -156,9 +160,11 @@ class Experiment:
         keep.sweep(self.folder)
         keep.write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
         pictures = len(self.prompts) * len(self.contestants)
-        pixels = self.call["height"] * self.call["width"]
+        pixels = (
+            (self.call.get("height") or 1024) * (self.call.get("width") or 1024) * (self.args.frames or 1)
+        )
         keep.require_space(self.folder, 16 + pictures * pixels * 4 // 2**20)
-        self.cost = count_step(self.pipeline, self.call)
+        self.cost = count_step(self.pipeline, self.call | {"prompt": self.prompts[0].text})
 
     def key(self, prompt: Prompt, contestant: Contestant) -> str:
         """Names a picture: everything that decides how it looks and what it costs."""
@@ -227,7 +233,7 @@ class Experiment:
             **drawn.costs(),
             "tflops": round(self.cost.tflops(drawn.trace), 6),
             "png_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "machine": keep.machine(),
+            "machine": self.machine,
             "date": keep.now(),
             "trace": keep.compact(drawn.trace),
         }
@@ -239,26 +245,29 @@ class Experiment:
         try:
             clip = ClipIqa(self.args.clip)
         except OSError as error:
+            if self.args.clip:
+                raise
             reason = str(error)
-        how = {"words": not self.args.no_words, "clip": clip.name if clip else None}
+        read = not self.args.no_words and self.unread is None
+        how = {"clip": [clip.name, self.args.clip] if clip else None, "lpips": lpips_model() is not None}
         tasks = []
         for _, prompt in self.mine():
             base = self.key(prompt, self.contestants[0])
+            mine = how | {"words": list(prompt.words or ()) if read else None}
             for contestant in self.contestants:
                 key = self.key(prompt, contestant)
                 if not (self.row_path(key).is_file() and self.row_path(base).is_file()):
                     continue  # could not be drawn
-                if (keep.read_json(self.score_path(key)) or {}).get("how") != how:
-                    tasks.append((key, base, prompt))
-        for key, base, prompt in tqdm(
-            tasks, "scoring", unit="picture", disable=not self.state.is_main_process
-        ):
+                if (keep.read_json(self.score_path(key)) or {}).get("how") != mine:
+                    tasks.append((key, base, mine))
+        for key, base, mine in tqdm(tasks, "scoring", unit="picture", disable=not self.state.is_main_process):
             image, uncached = Image.open(self.image_path(key)), Image.open(self.image_path(base))
             score = {
-                "how": how,
+                "how": mine,
                 **fidelity(image, uncached),
                 **more_fidelity(image, uncached),
-                "words_read": word_recall(prompt.words or (), image) if how["words"] else None,
+                "words_read": ocr.word_recall(mine["words"], image) if read else None,
+                "words_reason": self.unread,
                 "clip_iqa": clip(image) if clip else None,
                 "clip_iqa_reason": reason,
             }
@@ -275,7 +284,7 @@ class Experiment:
         return rows
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, command: str) -> int:
     state = PartialState(cpu=not torch.accelerator.is_available())
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and state.num_processes == 1:
         raise ValueError("WORLD_SIZE is above 1 but this process is alone: start it with torchrun")
@@ -283,6 +292,7 @@ def run(args: argparse.Namespace) -> int:
     if state.is_main_process:
         labels = ", ".join(c.label for c in experiment.contestants)
         print(f"{len(experiment.prompts)} prompts by {labels}, kept in {experiment.folder}")
+        experiment.warn()
     experiment.prepare()
     failed = experiment.draw()
     state.wait_for_everyone()
@@ -290,7 +300,6 @@ def run(args: argparse.Namespace) -> int:
     state.wait_for_everyone()
     if state.is_main_process:
         rows = experiment.rows()
-        command = f"python -m analysis.experiment {' '.join(sys.argv[1:])}".strip()
         print(write_tables(args.out, experiment.folder / "images", rows, experiment.settings, command))
         print(f"table.md, table.csv, table.json, rows.jsonl and compare.png are in {args.out}/")
     if failed:
@@ -300,14 +309,10 @@ def run(args: argparse.Namespace) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        return run(args)
-    except KeyboardInterrupt:
-        print(f"stopped: the same command goes on; what is finished is in {args.out}/", file=sys.stderr)
-        return 130
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    command = command_of("experiment", argv)
+    return guarded(
+        lambda: run(args, command), f"the same command goes on; what is finished is in {args.out}/"
+    )
 
 
 if __name__ == "__main__":

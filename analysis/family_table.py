@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 import h2cache
 from analysis import keep
+from analysis.scripts import command_of, guarded, shipped
 from analysis.tiny_families import FAMILIES
 from h2cache import MethodConfig, find_method, method_names
 from h2cache.method import parse_settings
 from h2cache.presets import PRESETS
 
 STEPS = 5
+SHIPPED = Path(shipped("assets/results"))
 RUNS, FIT, REFUSED, FAILED, MEASURED = "runs", "runs, once fitted", "refused", "FAILED", "measured"
 CHECKPOINTS = {"flux": "tiny_flux"}  # of which family our measured checkpoints are
 STAND_IN = {  # for constants fitted to a checkpoint
@@ -52,9 +54,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     methods = [*method_names(), *VARIANTS]
     parser.add_argument("--methods", nargs="+", default=methods, metavar="METHOD[:KEY=VALUE...]")
-    parser.add_argument("--out", type=Path, default=Path("assets/results"))
+    parser.add_argument("--out", type=Path, help=f"default: {SHIPPED}, for the whole table only")
     parser.add_argument("--table", action="store_true", help="try nothing, print what is there")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for method in args.methods:
+        try:
+            settings_of(method)
+        except ValueError as error:
+            parser.error(str(error))
+    whole = args.families == list(FAMILIES) and args.methods == methods
+    if args.out is None and not (whole or args.table):
+        parser.error(f"a part of the table would replace the whole one in {SHIPPED}: give --out DIR")
+    args.out = args.out or SHIPPED
+    return args
 
 
 def settings_of(text: str) -> MethodConfig:
@@ -70,12 +82,18 @@ def outcome(pipeline: DiffusionPipeline, call: dict, config: MethodConfig) -> tu
     for settings, good in ((config, RUNS), (replace(config, **stand_ins), FIT)):
         try:
             h2cache.enable(pipeline, settings)
-            pipeline(**call, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
-            return (good, "") if h2cache.step_records(pipeline) else (FAILED, "no step was recorded")
         except (ValueError, MemoryError) as error:
             reason = str(error)
-        except Exception as error:
-            return FAILED, f"{type(error).__name__}: {error}"
+            continue
+        try:
+            pipeline(**call, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
+            return (good, "") if h2cache.step_records(pipeline) else (FAILED, "no step was recorded")
+        except MemoryError as error:  # reckoned before the first block
+            reason = str(error)
+        except Exception as error:  # a refusal names its method; what else is wrong with a call is a fault
+            if not (isinstance(error, ValueError) and re.search(rf"\b{settings.name}\b", str(error))):
+                return FAILED, f"{type(error).__name__}: {error}"
+            reason = str(error)
         finally:
             h2cache.disable(pipeline)
     return REFUSED, reason
@@ -83,7 +101,7 @@ def outcome(pipeline: DiffusionPipeline, call: dict, config: MethodConfig) -> tu
 
 def measured(family: str, method: str) -> bool:
     """Whether a preset of `method` was measured by us on a checkpoint of `family`."""
-    ours = [p for p in PRESETS.values() if p.model == CHECKPOINTS.get(family)]
+    ours = [p for p in PRESETS.values() if p.ours and p.model == CHECKPOINTS.get(family)]
     return any(p.config.name == method for p in ours)
 
 
@@ -126,18 +144,19 @@ def table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
+def run(args: argparse.Namespace, command: str) -> int:
     path = args.out / "families.json"
     if args.table:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is not there: make it with --out {args.out}")
         print(table(json.loads(path.read_text(encoding="utf-8"))))
         return 0
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()  # the tiny models are odd in ways that do not matter
     rows = trial(args.families, args.methods)
     report = {
-        "command": "python -m analysis.family_table",
-        "machine": keep.machine(),
+        "command": command,
+        "machine": keep.machine("cpu"),
         "date": keep.now(),
         "methods": args.methods,
         "families": rows,
@@ -147,6 +166,11 @@ def main(argv: list[str] | None = None) -> int:
     keep.write_atomically(args.out / "families.md", table(report).encode())
     print(table(report))
     return int(any(c["outcome"] == FAILED for row in rows.values() for c in row["methods"].values()))
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    return guarded(lambda: run(args, command_of("family_table", argv)), "nothing is written")
 
 
 if __name__ == "__main__":

@@ -16,17 +16,25 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from analysis import keep
 from analysis.prompts import read_prompts
-from analysis.runs import Limits, call_arguments, default_device, draw, load_pipeline
-from h2cache.api import checkpoint_name
+from analysis.runs import draw
+from analysis.scripts import (
+    add_measuring_arguments,
+    command_of,
+    guarded,
+    save_constants,
+    shipped,
+    start,
+    warn,
+)
 from h2cache.method import Method, MethodConfig
 from h2cache.stages import Run
 
@@ -34,7 +42,7 @@ if TYPE_CHECKING:
     from h2cache.memory import Memory
     from h2cache.stages import Program, Span
 
-CONSTANTS = Path("baselines/constants/magcache.json")
+CONSTANTS = Path(shipped("baselines/constants/magcache.json"))
 
 
 @dataclass(frozen=True)
@@ -73,72 +81,62 @@ class Watch(Method):
 
 
 def fit(points: list[tuple[str, int, float, float, float]]) -> dict:
-    """The mean ratio of each step and branch, the first 1 by convention; and how steady they are."""
-    branches = {"ratios": [p for p in points if p[0] != "uncond"]}
+    """The mean ratio of each step and branch, the first 1 by convention; and how steady they are.
+
+    MagCache has a table for the branch named "uncond" and one for all others: those are averaged, and named
+    under `averaged_branches`.
+    """
+    others = [p for p in points if p[0] != "uncond"]
+    branches = {"ratios": others}
     if uncond := [p for p in points if p[0] == "uncond"]:
         branches["ratios_uncond"] = uncond
     result: dict = {}
     for name, rows in branches.items():
         steps = sorted({row[1] for row in rows})
-        of = {step: np.array([row[2:] for row in rows if row[1] == step]) for step in steps}
-        result[name] = [1.0, *(round(float(of[step][:, 0].mean()), 5) for step in steps)]
-    spread = [float(of[step][:, 0].std()) for step in steps]
-    result["largest_deviation_over_prompts"] = round(max(spread), 5)
-    result["mean_deviation_over_tokens"] = round(float(np.mean([p[3] for p in points])), 5)
-    result["mean_cosine_distance"] = round(float(np.mean([p[4] for p in points])), 5)
+        result[name] = [1.0, *(round(fmean(r[2] for r in rows if r[1] == step), 5) for step in steps)]
+    if len(names := sorted({p[0] for p in others})) > 1:
+        result["averaged_branches"] = names
+    over_prompts: dict[tuple[str, int], list[float]] = {}
+    for branch, step, ratio, *_ in points:
+        over_prompts.setdefault((branch, step), []).append(ratio)
+    result["largest_deviation_over_prompts"] = round(max(map(pstdev, over_prompts.values())), 5)
+    result["mean_deviation_over_tokens"] = round(fmean(p[3] for p in points), 5)
+    result["mean_cosine_distance"] = round(fmean(p[4] for p in points), 5)
     return result
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="assets/tiny_flux")
-    parser.add_argument("--prompts", type=Path, default=Path("assets/prompts/tiny32.jsonl"))
+    add_measuring_arguments(parser)
     parser.add_argument("--limit", type=int, default=8, help="number of prompts")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, default=3.5)
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--dtype", default=None)
     parser.add_argument("--save", action="store_true", help=f"write the result into {CONSTANTS}")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.steps < 2 or args.limit < 1:
         parser.error(
             f"--steps {args.steps} --limit {args.limit}: two steps and one prompt at least are needed"
         )
-    try:
-        result = measure(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(result))
-    return 0
+    return guarded(lambda: measure(args, command_of("fit_magcache", argv)), "nothing is saved")
 
 
-def measure(args: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace, command: str) -> None:
     """Run the prompts and take the means; save them if asked."""
-    limits = Limits.of(args.model)
-    torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
-    pipeline = load_pipeline(args.model, args.device, args.dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    call = call_arguments(pipeline, limits, None, None, args.guidance) | {"num_inference_steps": args.steps}
+    prompts = read_prompts(args.prompts)[: args.limit]
+    pipeline, _, call, _ = start(args, prompts)
     points = []
-    for prompt in tqdm(read_prompts(args.prompts)[: args.limit], unit="prompt"):
+    for prompt in tqdm(prompts, unit="prompt"):
         config = WatchConfig()
         draw(pipeline, config, args.seed if prompt.seed is None else prompt.seed, prompt=prompt.text, **call)
         points += config.points
     result = fit(points)
-    result["source"] = (
-        f"python -m analysis.fit_magcache {' '.join(sys.argv[1:])}".strip()
-        + f", {args.steps} steps, {args.limit} prompts, {keep.machine()['device_name']}, {keep.now()[:10]}"
-    )
+    machine = keep.machine(args.device)["device_name"]
+    result["source"] = f"{command}, {args.steps} steps, {len(prompts)} prompts, {machine}, {keep.now()[:10]}"
     if args.save:
-        table = json.loads(CONSTANTS.read_text(encoding="utf-8"))
-        table[checkpoint_name(pipeline)] = result
-        rows = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in table.items()]
-        keep.write_atomically(CONSTANTS, ("{\n" + ",\n".join(rows) + "\n}\n").encode())
-    return result
+        save_constants(CONSTANTS, pipeline, result)
+    print(json.dumps(result))
+    if "averaged_branches" in result:
+        warn(f"the table is the mean of the branches {', '.join(result['averaged_branches'])}")
 
 
 if __name__ == "__main__":

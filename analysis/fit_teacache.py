@@ -20,14 +20,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from analysis import keep
 from analysis.prompts import read_prompts
-from analysis.runs import Limits, call_arguments, default_device, draw, load_pipeline
-from h2cache.api import checkpoint_name
+from analysis.runs import draw
+from analysis.scripts import (
+    add_measuring_arguments,
+    command_of,
+    guarded,
+    save_constants,
+    shipped,
+    start,
+    warn,
+)
 from h2cache.method import Method, MethodConfig
 from h2cache.similarity import relative_l1
 from h2cache.stages import Look, Run
@@ -36,7 +43,7 @@ if TYPE_CHECKING:
     from h2cache.memory import Memory
     from h2cache.stages import Program, Span
 
-CONSTANTS = Path("baselines/constants/teacache.json")
+CONSTANTS = Path(shipped("baselines/constants/teacache.json"))
 
 
 @dataclass(frozen=True)
@@ -56,18 +63,20 @@ class Watch(Method):
     """Runs every block."""
 
     config: WatchConfig
-    last: tuple[Tensor, Tensor] | None = None
+
+    def __init__(self, config: WatchConfig) -> None:
+        super().__init__(config)
+        self.last: dict[str, tuple[Tensor, Tensor]] = {}  # by guidance branch
 
     def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
         modulated = yield Look()
         ran = yield Run(range(stages[-1].last))
         now = (modulated, ran.residual.img)
         if memory.step > 0:
-            changes = [
-                relative_l1(a, b, per_sample=False).item() for a, b in zip(self.last, now, strict=True)
-            ]
+            pairs = zip(self.last[memory.branch], now, strict=True)
+            changes = [relative_l1(a, b, per_sample=False).item() for a, b in pairs]
             self.config.points.append((memory.step, *changes))
-        self.last = now
+        self.last[memory.branch] = now
         for stage in stages:
             memory.record(stage, None, None, "miss")
 
@@ -88,44 +97,25 @@ def fit(points: np.ndarray) -> dict:
     }
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", default="assets/tiny_flux")
-    parser.add_argument("--prompts", type=Path, default=Path("assets/prompts/tiny32.jsonl"))
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--guidance", type=float, default=3.5)
-    parser.add_argument("--device", default=default_device())
-    parser.add_argument("--dtype", default=None)
+    add_measuring_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("outputs/teacache"))
     parser.add_argument("--save", action="store_true", help=f"write the result into {CONSTANTS}")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.steps < 3:
         parser.error(f"--steps {args.steps}: two changes at least are needed, that is three steps")
-    try:
-        result = measure(args)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(result, indent=1))
-    if result["lowest_value_in_range"] < 0:
-        print(
-            "warning: the polynomial is negative inside the range of changes: use clamp=true", file=sys.stderr
-        )
-    return 0
+    return guarded(lambda: measure(args, command_of("fit_teacache", argv)), "nothing is saved")
 
 
-def measure(args: argparse.Namespace) -> dict:
+def measure(args: argparse.Namespace, command: str) -> None:
     """Run the prompts, keep the points in --out, and fit."""
-    limits = Limits.of(args.model)
-    torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
-    pipeline = load_pipeline(args.model, args.device, args.dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    call = call_arguments(pipeline, limits, None, None, args.guidance) | {"num_inference_steps": args.steps}
+    prompts = read_prompts(args.prompts)
+    pipeline, _, call, _ = start(args, prompts)
     watched = []
-    for prompt in tqdm(read_prompts(args.prompts), unit="prompt"):
+    for prompt in tqdm(prompts, unit="prompt"):
         config = WatchConfig()
         draw(pipeline, config, args.seed if prompt.seed is None else prompt.seed, prompt=prompt.text, **call)
         watched += [(prompt.id, *point) for point in config.points]
@@ -133,15 +123,13 @@ def measure(args: argparse.Namespace) -> dict:
     lines = ["id,step,input_change,output_change", *(",".join(map(str, row)) for row in watched)]
     keep.write_atomically(args.out / "points.csv", ("\n".join(lines) + "\n").encode())
     result = fit(np.array([row[2:] for row in watched]))
-    result["source"] = (
-        f"python -m analysis.fit_teacache {' '.join(sys.argv[1:])}".strip()
-        + f", {args.steps} steps, {keep.machine()['device_name']}, {keep.now()[:10]}"
-    )
+    machine = keep.machine(args.device)["device_name"]
+    result["source"] = f"{command}, {args.steps} steps, {machine}, {keep.now()[:10]}"
     if args.save:
-        table = json.loads(CONSTANTS.read_text(encoding="utf-8"))
-        table[checkpoint_name(pipeline)] = result
-        keep.write_atomically(CONSTANTS, (json.dumps(table, indent=1) + "\n").encode())
-    return result
+        save_constants(CONSTANTS, pipeline, result)
+    print(json.dumps(result, indent=1))
+    if result["lowest_value_in_range"] < 0:
+        warn("the polynomial is negative inside the range of changes: use clamp=true")
 
 
 if __name__ == "__main__":

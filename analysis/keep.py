@@ -5,10 +5,12 @@ Files go to a temporary name in the same folder and are then renamed: a killed r
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import warnings
 from dataclasses import asdict
@@ -25,27 +27,49 @@ from PIL import Image
 from h2cache import MethodConfig
 
 
+class BrokenLine(UserWarning):
+    """A line of records that cannot be read."""
+
+
+def temporary(path: Path, process: int | None = None) -> Path:
+    """Where `process` (default: this one) of this machine writes what is to become `path`."""
+    return path.with_name(f".{path.name}.{HOST}.{process or os.getpid()}.tmp")
+
+
+HOST = re.sub(r"[^A-Za-z0-9-]", "_", platform.node()) or "local"  # folders may be shared between machines
+TEMPORARY = re.compile(rf"\..+\.{HOST}\.(\d+)\.tmp")
+
+
 def write_atomically(path: Path, data: bytes) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    half = temporary(path)
     try:
-        with open(temporary, "wb") as file:
+        with open(half, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(half, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        half.unlink(missing_ok=True)
 
 
 def sweep(folder: Path) -> None:
     """Remove the temporary files of processes of this machine that were killed while they wrote."""
     for path in folder.rglob(".*.tmp"):
-        process = int(path.suffixes[-2][1:])
-        try:
-            os.kill(process, 0)
-        except ProcessLookupError:
+        match = TEMPORARY.fullmatch(path.name)
+        if match and not _runs(int(match[1])):
             path.unlink(missing_ok=True)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this number may be running on this machine."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def save_png(path: Path, image: Image.Image) -> None:
@@ -61,16 +85,39 @@ def run_key(**settings: Any) -> str:
 
 
 def read_records(path: Path) -> dict[str, dict]:
-    """The rows of a `records.jsonl` by key; broken lines are left out with a warning that names them."""
-    rows = {}
-    if path.is_file():
-        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-            try:
-                row = json.loads(line)
-                rows[row["key"]] = row
-            except (ValueError, KeyError, TypeError):
-                warnings.warn(f"{path} line {number} is broken and left out", stacklevel=2)
+    """The rows of a `records.jsonl` (or .jsonl.gz) by key.
+
+    A broken line is left out with a warning that names it, and kept in `NAME.broken` beside the file, since
+    the next `write_records` leaves it out too.
+    """
+    rows, broken = {}, []
+    for number, line in enumerate(_lines(path), 1):
+        try:
+            row = json.loads(line)
+            rows[row["key"]] = row
+        except (ValueError, KeyError, TypeError):
+            broken.append(line)
+            warnings.warn(f"{path} line {number} is broken and left out", BrokenLine, stacklevel=2)
+    if broken:
+        _keep_broken(path.with_name(f"{path.name}.broken"), broken)
     return rows
+
+
+def _lines(path: Path) -> list[str]:
+    if not path.is_file():
+        return []
+    data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    return data.decode("utf-8", "replace").splitlines()
+
+
+def _keep_broken(path: Path, broken: list[str]) -> None:
+    kept = _lines(path)
+    new = [line for line in broken if line not in kept]
+    try:
+        if new:
+            write_atomically(path, "".join(f"{line}\n" for line in [*kept, *new]).encode())
+    except OSError as error:  # such as a folder that may only be read: nothing will delete the line either
+        warnings.warn(f"{path}: {error}", BrokenLine, stacklevel=3)
 
 
 def write_records(path: Path, rows: dict[str, dict]) -> None:
@@ -117,10 +164,14 @@ def compact(trace: list[dict]) -> list[dict]:
     return list(lines.values())
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were taken on, for the records."""
+def machine(device: str | torch.device | None = None) -> dict[str, Any]:
+    """What the figures were taken on, for the records.
+
+    device: what was computed on; None: this machine's accelerator.
+    """
+    on_cpu = device is not None and torch.device(device).type == "cpu"
     return {
-        "device_name": device_name(),
+        "device_name": cpu_name() if on_cpu else device_name(),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),

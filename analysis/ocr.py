@@ -7,7 +7,9 @@ pictures that hold none, so any reading that merely contains the word says littl
 """
 
 import argparse
+import importlib.util
 import re
+import sys
 import unicodedata
 from collections.abc import Sequence
 from functools import lru_cache
@@ -23,14 +25,20 @@ def normalise(word: str) -> str:
     return re.sub(r"[^A-Z0-9]", "", unicodedata.normalize("NFKD", word).upper())
 
 
+def problem() -> str | None:
+    """Why no word can be read here, with what to install; None if they can. Loads nothing."""
+    needed = ("rapidocr", "onnxruntime")  # rapidocr does not install its own engine
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    return f"reading words needs {' and '.join(missing)}: pip install {' '.join(needed)}" if missing else None
+
+
 @lru_cache
 def engine():
     """The reader, made once."""
-    try:
-        import onnxruntime  # noqa: F401  rapidocr does not install its own engine
-        from rapidocr import RapidOCR
-    except ImportError as error:
-        raise ImportError(f"reading words needs {error.name}: pip install -r requirements-dev.txt") from error
+    if reason := problem():
+        raise ImportError(reason)
+    from rapidocr import RapidOCR
+
     params = {"Global.log_level": "critical", "EngineConfig.onnxruntime.intra_op_num_threads": 1}
     return RapidOCR(params=params)
 
@@ -57,14 +65,19 @@ def word_recall(wanted: Sequence[str], image: Image.Image) -> float | None:
     return sum(word in found for word in words) / len(words)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("image")
     parser.add_argument("words", nargs="*")
-    args = parser.parse_args()
-    image = Image.open(args.image)
-    print(read_words(image), word_recall(args.words, image))
+    args = parser.parse_args(argv)
+    try:
+        image = Image.open(args.image)
+        print(read_words(image), word_recall(args.words, image))
+    except (OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -22,6 +22,8 @@ from diffusers import FluxTransformer2DModel
 import h2cache
 from analysis.bench_step import random_inputs
 from analysis.keep import cpu_name, device_name
+from analysis.runs import check_device
+from analysis.scripts import TINY, guarded
 from h2cache import H2Config
 
 INF = float("inf")
@@ -40,17 +42,23 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=64, help="image tokens")
     parser.add_argument("--text", type=int, default=24, help="text tokens")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--burst", type=int, default=20, help="steps timed together")
-    return parser.parse_args()
+    args = parser.parse_args()
+    for name in ("threads", "rounds", "burst", "heads", "double", "single", "tokens", "text"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)}: at least 1 is needed")
+    if args.width is not None and args.width // args.heads < 8:
+        parser.error(f"--width {args.width}: at least 8 for each of {args.heads} heads is needed")
+    return args
 
 
 def build(args: argparse.Namespace) -> FluxTransformer2DModel:
     """The embedded transformer, or one of random weights with the dimensions asked for."""
     if args.width is None:
-        model = FluxTransformer2DModel.from_pretrained("assets/tiny_flux", subfolder="transformer")
+        model = FluxTransformer2DModel.from_pretrained(TINY, subfolder="transformer")
     else:
         with torch.device(args.device):
             torch.set_default_dtype(getattr(torch, args.dtype))
@@ -78,8 +86,8 @@ def only_heads(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
     return heads.eval()
 
 
-def main() -> None:
-    args = arguments()
+def run(args: argparse.Namespace) -> None:
+    check_device(args.device)
     torch.set_num_threads(args.threads)
     model = build(args)
     heads = only_heads(model)
@@ -139,5 +147,10 @@ def main() -> None:
     )
 
 
+def main() -> int:
+    args = arguments()
+    return guarded(lambda: run(args), "nothing is measured")
+
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

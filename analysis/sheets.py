@@ -28,6 +28,26 @@ def side_by_side(images: list[Image.Image], labels: list[str]) -> Image.Image:
     return sheet
 
 
+def fitted(text: str, width: int, size: int = 14, least: int = 8) -> tuple[str, ImageFont.FreeTypeFont]:
+    """`text` broken at spaces into lines of at most `width` pixels, and its font.
+
+    A word that is too long makes the font smaller, down to `least`; one too long even so is cut with dots.
+    """
+    words = text.split()
+    while size > least and any(font(size).getlength(word) > width for word in words):
+        size -= 1
+    pen, lines = font(size), [""]
+    for word in words:
+        while pen.getlength(word) > width:
+            word = word.removesuffix("…")[:-1] + "…"
+        longer = f"{lines[-1]} {word}".strip()
+        if pen.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(lines), pen
+
+
 def grid(
     rows: list[list[Image.Image]], columns: list[str], captions: list[list[str]], side: int = 192
 ) -> Image.Image:
@@ -37,15 +57,17 @@ def grid(
     """
     width = side + 8
     height = side + 24
-    sheet = Image.new("RGB", (8 + width * len(columns), 32 + height * len(rows)), "white")
+    headings = [fitted(heading, side) for heading in columns]
+    top = 14 + 18 * max(text.count("\n") + 1 for text, _ in headings)
+    sheet = Image.new("RGB", (8 + width * len(columns), top + height * len(rows)), "white")
     pen = ImageDraw.Draw(sheet)
-    for x, heading in enumerate(columns):
-        pen.text((8 + x * width, 8), heading, font=font(14), fill="black")
+    for x, (heading, face) in enumerate(headings):
+        pen.multiline_text((8 + x * width, 8), heading, font=face, fill="black", spacing=4)
     for y, row in enumerate(rows):
         for x, image in enumerate(row):
             scale = side / max(image.size)
             size = (round(image.width * scale), round(image.height * scale))
-            corner = (8 + x * width, 32 + y * height)
+            corner = (8 + x * width, top + y * height)
             sheet.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
             pen.text((corner[0], corner[1] + side + 3), captions[y][x], font=font(12), fill="black")
     return sheet

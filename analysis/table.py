@@ -9,26 +9,33 @@ import argparse
 import csv
 import io
 import json
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from analysis import keep
 from analysis.intervals import Interval, bootstrap
+from analysis.scripts import guarded, shipped
 from analysis.sheets import grid
 
-PUBLISHED = Path("assets/published_results.jsonl")
+PUBLISHED = Path(shipped("assets/published_results.jsonl"))
 SHOWN = 4  # prompts from the start in compare.png, and as many of the worst
 
 
 def lines(rows: list[dict]) -> list[dict[str, Any]]:
-    """One line for each contestant, in the order of `rows`, compared with the baseline prompt by prompt."""
+    """One line for each contestant, in the order of `rows`, compared with the baseline prompt by prompt.
+
+    One that has no prompt in common with the finished pictures of the baseline has no line.
+    """
     base = {row["id"]: row for row in rows if row["method"] == "none"}
     labels = dict.fromkeys(row["label"] for row in rows)
     mine = {label: [r for r in rows if r["label"] == label and r["id"] in base] for label in labels}
-    return [_line(label, mine[label], base) for label in labels]
+    return [_line(label, mine[label], base) for label in labels if mine[label]]
 
 
 def _line(label: str, mine: list[dict], base: dict[str, dict]) -> dict[str, Any]:
@@ -53,7 +60,7 @@ def _line(label: str, mine: list[dict], base: dict[str, dict]) -> dict[str, Any]
         / max(1, sum(r["blocks_run"] for r in mine)),
         "blocks_run": mean("blocks_run"),
         "speed_up": median(ratios),
-        "speed_up_interval": _ends(bootstrap(ratios)),
+        "speed_up_interval": _ends(bootstrap(ratios, np.median)),
         "seconds_mean": fmean(seconds),
         "seconds_sd": stdev(seconds) if len(seconds) > 1 else None,
         "seconds_median": median(seconds),
@@ -99,18 +106,25 @@ def _compared(value: float | None, difference: dict | None, scale: float, form: 
     return f"{text} ({difference['mean'] * scale:+{form}} [{low}, {high}]{verdict})"
 
 
+def _time(line: dict) -> str:
+    if line["method"] == "none":
+        return f"{line['speed_up']:.2f}x"
+    return "{:.2f}x [{:.2f}, {:.2f}]".format(line["speed_up"], *line["speed_up_interval"])
+
+
 COLUMNS = {  # heading: a line's cell
     "method": lambda x: x["label"],
     "blocks": lambda x: (
         f"{x['blocks_ratio']:.2f}x fewer" if x["label"] != "none" else f"{x['blocks_run']:.0f}"
     ),
-    "time": lambda x: f"{x['speed_up']:.2f}x",
+    "time [95 %]": lambda x: _time(x),
     "s / image": lambda x: f"{x['seconds_median']:.3f}",
     "of that steps": lambda x: _number(x["seconds_steps"], ".3f"),
     "TFLOP": lambda x: _number(x["tflops"], ".4g"),
     "PSNR dB [95 %]": lambda x: (
         "identical" if x["psnr"] is None else "{:.1f} [{:.1f}, {:.1f}]".format(x["psnr"], *x["psnr_interval"])
     ),
+    "identical": lambda x: str(x["identical"]) if x["identical"] and x["method"] != "none" else "-",
     "worst": lambda x: _number(x["psnr_worst"], ".1f"),
     "SSIM": lambda x: _number(x["ssim"], ".4f"),
     "MS-SSIM": lambda x: _number(x["ms_ssim"], ".4f"),
@@ -123,37 +137,51 @@ COLUMNS = {  # heading: a line's cell
 }
 
 
-NARROW = ("method", "blocks", "time", "s / image", "PSNR dB [95 %]", "worst", "SSIM", "words read %")
+NARROW = {"method": COLUMNS["method"], "blocks": COLUMNS["blocks"]}
+NARROW["time"] = lambda x: f"{x['speed_up']:.2f}x"
+NARROW |= {head: COLUMNS[head] for head in ("s / image", "PSNR dB [95 %]", "worst", "SSIM", "words read %")}
 
 
 def narrow(table: list[dict]) -> str:
     """The columns that fit a README."""
-    rows = [" | ".join(COLUMNS[head](line) for head in NARROW) for line in table]
+    rows = [" | ".join(cell(line) for cell in NARROW.values()) for line in table]
     return "\n".join(f"| {row} |" for row in [" | ".join(NARROW), " | ".join(["---"] * len(NARROW)), *rows])
 
 
-def markdown(table: list[dict], reasons: list[str]) -> str:
-    """The table; a column that nobody could be measured in is left out and its reason told."""
+def markdown(table: list[dict], rows: list[dict]) -> str:
+    """The table of `rows`; a column that nobody could be measured in is left out and its reason told."""
     cells = {head: [cell(line) for line in table] for head, cell in COLUMNS.items()}
     shown = [head for head in cells if head == "method" or set(cells[head]) != {"-"}]
     parts = [f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
     parts += [f"| {' | '.join(cells[head][n] for head in shown)} |" for n in range(len(table))]
     left_out = [head for head in cells if head not in shown]
-    return "\n".join([*parts, "", *(f"- {reason}" for reason in _notes(table, left_out, reasons)), ""])
+    return "\n".join([*parts, "", *(f"- {reason}" for reason in _notes(table, left_out, rows)), ""])
 
 
-def _notes(table: list[dict], left_out: list[str], reasons: list[str]) -> list[str]:
+def _notes(table: list[dict], left_out: list[str], rows: list[dict]) -> Iterator[str]:
+    def reasons(name: str) -> list[str]:
+        return sorted({row[name] for row in rows if row.get(name)})
+
     yield f"Over {table[0]['prompts']} prompts. Time is of the whole call: medians, and the median ratio."
     yield "PSNR to GMSD are against the uncached image; intervals are 95 % bootstrap over prompts, paired."
+    if "identical" not in left_out:
+        yield "`identical` counts pictures that equal the uncached one bit by bit; PSNR is of the others."
     yield "TFLOP is analytic: executed blocks times what one block costs."
     yield f"Peak memory is {table[0]['peak_kind']}, over the process; a cache's own share is in `cache MiB`."
+    for line in table:
+        if line["prompts"] < table[0]["prompts"]:
+            yield f"{line['label']} is over {line['prompts']} prompts: the others have no finished picture."
+    shown = {line["label"] for line in table}
+    for label in dict.fromkeys(row["label"] for row in rows if row["label"] not in shown):
+        yield f"{label} has no line: none of its prompts has a finished uncached picture."
     if "MS-SSIM" in left_out:
         yield "MS-SSIM is null: it needs sides above 175 pixels."
     if "LPIPS" in left_out:
         yield "LPIPS is null: the optional package `lpips` (with its AlexNet weights) is not there."
     if "words read %" in left_out:
-        yield "No words were read: the prompts name none, or --no-words."
-    for reason in reasons:
+        why = "; ".join(reasons("words_reason")) or "the prompts name none, or --no-words."
+        yield f"No words were read: {why}"
+    for reason in reasons("clip_iqa_reason"):
         yield f"CLIP-IQA is null: {reason}"
 
 
@@ -163,8 +191,10 @@ def published(path: Path = PUBLISHED) -> list[dict]:
 
 
 def published_markdown(rows: list[dict]) -> str:
-    heads = ("method", "setting", "steps", "seconds", "speed_up", "clip_iqa", "hardware", "source")
-    parts = ["**Published by others, not measured here** (FLUX.1-dev, 1024x1024):", ""]
+    heads = ("model", "data", "method", "setting", "steps", "seconds", "speed_up", "clip_iqa", "hardware")
+    heads = (*heads, "source")
+    about = "1024x1024, except where no steps stand: there the source states no size either"
+    parts = [f"**Published by others, not measured here** ({about}):", ""]
     parts += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in rows:
         parts.append(f"| {' | '.join('-' if row[h] is None else str(row[h]) for h in heads)} |")
@@ -176,17 +206,16 @@ def published_markdown(rows: list[dict]) -> str:
 
 def write_tables(out: Path, images: Path, rows: list[dict], settings: dict, command: str) -> str:
     """Write table.md, .csv, .json, rows.jsonl and compare.png into `out`; returns the text of our rows."""
-    if not rows:
-        raise ValueError("there is no finished picture to make a table of")
     table = lines(rows)
-    reasons = sorted({row["clip_iqa_reason"] for row in rows if row["clip_iqa_reason"]})
+    if not table:
+        raise ValueError("there is no finished uncached picture to make a table of")
     head = {
         "command": command,
         "machine": rows[-1]["machine"],
         "date": max(row["date"] for row in rows),
         "settings": settings,
     }
-    ours = markdown(table, reasons)
+    ours = markdown(table, rows)
     machine = head["machine"]
     about = f"`{command}`, {machine['device_name']}, {machine['threads']} thread(s), {head['date']}"
     text = "\n".join([about, "", ours, published_markdown(published())])
@@ -194,10 +223,11 @@ def write_tables(out: Path, images: Path, rows: list[dict], settings: dict, comm
     everything = head | {"rows": table, "published": published()}
     keep.write_atomically(out / "table.json", (json.dumps(everything, indent=1) + "\n").encode())
     keep.write_atomically(out / "table.csv", _csv(table).encode())
-    told = {*settings, "machine", "how", "clip_iqa_reason"} - {"seed"}  # in table.json, once
+    told = {*settings, "machine", "how", "clip_iqa_reason", "words_reason"} - {"seed"}  # in table.json, once
     short = [{name: value for name, value in row.items() if name not in told} for row in rows]
     keep.write_records(out / "rows.jsonl", {row["label"] + row["key"]: row for row in short})
-    keep.save_png(out / "compare.png", compare(rows, images))
+    told = {line["label"] for line in table}
+    keep.save_png(out / "compare.png", compare([r for r in rows if r["label"] in told], images))
     return ours
 
 
@@ -236,14 +266,24 @@ def _caption(row: dict) -> str:
     return "identical" if row["psnr"] is None else f"{row['psnr']:.1f} dB, {row['seconds']:.2f} s"
 
 
-def main() -> None:
+def show(folder: Path) -> None:
+    path = folder / "table.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not there: give the --out of `python -m analysis.experiment`")
+    report = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(report, dict) or "rows" not in report:
+        raise ValueError(f"{path} is no table of the experiment")
+    print(narrow(report["rows"]))
+
+
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("folder", type=Path, help="--out of the experiment")
-    path = parser.parse_args().folder / "table.json"
-    print(narrow(json.loads(path.read_text(encoding="utf-8"))["rows"]))
+    args = parser.parse_args(argv)
+    return guarded(lambda: show(args.folder), "")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

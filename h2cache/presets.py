@@ -1,6 +1,8 @@
-"""Named settings, each with the model, steps, size and machine they were measured on.
+"""Named settings, each with the model, steps and size they hold for, and where that is known from.
 
-A threshold is a property of a model (and of image size and step count): no entry without a measurement.
+A threshold is a property of a model (and of image size and step count). Those of the embedded model were
+measured by us, with command, machine and records; `flux1-dev` was published by the paper's authors, not
+measured by us.
 """
 
 from __future__ import annotations
@@ -22,11 +24,25 @@ class Preset:
     steps: int
     size: str
     source: str  # command, machine and date of our measurement, or the publication
+    ours: bool = True  # measured by us; else published by others
 
     @property
     def config(self) -> MethodConfig:
         """The method with these settings."""
         return find_method(self.method)(**self.settings)
+
+    def mismatch(self, model: str, steps: int, size: str | None) -> str | None:
+        """A sentence if `model` (folder or hub id), `steps` or `size` (None: not known) are others."""
+        here = [last_part(model)] if last_part(model) != self.model else []
+        here += [f"{steps} steps"] if steps != self.steps else []
+        here += [size] if size not in (None, self.size) else []
+        if not here:
+            return None
+        known = "were measured" if self.ours else "were published by others, not measured by us,"
+        return (
+            f"the preset's settings {known} on {self.model} at {self.steps} steps and {self.size}; here: "
+            f"{', '.join(here)}. Speed and fidelity may be others"
+        )
 
 
 _TINY = (
@@ -70,6 +86,7 @@ PRESETS: dict[str, Preset] = {  # the first of a model is its default
         steps=100,
         size="1024x1024",
         source="published: arXiv 2510.27171, 5.08x at -0.07 % CLIP-IQA on CUTE80; not measured by us",
+        ours=False,
     ),
     "tiny_flux-5x": _tiny("5.16x fewer blocks, 31.7 dB", tau1=0.35, tau2=0.2),
     "tiny_flux-2x": _tiny("2.01x fewer blocks, 48.6 dB", tau1=0.06, tau2=0.02),
@@ -90,5 +107,10 @@ PRESETS: dict[str, Preset] = {  # the first of a model is its default
 
 def find_preset(model: str, method: str) -> Preset | None:
     """The first preset of `method` for `model` (folder or hub id); None if there is none."""
-    last = re.split(r"[/\\]", model.rstrip("/\\"))[-1]
+    last = last_part(model)
     return next((p for p in PRESETS.values() if p.model == last and p.method == method), None)
+
+
+def last_part(model: str) -> str:
+    """The name of a model: the last part of its folder or hub id."""
+    return re.split(r"[/\\]", model.rstrip("/\\"))[-1]

@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from analysis.calibrate import best, main
+from analysis.calibrate import best, main, read, table
+from analysis.tiny_families import FAMILIES
 
 
 def calibrate(monkeypatch, folder, *more) -> int:
@@ -40,6 +41,68 @@ def test_calibration_measures_pairs_and_goes_on_where_it_ended(tmp_path, monkeyp
 def test_calibration_names_a_broken_setting(tmp_path, monkeypatch, capsys):
     assert calibrate(monkeypatch, tmp_path, "--pairs", "0.1/-1") == 2
     assert "tau2=-1.0 is out of range" in capsys.readouterr().err
+
+
+def test_rows_of_other_settings_do_not_blend(tmp_path, monkeypatch, capsys):
+    pairs = ["--pairs", "0.4/0.4"]
+    assert calibrate(monkeypatch, tmp_path, *pairs) == 0
+    rows = read(tmp_path / "out")
+    told = {"steps": 6, "seed": 0, "guidance": 3.5, "height": 128, "dtype": "torch.float32"}
+    assert all(told.items() <= row["settings"].items() for row in rows)
+    assert rows[0]["settings"]["model"] == "assets/tiny_flux"
+    assert calibrate(monkeypatch, tmp_path, *pairs, "--seed", "5") == 0
+    summary = json.loads((tmp_path / "out/summary.json").read_text())
+    assert [line["prompts"] for line in summary["table"]] == [2]
+    assert summary["settings"]["seed"] == 5
+    with pytest.raises(ValueError, match="rows of several settings"):
+        table(read(tmp_path / "out"))
+    capsys.readouterr()
+    assert calibrate(monkeypatch, tmp_path, "--table") == 0
+    text = capsys.readouterr().out
+    assert text.count("Settings: {") == text.count("| 0.4 | 0.4 |") == 2
+
+
+def test_shards_share_their_rows(tmp_path, monkeypatch):
+    pairs = ["--pairs", "0.4/0.4"]
+    for n in "01":
+        assert calibrate(monkeypatch, tmp_path, *pairs, "--shard", f"{n}/2") == 0
+    before = {p: p.read_text() for p in (tmp_path / "out").glob("records*")}
+    assert calibrate(monkeypatch, tmp_path, *pairs) == 0  # nothing is left to draw
+    assert {p: p.read_text() for p in (tmp_path / "out").glob("records*")} == before
+    (tmp_path / "out/records-0-of-1.jsonl").write_text("".join(before.values()))  # as twice drawn
+    assert [line["prompts"] for line in table(read(tmp_path / "out"))] == [2]
+
+
+def test_contestants_take_turns(tmp_path, monkeypatch):
+    import analysis.calibrate as module
+
+    order, draw = [], module.draw
+
+    def noted(pipeline, config, seed, **call):
+        order.append(config.name if config.name == "none" else config.tau1)
+        return draw(pipeline, config, seed, **call)
+
+    monkeypatch.setattr(module, "draw", noted)
+    assert calibrate(monkeypatch, tmp_path, "--pairs", "0.3/0.3", "0.4/0.4") == 0
+    assert order == ["none", "none", 0.3, 0.4, 0.3, 0.4, "none"]  # the first warms up
+
+
+def test_calibration_without_a_reader_stops_before_drawing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)
+    assert calibrate(monkeypatch, tmp_path, "--words") == 2
+    assert "error: --words: reading words needs rapidocr" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_calibration_of_another_family(tmp_path, monkeypatch):
+    """DiT draws classes, of one size, with a guidance of its own."""
+    FAMILIES["dit"]()[0].save_pretrained(tmp_path / "dit")
+    (tmp_path / "p.txt").write_text("207\n")
+    command = ["--model", str(tmp_path / "dit"), "--prompts", str(tmp_path / "p.txt"), "--steps", "3"]
+    assert main([*command, "--pairs", "9/9", "--out", str(tmp_path / "out")]) == 0
+    (line,) = table(read(tmp_path / "out"))
+    assert line["blocks"] > 1
+    assert read(tmp_path / "out")[0]["settings"]["guidance"] == 4.0
 
 
 def test_the_best_pair_is_fast_enough_and_closest():

@@ -6,10 +6,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import denoise, generate, make_flux
+from conftest import denoise, generate, make_flux, make_inputs
 from diffusers import FirstBlockCacheConfig
 
 import h2cache
+from analysis import fit_teacache
 from baselines.block_cache import BlockCacheConfig
 from baselines.fewer_steps import FewerStepsConfig
 from baselines.teacache import TeaCacheConfig
@@ -82,6 +83,19 @@ def test_teacache_at_infinity_computes_the_first_and_the_last_step(flux):
     h2cache.enable(flux, TeaCacheConfig(threshold=INF, coefficients=IDENTITY), steps=6)
     denoise(flux, steps=6)
     assert blocks_run(flux) == [7, 0, 0, 0, 0, 7]
+
+
+def test_the_polynomial_is_fitted_to_each_branch_by_itself():
+    """Two branches whose inputs never change: across branches there would be a change at every step."""
+    inputs = [make_inputs(seed=n) for n in range(2)]
+    config = fit_teacache.WatchConfig()
+    model = make_flux()
+    h2cache.enable(model, config)
+    for _ in range(3):
+        for name, given in zip(("cond", "uncond"), inputs, strict=True):
+            with torch.no_grad(), model.cache_context(name):
+                model(**given)
+    assert [(step, *changes) for step, *changes in config.points] == [(n, 0.0, 0.0) for n in (1, 1, 2, 2)]
 
 
 def test_a_negative_sum_does_not_skip_at_zero(flux):

@@ -13,3 +13,18 @@ def test_memory_is_told_before_the_run(capsys):
     assert "6156.0 MiB  does not fit" in lines["taylorseer:order=2"]
     with pytest.raises(SystemExit):
         cache_memory.main(["--set", "taylorseer:order=9"])
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (["--width", "0"], "--width 0: at least 1"),
+        (["--out-channels", "0"], "--out-channels 0: at least 1"),
+        (["--double", "0", "--single", "0"], "one block at least"),
+        (["--free-gib", "-1"], "--free-gib -1.0"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(capsys, broken, message):
+    with pytest.raises(SystemExit):
+        cache_memory.main(broken)
+    assert message in capsys.readouterr().err

@@ -9,19 +9,25 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from torch.utils.flop_counter import FlopCounterMode
 
+from analysis import keep
 from analysis.experiment import contestants, main
-from analysis.flops import count_forward
+from analysis.flops import CPU_ATTENTION, count_forward, count_step
 from analysis.intervals import bootstrap
 from analysis.metrics import ClipIqa, fidelity, gmsd, more_fidelity, to_tensor
 from analysis.prompts import read_prompts
-from analysis.runs import Limits
+from analysis.runs import Limits, draw
+from analysis.table import lines, markdown, published, published_markdown
+from analysis.tiny_families import FAMILIES
+from h2cache import find_method
 
 METHODS = ["h2cache:tau1=0.3:tau2=0.3,inf", "block_cache:threshold=0.2"]
 
@@ -95,7 +101,8 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
         for path in finished:
             row = json.loads(path.read_text())
             Image.open(path.parent.parent / "images" / f"{row['key']}.png").load()
-    (rows / finished[0].parts[-3] / "rows/.half.json.999999999.tmp").write_text("{")  # as a kill may leave it
+    half = keep.temporary(rows / finished[0].parts[-3] / "rows/half.json", process=999999999)
+    half.write_text("{")  # as a kill may leave it
     assert main(arguments(tmp_path / "killed", "--no-words")) == 0
     assert not list(rows.rglob(".*"))
     assert main(arguments(tmp_path / "whole", "--no-words")) == 0
@@ -188,7 +195,157 @@ def test_the_prompt_files_are_what_they_say():
                 assert limits.warnings(prompt.text) == []
 
 
+def write_prompts(folder, *words: str):
+    path = folder / "p.jsonl"
+    text = 'a red round sign that says "{}" on a white background'
+    path.write_text("".join(json.dumps({"prompt": text.format(w), "words": [w]}) + "\n" for w in words))
+    return path
+
+
+def test_without_a_reader_the_table_is_made_and_says_so(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rapidocr", None)  # as after `pip install -r requirements.txt`
+    prompts = write_prompts(tmp_path, "GO")
+    command = [
+        "--prompts",
+        str(prompts),
+        "--out",
+        str(tmp_path / "out"),
+        "--steps",
+        "2",
+        "--methods",
+        "h2cache",
+    ]
+    assert main(command) == 0
+    captured = capsys.readouterr()
+    assert "words are not read back: reading words needs rapidocr" in captured.err
+    assert "No words were read: reading words needs rapidocr" in captured.out
+    monkeypatch.delitem(sys.modules, "rapidocr")
+    assert main(command) == 0  # now they are read, and nothing is drawn again
+    assert "words read %" in capsys.readouterr().out
+    prompts.write_text(prompts.read_text().replace('["GO"]', '["GO", "QQ"]'))
+    assert main(command) == 0  # other words are wanted: read again
+    rows = [json.loads(line) for line in (tmp_path / "out/rows.jsonl").read_text().splitlines()]
+    assert all(row["words_read"] <= 0.5 for row in rows)
+
+
+def test_a_judge_that_cannot_be_loaded_is_refused_before_drawing(tmp_path, capsys):
+    assert main(arguments(tmp_path / "out", "--clip", str(tmp_path))) == 2
+    assert "no CLIP weights in" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_embedded_model_is_known_however_it_is_written(tmp_path, capsys):
+    more = ["--model", "./assets/tiny_flux", "--no-words", "--limit", "1", "--steps", "3"]
+    assert main(["--out", str(tmp_path), *more]) == 0
+    captured = capsys.readouterr()
+    assert "h2cache (tiny_flux-5x-ahead)" in captured.out
+    assert "does not know" not in captured.err  # its own prompts
+    assert "at 50 steps and 128x128; here: 3 steps" in captured.err
+    row = json.loads((tmp_path / "rows.jsonl").read_text().splitlines()[0])
+    assert row["id"] == "tiny001"
+
+
+def test_prompts_that_the_model_cannot_draw_are_warned_about(tmp_path, capsys):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text("a photograph of a lion\n")
+    assert main(arguments(tmp_path / "out", "--prompts", str(prompts), "--no-words", steps=2)) == 0
+    assert "this model does not know: photograph, of, lion" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("family", "prompt", "more"),
+    [
+        ("dit", "207", []),
+        (
+            "qwen_image",
+            "a sign",
+            ["--negative-prompt", " ", "--true-cfg", "2", "--height", "32", "--width", "32"],
+        ),
+    ],
+)
+def test_other_families_are_compared(tmp_path, family, prompt, more):
+    FAMILIES[family]()[0].save_pretrained(tmp_path / family)
+    prompts = tmp_path / "p.txt"
+    prompts.write_text(f"{prompt}\n")
+    command = [
+        "--model",
+        str(tmp_path / family),
+        "--prompts",
+        str(prompts),
+        "--methods",
+        "h2cache:tau1=9:tau2=9",
+    ]
+    assert main([*command, *more, "--steps", "3", "--no-words", "--out", str(tmp_path / "out")]) == 0
+    report = json.loads((tmp_path / "out/table.json").read_text())
+    none, cached = report["rows"]
+    assert 0 < cached["tflops"] < none["tflops"]
+    if more:
+        assert report["settings"]["true_cfg"] == 2
+    else:
+        assert report["settings"]["guidance"] == 4.0  # the pipeline's own
+
+
 # Arithmetic.
+
+
+def test_a_step_of_two_branches_is_counted_once_for_each():
+    """Wan calls its transformer twice a step: a whole uncached request is what PyTorch counts for it."""
+    pipeline, call = FAMILIES["wan"]()
+    cost = count_step(pipeline, call)
+    drawn = draw(pipeline, find_method("none")(), 0, **call, num_inference_steps=3)
+    assert len({r["branch"] for r in drawn.trace}) == 2
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        pipeline(**call, num_inference_steps=3, output_type="latent")
+    counts = counter.get_flop_counts()
+    counted = sum(counts[type(pipeline.transformer).__name__].values())
+    assert cost.tflops(drawn.trace) * 1e12 == pytest.approx(counted)
+
+
+def row(identity: str, label: str, seconds: float, **more) -> dict:
+    """A finished row, as the experiment writes it."""
+    facts = dict.fromkeys(("ms_ssim", "lpips", "words_read", "clip_iqa", "seconds_steps", "clip_iqa_reason"))
+    facts |= {"blocks_run": 10, "tflops": 1.0, "psnr": None, "ssim": 1.0, "identical": True, "gmsd": 0.0}
+    facts |= {"peak_bytes": 1, "peak_kind": "resident", "bytes_held": 0, "config": {}, "method": label}
+    return facts | {"id": identity, "label": label, "seconds": seconds} | more
+
+
+def test_a_contestant_without_a_common_prompt_has_no_line():
+    rows = [row("a", "none", 2.0), row("a", "h2cache", 1.0), row("b", "teacache", 1.0)]
+    rows.insert(1, row("c", "none", 2.0))
+    found = lines(rows)
+    assert [line["label"] for line in found] == ["none", "h2cache"]
+    assert "teacache has no line" in markdown(found, rows)
+    assert "h2cache is over 1 prompts" in markdown(found, rows)
+
+
+def test_the_interval_of_a_median_is_of_the_median():
+    """Four of five prompts are 2x, one 100x: a mean's interval would leave 2 behind."""
+    ids = "abcde"
+    rows = [row(i, "none", 2.0) for i in ids] + [row(i, "h2cache", 1.0) for i in ids[:4]]
+    rows.append(row("e", "h2cache", 0.02))
+    line = lines(rows)[1]
+    assert line["speed_up"] == line["speed_up_interval"][0] == 2.0
+    assert bootstrap([2.0] * 4 + [100.0], np.median).mean == 2.0
+    assert "2.00x [2.00, " in markdown(lines(rows), rows)
+
+
+def test_identical_pictures_are_counted():
+    different = {"identical": False, "psnr": 40.0, "ssim": 0.9}
+    rows = [row(i, "none", 2.0) for i in "ab"] + [
+        row("a", "h2cache", 1.0),
+        row("b", "h2cache", 1.0, **different),
+    ]
+    text = markdown(lines(rows), rows).splitlines()
+    cells = dict(zip(text[0].split(" | "), text[3].split(" | "), strict=True))
+    assert cells["identical"] == "1"
+    all_differ = [r | different if r["label"] != "none" else r for r in rows]
+    assert "identical |" not in markdown(lines(all_differ), all_differ).splitlines()[0]
+
+
+def test_what_others_published_says_model_and_data():
+    text = published_markdown(published())
+    assert "| FLUX.1-dev | COCO | h2cache | journal abstract, COCO | - |" in text
+    assert "the source states no size" in text
 
 
 def test_operations_of_flux_dev_are_the_known_ones():

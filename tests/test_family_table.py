@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from analysis import family_table
+from analysis.tiny_families import FAMILIES
 from h2cache import method_names
 
 
@@ -34,6 +35,33 @@ def test_a_pair_that_breaks_is_told_and_fails_the_command(tmp_path, monkeypatch)
     assert family_table.main(["--families", "flux", "--methods", "none", "--out", str(tmp_path)]) == 1
     assert "FAILED [1]" in (tmp_path / "families.md").read_text()
     assert "boom" in (tmp_path / "families.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("raised", "outcome"),
+    [
+        (ValueError("shapes (3,) and (4,) do not match"), "FAILED"),
+        (ValueError("speca keeps no text: lower its order"), "refused"),
+        (MemoryError("speca keeps 3 GiB"), "refused"),
+    ],
+)
+def test_only_a_refusal_counts_as_one(raised, outcome):
+    pipeline, call = FAMILIES["flux"]()
+
+    def broken(*_) -> None:
+        raise raised
+
+    pipeline.transformer.transformer_blocks[0].register_forward_pre_hook(broken)
+    found, reason = family_table.outcome(pipeline, call, family_table.settings_of("speca"))
+    assert found == outcome
+    assert str(raised) in reason
+
+
+def test_the_table_says_the_command_that_made_it(tmp_path):
+    command = ["--families", "flux", "--methods", "none", "--out", str(tmp_path)]
+    assert family_table.main(command) == 0
+    told = json.loads((tmp_path / "families.json").read_text())["command"]
+    assert told == f"python -m analysis.family_table {' '.join(command)}"
 
 
 @pytest.mark.parametrize("name", ["families.json", "families.md"])

@@ -119,6 +119,27 @@ def test_ratios_are_fitted_and_saved(tmp_path, monkeypatch, capsys):
     assert "model_index.json" in capsys.readouterr().err
 
 
+def test_the_spread_is_over_prompts_within_a_branch():
+    """Points are (branch, step, ratio, deviation over tokens, cosine distance)."""
+    apart = [("call 0", 1, 1.0, 0.0, 0.0), ("call 1", 1, 2.0, 0.0, 0.0)]
+    found = fit_magcache.fit(apart * 2)
+    assert found["ratios"] == [1.0, 1.5]
+    assert found["largest_deviation_over_prompts"] == 0
+    assert found["averaged_branches"] == ["call 0", "call 1"]
+    named = [("cond", 1, 1.0, 0.0, 0.0), ("cond", 1, 3.0, 0.0, 0.0), ("uncond", 1, 2.0, 0.0, 0.0)]
+    found = fit_magcache.fit(named)
+    assert (found["ratios"], found["ratios_uncond"]) == ([1.0, 2.0], [1.0, 2.0])
+    assert found["largest_deviation_over_prompts"] == 1  # of the first branch, not the last
+    assert "averaged_branches" not in found
+
+
+def test_the_source_counts_the_prompts_there_are(tmp_path, monkeypatch, capsys):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text('a red round sign that says "GO" on a white background\n')
+    assert fit_magcache.main(["--prompts", str(prompts), "--steps", "3"]) == 0
+    assert "3 steps, 1 prompts" in json.loads(capsys.readouterr().out)["source"]
+
+
 def test_the_embedded_models_table_says_where_it_comes_from():
     table = json.loads(Path("baselines/constants/magcache.json").read_text())
     assert all("source" in entry for entry in table.values())

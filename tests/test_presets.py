@@ -25,6 +25,28 @@ def test_every_preset_says_where_it_was_measured():
         preset.config.build()
 
 
+@pytest.mark.parametrize(
+    ("model", "steps", "size", "here"),
+    [
+        ("./assets/tiny_flux/", 50, "128x128", None),
+        ("assets/tiny_flux", 50, None, None),
+        ("assets/tiny_flux", 8, "128x128", "here: 8 steps."),
+        ("black-forest-labs/FLUX.1-dev", 50, "1024x1024", "here: FLUX.1-dev, 1024x1024."),
+    ],
+)
+def test_a_preset_knows_where_it_was_not_measured(model, steps, size, here):
+    told = PRESETS["tiny_flux-5x"].mismatch(model, steps, size)
+    assert told is None if here is None else here in told
+    assert here is None or "measured on tiny_flux at 50 steps and 128x128" in told
+
+
+def test_what_others_published_is_not_called_measured():
+    preset = PRESETS["flux1-dev"]
+    assert not preset.ours
+    assert "not measured by us" in preset.mismatch("FLUX.1-dev", 50, None)
+    assert all(p.ours for name, p in PRESETS.items() if name != "flux1-dev")
+
+
 def test_presets_of_the_embedded_model_agree_with_the_shipped_records():
     """Every figure in a preset's text stands in the records of its run."""
     rows = read(Path("assets/results/tiny_flux_presets"))

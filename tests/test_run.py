@@ -8,6 +8,7 @@ import sys
 import time
 
 import pytest
+import torch
 from PIL import Image
 
 import run as script
@@ -127,6 +128,30 @@ def test_words_the_model_cannot_spell_are_warned_about(tmp_path, capsys):
     prompt = 'a red round sign that says "Coffee" on a plain white background'
     assert script.main(["--prompt", prompt, "--out", str(tmp_path), "--no-compare", *FAST]) == 0
     assert 'this model cannot spell "Coffee"' in capsys.readouterr().err
+
+
+def test_a_preset_away_from_home_is_told(tmp_path, capsys):
+    quick = ["--steps", "2", "--no-compare", "--out", str(tmp_path)]
+    assert script.main(quick) == 0
+    assert "were measured on tiny_flux at 50 steps and 128x128; here: 2 steps" in capsys.readouterr().err
+    assert script.main([*quick, "--tau1", "0.3", "--tau2", "0.3"]) == 0  # nothing of the preset is left
+    assert "were measured" not in capsys.readouterr().err
+
+
+def test_outside_the_checkout_it_finds_its_model(tmp_path):
+    command = [sys.executable, os.path.abspath("run.py"), "--no-compare", *FAST]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "outputs")[0]["method"] == "h2cache"
+
+
+def test_an_accelerator_without_room_is_one_line(tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    monkeypatch.setattr(script, "warm_up", full)
+    assert script.main(["--out", str(tmp_path), *FAST]) == 2
+    assert capsys.readouterr().err.strip() == "error: CUDA out of memory. Tried to allocate 20 GiB"
 
 
 def test_a_full_disk_is_refused_before_the_work(tmp_path, capsys, monkeypatch):

@@ -1,0 +1,178 @@
+"""What the command-line scripts share: starting a model, the settings asked for, and how they end."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+
+from analysis import keep
+from analysis.families import add_family_arguments
+from analysis.loading import load
+from analysis.prompts import Prompt
+from analysis.runs import Limits, default_device, prepare
+from h2cache import MethodConfig, find_method
+from h2cache.api import checkpoint_name
+from h2cache.method import parse_settings
+from h2cache.presets import PRESETS, Preset, find_preset, last_part
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
+
+
+def shipped(path: str) -> str:
+    """A file of the checkout: as it is when run from there, which keeps records short, else absolute."""
+    return path if Path(path).exists() else str(CHECKOUT / path)
+
+
+TINY = shipped("assets/tiny_flux")
+
+
+def is_embedded(model: str) -> bool:
+    """Whether `model` is the one that ships with the repository, however its folder is written."""
+    return last_part(model) == "tiny_flux"
+
+
+def warn(text: str) -> None:
+    """One line on stderr."""
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def guarded(work: Callable[[], int | None], kept: str) -> int:
+    """Exit code of `work()`; Ctrl-C and what a user can mend become one line on stderr, not a traceback.
+
+    kept: what becomes of the work done, told after Ctrl-C.
+    """
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning, category: type[Warning], *where: Any) -> None:
+            warn(str(message)) if category is keep.BrokenLine else usual(message, category, *where)
+
+        warnings.showwarning = show
+        try:
+            code = work() or 0
+            sys.stdout.flush()
+            return code
+        except KeyboardInterrupt:
+            print(f"stopped: {kept}", file=sys.stderr)
+            return 130
+        except BrokenPipeError:  # `... | head` has read enough; nothing is left to flush at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        except ERRORS as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+
+# Settings.
+
+
+def chosen(args: argparse.Namespace) -> tuple[MethodConfig, Preset | None]:
+    """The method's settings: a preset's or the defaults, overridden by --tau1, --tau2 and --set.
+
+    Returns the preset too, where something of it is left.
+    """
+    kind = find_method(args.method)
+    preset = PRESETS[args.preset] if args.preset else find_preset(args.model, args.method)
+    if preset and preset.config.name != args.method:
+        raise ValueError(f"--preset {args.preset} is one of {preset.config.name}, not of {args.method}")
+    given = [f"{k}={v}" for k, v in (("tau1", args.tau1), ("tau2", args.tau2)) if v is not None] + args.set
+    if not preset and not given and fields(kind):
+        hint = f"; measure: python -m analysis.calibrate --model {args.model}" * (args.method == "h2cache")
+        warn(f"nothing has been measured for {args.method} on {args.model}: its defaults are used{hint}")
+    replaced = parse_settings(kind, given)
+    left = preset if preset and not preset.settings.keys() <= replaced.keys() else None
+    return replace(preset.config if preset else kind(), **replaced), left
+
+
+def size_of(call: dict[str, Any]) -> str | None:
+    """HEIGHTxWIDTH of a pipeline's call; None where the model has one size only."""
+    return f"{call['height']}x{call['width']}" if "height" in call and "width" in call else None
+
+
+# Starting.
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the scripts that fit constants, all that `start` reads besides --prompts."""
+    parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
+    parser.add_argument("--prompts", type=Path, default=Path(shipped("assets/prompts/tiny32.jsonl")))
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--height", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--width", type=int, help="pixels (default: the model's)")
+    add_family_arguments(parser)
+    parser.add_argument("--device", default=default_device())
+    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
+    parser.set_defaults(engine="diffusers", checkpoint=None, lora=None, lora_scale=1.0, offload=False)
+
+
+def check_prompts(limits: Limits, prompts: Sequence[Prompt]) -> None:
+    """Warn of what the model was not made for."""
+    for prompt in prompts:
+        for text in limits.warnings(prompt.text):
+            warn(f"{prompt.id}: {text}")
+
+
+def start(
+    args: argparse.Namespace, prompts: Sequence[Prompt], device: str | None = None
+) -> tuple[DiffusionPipeline, str, dict[str, Any], dict[str, Any]]:
+    """Check size and prompts, load what `args` ask for, and get it ready for --steps steps.
+
+    Returns the pipeline, its name in records, the arguments of its call, and those that records must tell
+    apart: steps, size, guidance, seed, and what else was asked for.
+    """
+    limits = Limits.of(args.model)
+    limits.check_size(args.height, args.width)
+    check_prompts(limits, prompts)
+    torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
+    pipeline, name = load(args, device)
+    pipeline, call, further = prepare(pipeline, limits, args)
+    pipeline.set_progress_bar_config(disable=True)
+    call["num_inference_steps"] = args.steps
+    settings = {
+        "model": name,
+        "steps": args.steps,
+        "height": call.get("height"),
+        "width": call.get("width"),
+        "guidance": call.get("guidance_scale"),
+        "seed": args.seed,
+        **further,
+    }
+    return pipeline, name, call, settings
+
+
+def save_constants(path: Path, pipeline: DiffusionPipeline, fitted: dict) -> None:
+    """Put `fitted` into a file of constants, one checkpoint a line, under the name of the pipeline's."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    table[checkpoint_name(pipeline)] = fitted
+    rows = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in table.items()]
+    keep.write_atomically(path, ("{\n" + ",\n".join(rows) + "\n}\n").encode())
+
+
+def command_of(module: str, argv: Sequence[str] | None = None) -> str:
+    """The command line of a script, for its records."""
+    return f"python -m analysis.{module} {' '.join(sys.argv[1:] if argv is None else argv)}".strip()
+
+
+SHARD = re.compile(r"(\d+)/(\d+)")
+
+
+def shard(text: str) -> tuple[int, int]:
+    """I/N of --shard, checked."""
+    match = SHARD.fullmatch(text)
+    index, count = map(int, match.groups()) if match else (0, 0)
+    if index >= count:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N-1, such as 0/2")
+    return index, count
