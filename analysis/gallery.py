@@ -81,7 +81,7 @@ class Gallery:
                 "psnr": None,
                 "ssim": None,
                 "identical": None,
-                "machine": keep.machine(),
+                "machine": keep.machine(self.pipeline.device),
                 "date": keep.now(),
                 "trace": drawn.trace,
             }
