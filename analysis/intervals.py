@@ -24,7 +24,12 @@ class Interval:
 
 
 def bootstrap(values: list[float]) -> Interval:
-    """The mean of `values` (for a comparison: the differences of pairs), resampled over prompts."""
+    """The mean of `values` (for a comparison: the differences of pairs), resampled over prompts.
+
+    ValueError for no values.
+    """
+    if not len(values):
+        raise ValueError("there is no value to take the mean of")
     numbers = np.asarray(values, float)
     draws = np.random.default_rng(0).integers(len(numbers), size=(RESAMPLES, len(numbers)))
     low, high = np.percentile(numbers[draws].mean(1), (2.5, 97.5))

@@ -26,7 +26,7 @@ import numpy as np
 from analysis import plots
 from analysis.experiment import main as experiment
 from analysis.intervals import bootstrap
-from analysis.saved import MAYBE, NUMBER, Saved, read_saved
+from analysis.saved import MAYBE, NUMBER, Saved, guarded, read_saved
 from analysis.table import PUBLISHED, published
 from analysis.trials import parser_of, source_of
 
@@ -277,23 +277,20 @@ def _at_once(measured: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        path = run(args) if args.run else args.records
-        saved = read(path)
-        cached = [r for r in saved.rows if r["method"] != "none"]
-        metrics = args.metric or [m for m in METRICS if any(r[m] is not None for r in cached)]
-        measured = {metric: points(saved.rows, metric) for metric in metrics}
-        for metric, found in measured.items():
-            if not any(p["method"] != "none" for p in found):
-                raise ValueError(f"{metric} was not measured in {path}")
-            draw(found, metric, published(PUBLISHED), args.out / f"pareto_{metric}")
-        plots.write_words(args.out / "pareto.md", answer(measured, source_of(path.parent)))
-        return saved.exit_code()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = run(args) if args.run else args.records
+    saved = read(path)
+    cached = [r for r in saved.rows if r["method"] != "none"]
+    metrics = args.metric or [m for m in METRICS if any(r[m] is not None for r in cached)]
+    measured = {metric: points(saved.rows, metric) for metric in metrics}
+    for metric, found in measured.items():
+        if not any(p["method"] != "none" for p in found):
+            raise ValueError(f"{metric} was not measured in {path}")
+        draw(found, metric, published(PUBLISHED), args.out / f"pareto_{metric}")
+    plots.write_words(args.out / "pareto.md", answer(measured, source_of(path.parent)))
+    return saved.exit_code()
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from string import Template
 from PIL import Image
 
 from analysis import keep, pareto, trace
+from analysis.saved import guarded
 from analysis.trials import parser_of, source_of
 
 SHIPPED = Path("assets/results/tiny_flux_report")
@@ -218,28 +219,25 @@ def page(
     )
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        folder = pareto.run(args).parent if args.run else args.folder
-        paths = [p for p in (folder / "rows.jsonl", folder / "rows.jsonl.gz") if p.is_file()]
-        if not paths:
-            raise FileNotFoundError(f"{folder} holds no rows.jsonl: give the --out of analysis.experiment")
-        saved = pareto.read(paths[0])
-        args.out.mkdir(parents=True, exist_ok=True)
-        figures = plots_of(saved.rows, paths[0], args.out)
-        found = find_pictures(folder)
-        wanted = {row["key"]: found[row["key"]] for row in saved.rows if row["key"] in found}
-        room = args.megabytes * 2**20 - len(figures) - 2**20  # a mebibyte for the rows and the page itself
-        images, quality, broken = embed(wanted, room)
-        saved.complaints += broken
-        text = page(saved.rows, images, quality, figures, source_of(folder), saved.complaints)
-        keep.write_atomically(args.out / "report.html", text.encode())
-        print(f"{args.out / 'report.html'}: {len(text) / 2**20:.1f} MiB, {len(images)} pictures")
-        return saved.exit_code()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = pareto.run(args).parent if args.run else args.folder
+    paths = [p for p in (folder / "rows.jsonl", folder / "rows.jsonl.gz") if p.is_file()]
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no rows.jsonl: give the --out of analysis.experiment")
+    saved = pareto.read(paths[0])
+    args.out.mkdir(parents=True, exist_ok=True)
+    figures = plots_of(saved.rows, paths[0], args.out)
+    found = find_pictures(folder)
+    wanted = {row["key"]: found[row["key"]] for row in saved.rows if row["key"] in found}
+    room = args.megabytes * 2**20 - len(figures) - 2**20  # a mebibyte for the rows and the page itself
+    images, quality, broken = embed(wanted, room)
+    saved.complaints += broken
+    text = page(saved.rows, images, quality, figures, source_of(folder), saved.complaints)
+    keep.write_atomically(args.out / "report.html", text.encode())
+    print(f"{args.out / 'report.html'}: {len(text) / 2**20:.1f} MiB, {len(images)} pictures")
+    return saved.exit_code()
 
 
 if __name__ == "__main__":

@@ -13,11 +13,30 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 NUMBER = (int, float)
 MAYBE = (int, float, type(None))  # a number, or null where it could not be measured
+
+
+def guarded(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
+    """`main(argv)` of a figure script with its exit codes: 0 all drawn, 1 something left out and named, 2 an
+    error in plain words, 130 stopped with Ctrl-C."""
+
+    @wraps(main)
+    def script(argv: list[str] | None = None) -> int:
+        try:
+            return main(argv)
+        except KeyboardInterrupt:
+            print("stopped: nothing is drawn", file=sys.stderr)
+            return 130
+        except (ValueError, OSError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+
+    return script
 
 
 @dataclass
@@ -39,12 +58,14 @@ def read_saved(
     needs: Mapping[str, Any],
     same: Mapping[str, Callable[[dict], Any]] | None = None,
     unique: Sequence[str] = (),
+    check: Callable[[dict], None] = lambda row: None,
 ) -> Saved:
     """The rows of some `.jsonl` or `.jsonl.gz` files.
 
     needs: field and type (or types) of what every row must have. same: what is equal in all rows of one
-    run, as a name and how to get it from a row. unique: fields that together
-    name a row. Raises OSError for a file that cannot be opened and ValueError when no row is left.
+    run, as a name and how to get it from a row. unique: fields that together name a row. check: raises
+    ValueError for a row that is wrong in another way. Raises OSError for a file that cannot be opened and
+    ValueError when no row is left.
     """
     saved, places, seen = Saved(), [], {}
     for path in paths:
@@ -52,6 +73,7 @@ def read_saved(
         for number, line in lines:
             try:
                 row = _row(line, needs)
+                check(row)
                 identity = tuple(str(row.get(name)) for name in unique)
                 if unique and identity in seen:
                     raise ValueError(f"the same picture stands already in {seen[identity]}")

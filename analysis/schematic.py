@@ -20,6 +20,7 @@ from diffusers import FluxTransformer2DModel
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 from analysis import plots
+from analysis.saved import guarded
 from h2cache import H2Config
 from h2cache.engines.flux_diffusers import FluxDiffusers
 
@@ -139,13 +140,10 @@ def _arrow(axes, start, end, colour: str = "black") -> None:
     axes.add_patch(FancyArrowPatch(start, end, color=colour, linewidth=1, zorder=5, **style))
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        draw(facts(args), args.out / "method")
-    except (ValueError, OSError, KeyError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    draw(facts(args), args.out / "method")
     return 0
 
 

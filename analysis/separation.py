@@ -28,7 +28,7 @@ from analysis.freeze import STAGES, FreezeConfig
 from analysis.intervals import bootstrap
 from analysis.metrics import fidelity
 from analysis.ocr import word_recall
-from analysis.saved import MAYBE, NUMBER, Saved, read_saved
+from analysis.saved import MAYBE, NUMBER, Saved, guarded, read_saved
 from analysis.spectrum import BANDS, LOW, error_spectrum, low_and_high
 from analysis.tiny_flux import evaluate, signs
 from analysis.trials import Trial, parser_of, source_of, write_about
@@ -289,26 +289,23 @@ def read(folder: Path) -> Saved:
     )
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        folder = run(args) if args.run else args.records
-        saved = read(folder)
-        frozen = [r for r in saved.rows if r["stage"] in STAGES and len(r["spectrum"]) == BANDS]
-        found = {(r["first"], r["last"]) for r in frozen}
-        steps = frozen[0]["steps"] if frozen else 0
-        everywhere = [s for s in spans(steps) if s in found and all(of(frozen, stage, s) for stage in STAGES)]
-        if not everywhere:
-            raise ValueError(f"{folder} has no span in which every stage was frozen")
-        draw_spectra(frozen, everywhere, args.out / "separation")
-        shown = draw_pictures(folder / "pictures", everywhere, args.out / "separation_pictures")
-        if not shown:
-            print(f"no picture grid: {folder}/pictures is not complete", file=sys.stderr)
-        plots.write_words(args.out / "separation.md", answer(frozen, everywhere, source_of(folder)))
-        return saved.exit_code()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = run(args) if args.run else args.records
+    saved = read(folder)
+    frozen = [r for r in saved.rows if r["stage"] in STAGES and len(r["spectrum"]) == BANDS]
+    found = {(r["first"], r["last"]) for r in frozen}
+    steps = frozen[0]["steps"] if frozen else 0
+    everywhere = [s for s in spans(steps) if s in found and all(of(frozen, stage, s) for stage in STAGES)]
+    if not everywhere:
+        raise ValueError(f"{folder} has no span in which every stage was frozen")
+    draw_spectra(frozen, everywhere, args.out / "separation")
+    shown = draw_pictures(folder / "pictures", everywhere, args.out / "separation_pictures")
+    if not shown:
+        print(f"no picture grid: {folder}/pictures is not complete", file=sys.stderr)
+    plots.write_words(args.out / "separation.md", answer(frozen, everywhere, source_of(folder)))
+    return saved.exit_code()
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 from analysis import plots
 from analysis.calibrate import table
 from analysis.prompts import read_prompts
-from analysis.saved import MAYBE, NUMBER, Saved, read_saved
+from analysis.saved import MAYBE, NUMBER, Saved, guarded, read_saved
 from analysis.trials import parser_of, source_of, write_about
 from h2cache import H2Config
 from h2cache.presets import PRESETS
@@ -268,24 +268,21 @@ def _cells(line: dict, presets: dict) -> list[str]:
             presets.get((tau1, tau2), "")]  # fmt: skip
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        folder = run(args) if args.run else args.records
-        saved = read(folder)
-        model = Path(args.model).name
-        presets = {
-            (p.settings["tau1"], p.settings["tau2"]): name
-            for name, p in PRESETS.items()
-            if p.model == model and p.method == "h2cache" and len(p.settings) == 2
-        }
-        lines = table(saved.rows)
-        draw(lines, presets, args.out / "thresholds")
-        plots.write_words(args.out / "thresholds.md", answer(lines, presets, source_of(folder)))
-        return saved.exit_code()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = run(args) if args.run else args.records
+    saved = read(folder)
+    model = Path(args.model).name
+    presets = {
+        (p.settings["tau1"], p.settings["tau2"]): name
+        for name, p in PRESETS.items()
+        if p.model == model and p.method == "h2cache" and len(p.settings) == 2
+    }
+    lines = table(saved.rows)
+    draw(lines, presets, args.out / "thresholds")
+    plots.write_words(args.out / "thresholds.md", answer(lines, presets, source_of(folder)))
+    return saved.exit_code()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 
 from analysis import keep, plots
-from analysis.saved import Saved, read_saved
+from analysis.saved import Saved, guarded, read_saved
 from analysis.trials import Trial, parser_of, source_of, write_about
 from h2cache import H2Config
 
@@ -223,21 +223,18 @@ def answer(rows: list[dict], label: str, source: str) -> str:
     return "\n".join(lines)
 
 
+@guarded
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        path = run(args) if args.run else args.records
-        saved, label = read(path, args.method, args.label)
-        one = next((row for row in saved.rows if args.id in (None, row["id"])), None)
-        if one is None:
-            raise ValueError(f"{path} holds no request {args.id!r} of {label}")
-        draw_one(one, args.out / "trace")
-        draw_all(saved.rows, args.out / "trace_all")
-        plots.write_words(args.out / "trace.md", answer(saved.rows, label, source_of(path.parent)))
-        return saved.exit_code()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = run(args) if args.run else args.records
+    saved, label = read(path, args.method, args.label)
+    one = next((row for row in saved.rows if args.id in (None, row["id"])), None)
+    if one is None:
+        raise ValueError(f"{path} holds no request {args.id!r} of {label}")
+    draw_one(one, args.out / "trace")
+    draw_all(saved.rows, args.out / "trace_all")
+    plots.write_words(args.out / "trace.md", answer(saved.rows, label, source_of(path.parent)))
+    return saved.exit_code()
 
 
 if __name__ == "__main__":

@@ -127,6 +127,7 @@ BROKEN = {  # script: what it reads, and how it is told to
     "trace": ("assets/results/tiny_flux_traces/rows.jsonl.gz", "--records", True),
     "pareto": ("assets/results/tiny_flux_report/rows.jsonl.gz", "--records", True),
     "report": ("assets/results/tiny_flux_report/rows.jsonl.gz", "--folder", False),
+    "pfs": ("assets/results/tiny_flux_pfs/steadiness.jsonl.gz", "--records", False),
 }
 
 
@@ -137,6 +138,9 @@ def test_a_script_names_the_broken_line_and_draws_the_rest(name, tmp_path, capsy
     lines.insert(3, lines[3][: len(lines[3]) // 2])  # as a killed writer leaves it
     lines.append('{"id": "x", "label": "stranger"}')
     path = tmp_path / Path(source).name.removesuffix(".gz")
+    if name == "pfs":  # three files in a folder
+        for other in ("cost.jsonl.gz", "decisions.jsonl.gz"):
+            (tmp_path / other).write_bytes((Path(source).parent / other).read_bytes())
     path.write_text("\n".join(lines) + "\n")
     given = str(path if is_file else tmp_path)
     assert script(name)([option, given, "--out", str(tmp_path / "out")]) == 1
@@ -150,6 +154,27 @@ def test_a_script_names_the_broken_line_and_draws_the_rest(name, tmp_path, capsy
     path.unlink()
     assert script(name)([option, given, "--out", str(tmp_path / "out")]) == 2
     assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["cost", "steadiness", "decisions"])
+@pytest.mark.parametrize("damage", ["cut", "ragged", "lost"])
+def test_pfs_draws_the_summaries_that_are_complete(part, damage, tmp_path, capsys):
+    for path in Path("assets/results/tiny_flux_pfs").glob("*.jsonl.gz"):
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        if path.name.startswith(part):
+            row = json.loads(lines[3])
+            ragged = {"cost": "seconds", "steadiness": "clean", "decisions": "target"}[part]
+            lines[3:4] = {
+                "cut": [lines[3][:60]],
+                "ragged": [json.dumps(row | {ragged: [[0.1], 0.2]})],
+                "lost": [],
+            }[damage]
+        (tmp_path / path.name.removesuffix(".gz")).write_text("\n".join(lines) + "\n")
+    code = script("pfs")(["--records", str(tmp_path), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert code == (0 if (part, damage) == ("decisions", "lost") else 1)
+    assert (f"{part}.jsonl line 4: " in told) == (damage != "lost")
+    assert (tmp_path / "out" / "pfs.png").is_file()
 
 
 # Arithmetic.
