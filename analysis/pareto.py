@@ -29,6 +29,7 @@ from analysis.intervals import bootstrap
 from analysis.saved import MAYBE, NUMBER, Saved, guarded, read_saved
 from analysis.table import PUBLISHED, published
 from analysis.trials import parser_of, source_of
+from h2cache.presets import PRESETS
 
 SHIPPED = Path("assets/results/methods/rows.jsonl.gz")
 PAIRS = ((0.05, 0.02), (0.06, 0.02), (0.12, 0.02), (0.2, 0.05), (0.35, 0.2), (0.5, 0.3))  # tau1, tau2
@@ -62,8 +63,8 @@ METRICS = {  # field: axis label, higher is better
     "psnr": ("PSNR against uncached, dB", True),
     "ssim": ("SSIM against uncached", True),
     "gmsd": ("GMSD against uncached", False),
-    "words_read": ("words read, change against uncached", True),
-    "clip_iqa": ("CLIP-IQA, change against uncached", True),
+    "words_read": ("words read, change", True),  # against the uncached picture, as the next
+    "clip_iqa": ("CLIP-IQA, change", True),
 }
 COSTS = {
     "blocks_ratio": "blocks executed, times fewer",
@@ -84,15 +85,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> Path:
-    """The experiment with many settings of each method; returns its rows."""
+def run(args: argparse.Namespace) -> tuple[Path, int]:
+    """The experiment with many settings of each method; returns its rows and its exit code.
+
+    1: some pictures failed, the others can be drawn; above: nothing can.
+    """
     command = ["--out", str(args.out), "--methods", *args.methods]
     for name in ("model", "prompts", "limit", "steps", "seed", "guidance", "device", "dtype"):
         value = getattr(args, name)
         command += [f"--{name}", str(value)] if value is not None else []
-    if experiment(command) == 2:
-        raise ValueError("the experiment could not be run")
-    return args.out / "rows.jsonl"
+    return args.out / "rows.jsonl", experiment(command)
 
 
 def read(path: Path) -> Saved:
@@ -112,12 +114,22 @@ def lines_of(labels: list[str]) -> dict[str, str]:
     """The line that each contestant is a point of: its method, and what of its settings is a word."""
 
     def words(label: str) -> str:
-        method, *settings = label.split(" ")
+        method, *settings = _spelt_out(label).split(" ")
         return " ".join([method, *(s for s in settings if not _is_number(s.partition("=")[2]))])
 
     lines = {label: words(label) for label in labels}
     several = Counter(line.split(" ")[0] for line in set(lines.values()))
     return {k: line if several[m := line.split(" ")[0]] > 1 else m for k, line in lines.items()}
+
+
+def _spelt_out(label: str) -> str:
+    """A preset's label, `h2cache (tiny_flux-5x-ahead)`, as that of its settings; others as they are."""
+    method, _, rest = label.partition(" (")
+    preset = PRESETS.get(rest.removesuffix(")"))
+    if preset is None:
+        return label
+    settings = sorted(preset.settings.items())
+    return " ".join([method, *(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in settings)])
 
 
 def _is_number(text: str) -> bool:
@@ -280,7 +292,9 @@ def _at_once(measured: dict[str, list[dict]]) -> list[str]:
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    path = run(args) if args.run else args.records
+    path, code = run(args) if args.run else (args.records, 0)
+    if code not in (0, 1):
+        return code
     saved = read(path)
     cached = [r for r in saved.rows if r["method"] != "none"]
     metrics = args.metric or [m for m in METRICS if any(r[m] is not None for r in cached)]
@@ -290,7 +304,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{metric} was not measured in {path}")
         draw(found, metric, published(PUBLISHED), args.out / f"pareto_{metric}")
     plots.write_words(args.out / "pareto.md", answer(measured, source_of(path.parent)))
-    return saved.exit_code()
+    return max(code, saved.exit_code())
 
 
 if __name__ == "__main__":

@@ -268,7 +268,7 @@ def draw(saved: dict[str, Saved], names: list[str], path: Path) -> None:
         d.set(xlabel="sd of log step-to-step change")
         e.set(xlabel="share, under {:.0%} (hollow)\nand {:.0%} noise".format(*NOISES), xlim=(-0.01, None))
         told = [f"{shape} {a:g}/{b:g}" for (a, b), shape in targets.items()]
-        f.set(xlabel=f"dB against full tensors\n({', '.join(told)})")
+        f.set(xlabel="\n".join(["dB against full tensors", "  ".join(told[:2]), *told[2:]]))
         f.axvline(0, color="black", linewidth=0.6)
         figure.legend(*b.get_legend_handles_labels(), loc="outside lower center", ncols=4)
         titles = ("a  time of a check", "b  structure measure", "c  detail measure",

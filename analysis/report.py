@@ -161,7 +161,9 @@ def plots_of(rows: list[dict], source: Path, out: Path) -> str:
         saved, label = trace.read(source, "h2cache", None)
         trace.draw_all(saved.rows, out / "trace_all")
         parts.append(("trace_all", f"Measures and decisions at every step, {label}"))
-    figures = []
+        figures = []
+    else:
+        figures = ["<p>No plot of measures and decisions by step: these rows hold no trace of h2cache.</p>"]
     for name, told in parts:
         data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
         figures.append(f'<figure><img alt="{html.escape(told)}" src="data:image/png;base64,{data}">'
@@ -222,7 +224,10 @@ def page(
 @guarded
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    folder = pareto.run(args).parent if args.run else args.folder
+    path, code = pareto.run(args) if args.run else (args.folder / "rows.jsonl", 0)
+    if code not in (0, 1):
+        return code
+    folder = path.parent
     paths = [p for p in (folder / "rows.jsonl", folder / "rows.jsonl.gz") if p.is_file()]
     if not paths:
         raise FileNotFoundError(f"{folder} holds no rows.jsonl: give the --out of analysis.experiment")
@@ -237,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     text = page(saved.rows, images, quality, figures, source_of(folder), saved.complaints)
     keep.write_atomically(args.out / "report.html", text.encode())
     print(f"{args.out / 'report.html'}: {len(text) / 2**20:.1f} MiB, {len(images)} pictures")
-    return saved.exit_code()
+    return max(code, saved.exit_code())
 
 
 if __name__ == "__main__":

@@ -353,3 +353,37 @@ def test_trace_reads_what_run_py_writes(tmp_path, capsys):
     path.write_text(json.dumps(row | {"trace": [{"step": 0}]}) + "\n")
     assert trace.main(["--records", str(path), "--out", str(out)]) == 2
     assert "empty or broken" in capsys.readouterr().err
+
+
+def test_trace_does_not_mix_settings(tmp_path, capsys):
+    row = json.loads(gzip.decompress(trace.SHIPPED.read_bytes()).splitlines()[0])
+    del row["label"]
+    others = [row | {"key": f"k{n}", "config": row["config"] | {"tau1": 0.1}} for n in range(2)]
+    short = row | {
+        "key": "s",
+        "trace": [row["trace"][0], {**row["trace"][1], "outcomes": "M", "measures": [1]}],
+    }
+    path = tmp_path / "rows.jsonl"
+    rows = [row, row | {"key": "again"}, *others, short]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert script("trace")(["--records", str(path), "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "h2cache tau1=0.2 tau2=0.05, 2 requests" in said.out
+    assert "2 requests of h2cache with tau1=0.1 tau2=0.05" in said.err
+    assert "structure 50 steps, detail 1 steps" in said.err
+    choice = ["--label", "tau1=0.1 tau2=0.05"]
+    assert script("trace")(["--records", str(path), "--out", str(tmp_path), *choice]) == 0
+    assert "h2cache tau1=0.1 tau2=0.05, 2 requests" in capsys.readouterr().out
+
+
+def test_ctrl_c_and_a_limit_of_nothing_are_told_in_words(tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trace, "read", stop)
+    assert script("trace")(["--out", str(tmp_path)]) == 130
+    assert "stopped" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        script("trace")(["--run", "--limit", "0"])
+    assert end.value.code == 2
+    assert "0 is no whole number of at least 1" in capsys.readouterr().err
