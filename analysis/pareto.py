@@ -63,8 +63,8 @@ METRICS = {  # field: axis label, higher is better
     "psnr": ("PSNR against uncached, dB", True),
     "ssim": ("SSIM against uncached", True),
     "gmsd": ("GMSD against uncached", False),
-    "words_read": ("words read, change", True),  # against the uncached picture, as the next
-    "clip_iqa": ("CLIP-IQA, change", True),
+    "words_read": ("words read, change against uncached", True),
+    "clip_iqa": ("CLIP-IQA, change against uncached", True),
 }
 COSTS = {
     "blocks_ratio": "blocks executed, times fewer",
@@ -111,15 +111,21 @@ def read(path: Path) -> Saved:
 
 
 def lines_of(labels: list[str]) -> dict[str, str]:
-    """The line that each contestant is a point of: its method, and what of its settings is a word."""
+    """The line that each contestant is a point of: its method, and what of its settings is a word.
+
+    The words go where a method makes one line only, unless they have a look of their own.
+    """
 
     def words(label: str) -> str:
         method, *settings = _spelt_out(label).split(" ")
-        return " ".join([method, *(s for s in settings if not _is_number(s.partition("=")[2]))])
+        return " ".join([method, *sorted(s for s in settings if not _is_number(s.partition("=")[2]))])
 
     lines = {label: words(label) for label in labels}
     several = Counter(line.split(" ")[0] for line in set(lines.values()))
-    return {k: line if several[m := line.split(" ")[0]] > 1 else m for k, line in lines.items()}
+    return {
+        label: line if line in plots.LOOKS or several[line.split(" ")[0]] > 1 else line.split(" ")[0]
+        for label, line in lines.items()
+    }
 
 
 def _spelt_out(label: str) -> str:
@@ -206,7 +212,9 @@ def draw(found: list[dict], metric: str, others: list[dict], path: Path) -> None
                 x, y = [p[cost] for p in mine], np.array([p["quality"] for p in mine])
                 ends = np.abs(np.array([[p["low"] for p in mine], [p["high"] for p in mine]]) - y)
                 joined = "none" if cost == "mebibytes" else "--" if method == CONTROL else "-"
-                axes.errorbar(x, y, ends, linestyle="none", ecolor=look.colour, elinewidth=0.7, capsize=1.2)
+                if cost != "mebibytes":  # there the points of many methods share a place
+                    style = {"linestyle": "none", "ecolor": look.colour, "elinewidth": 0.7, "capsize": 1.2}
+                    axes.errorbar(x, y, ends, **style)
                 axes.plot(x, y, linestyle=joined, label=look.name, linewidth=0.9, zorder=3, **look.points)
             if cost != "mebibytes":
                 best = front([p for p in cached if p["method"] != CONTROL], cost, higher)
@@ -214,7 +222,7 @@ def draw(found: list[dict], metric: str, others: list[dict], path: Path) -> None
                 axes.plot(x, y, color="#bbbbbb", linewidth=5, zorder=1, label="front of the caches")
             if metric in ALONE:
                 axes.axhline(0, color="black", linestyle=":", linewidth=0.8, label="uncached")
-            axes.set(xlabel=title, ylabel=label)
+            axes.set(xlabel=title, ylabel=label.replace(", change", ",\nchange"))
             plots.letter(axes, f"{'abc'[n]}  against {('blocks', 'time', 'memory')[n]}")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         _draw_published(grid[1, 1], others)

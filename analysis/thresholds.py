@@ -221,8 +221,8 @@ def answer(lines: list[dict], pictures: list[dict], presets: dict[tuple, str], s
     rows, columns = axes_of(lines)
     known = lines[0]["words_uncached"]
     words = [f"Source: {source}; {len(lines)} pairs, {lines[0]['prompts']} prompts"
-             + (f", words read of the uncached {known:.1%}." if known is not None else "."), "", "Pairs that no "
-             "other beats in both blocks and PSNR:", ""]  # fmt: skip
+             + (f", words read of the uncached {known:.1%}." if known is not None else "."), "",
+             "Pairs that no other beats in both blocks and PSNR:", ""]  # fmt: skip
     heads = ("tau1", "tau2", "blocks", "time", "PSNR dB", "worst", "SSIM", "words", "CLIP-IQA", "preset")
     words += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     words += [f"| {' | '.join(_cells(line, presets))} |" for line in front(lines)]
@@ -268,9 +268,11 @@ def _best_pairs(lines: list[dict], pictures: list[dict]) -> list[str]:
                 told.append(f"{title} the same ({usual[name]:.4g})")
                 continue
             compared += 1
-            others = {r["id"]: r[name] for r in pictures if _is_of(r, usual) and r.get(name) is not None}
-            found = bootstrap([r[name] - others[r["id"]] for r in pictures
-                               if _is_of(r, best) and r["id"] in others and r.get(name) is not None])  # fmt: skip
+            theirs, others = (
+                {r["id"]: r[name] for r in pictures if _is_of(r, line) and r.get(name) is not None}
+                for line in (best, usual)
+            )
+            found = bootstrap([theirs[i] - others[i] for i in theirs if i in others])
             shown += found.shows_difference
             told.append(
                 f"{title} {_pair(best)} ({best[name]:.4g}, {found.mean:+.3f} [{found.low:+.3f}, "

@@ -24,6 +24,7 @@ from analysis.tiny_flux import signs
 from h2cache import H2Config, enable, method_names, step_records
 from tests.conftest import generate
 
+ROWS = Path("assets/results/tiny_flux_report/rows.jsonl.gz")
 SCRIPTS = ("thresholds", "pfs", "separation", "trace", "pareto", "report", "schematic")
 
 
@@ -221,6 +222,28 @@ def test_the_front_holds_what_nothing_beats():
 def test_settings_that_are_words_make_a_line_of_their_own():
     labels = ["h2cache tau1=0.1 tau2=inf", "h2cache predictor=taylor tau1=0.1", "clusca exact_fresh=true"]
     assert list(pareto.lines_of(labels).values()) == ["h2cache", "h2cache predictor=taylor", "clusca"]
+
+
+@pytest.mark.parametrize("others", [[], ["h2cache (tiny_flux-5x)", "h2cache tau1=0.1 tau2=0.1"]])
+def test_a_preset_looks_as_its_settings_do(others):
+    found = pareto.lines_of(["h2cache (tiny_flux-5x-ahead)", *others])
+    assert plots.look(found["h2cache (tiny_flux-5x-ahead)"]).name == "H2-Cache, planned ahead"
+    assert all(plots.look(found[other]).name == "H2-Cache" for other in others)
+
+
+@pytest.mark.parametrize("name", ["pareto", "report"])
+@pytest.mark.parametrize(("code", "expected"), [(130, 130), (2, 2), (1, 1), (0, 0)])
+def test_the_experiments_exit_code_is_kept(name, code, expected, tmp_path, monkeypatch):
+    def experiment(command: list[str]) -> int:
+        if code < 2:
+            (tmp_path / "rows.jsonl").write_bytes(gzip.decompress(ROWS.read_bytes()))
+        return code
+
+    monkeypatch.setattr(pareto, "experiment", experiment)
+    monkeypatch.setattr(pareto, "draw", lambda *_: None)
+    monkeypatch.setattr("analysis.report.plots_of", lambda *_: "")
+    assert script(name)(["--run", "--out", str(tmp_path)]) == expected
+    assert any(tmp_path.iterdir()) == (code < 2)
 
 
 def test_all_contestants_are_of_known_methods_and_have_a_look_of_their_own():
