@@ -3,6 +3,7 @@
     python -m analysis.pfs                        # figure and answer from the shipped records
     python -m analysis.pfs --run --limit 20       # repeat all three measurements
     python -m analysis.pfs --run --device cuda    # the cost of a check on a GPU, too
+    python -m analysis.pfs --run --parts decisions --out DIR    # one of them again, the others stay in DIR
 
 1. Cost of a check on tensors of FLUX.1-dev's real shapes (1024x1024), and its share of a step. 2. Steadiness
 of the measure over steps, and how often a decision flips when the latents get a little noise, at thresholds
@@ -120,7 +121,11 @@ def complete(saved: dict[str, Saved]) -> list[str]:
     if not steady.rows:
         steady.exit_code()
         raise ValueError("the steadiness of no prompt is complete")
-    decided.rows = [r for r in decided.rows if r["summary"] in names]
+    steady.rows.sort(key=lambda row: row["id"])  # the same order for every stage and summary
+    known = {tuple(r["target"]) for r in decided.rows if r["summary"] == str(FULL)}
+    lost = [target for target in targets_of(decided.rows) if target not in known]
+    decided.complaints += [f"decisions like {a:g}/{b:g}: full tensors are missing" for a, b in lost]
+    decided.rows = [r for r in decided.rows if r["summary"] in names and tuple(r["target"]) in known]
     return names
 
 
@@ -379,7 +384,7 @@ def _verdicts(priced: dict, names: list[str], steady: list[dict], decided: list[
                 f"- At {target[0]:g}/{target[1]:g} only the {' and '.join(compared) or 'no'} check is "
                 "compared: "
                 + " and ".join(f"that of {stage} hits {hits[stage]:.2g} times a request" for stage in unknown)
-                + ", forced\n  hits apart, so its threshold is not determined."
+                + ", forced\n  hits apart, so its threshold is not determined, nor are its few hits matched."
             )
         if found:
             difference, explained = found

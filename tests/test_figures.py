@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from analysis import pareto, plots, trace
+from analysis import pareto, pfs, plots, trace
 from analysis.experiment import contestants
 from analysis.freeze import FreezeConfig
 from analysis.saved import MAYBE, NUMBER, read_saved
@@ -254,6 +254,59 @@ def test_all_contestants_are_of_known_methods_and_have_a_look_of_their_own():
     assert len({(look.colour, look.marker) for look in looks}) == len({x.name for x in looks}) == len(looks)
 
 
+def test_a_forced_hit_determines_no_threshold(tmp_path, capsys):
+    rows = [
+        {"summary": str(FULL), "target": [0.1, 0.2], "hits": {"structure": 30, "detail": d}} for d in (30, 31)
+    ]
+    assert pfs.own_hits(rows) == {"structure": 30, "detail": 0.5}
+    assert pfs.undetermined(rows, (0.1, 0.2)) == ["detail"]
+    rows[1]["hits"]["detail"] = 40
+    assert pfs.undetermined(rows, (0.1, 0.2)) == []
+    assert script("pfs")(["--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "At 0.12/0.02 only the structure check is compared" in text
+    assert "| average 2/12 | 0.106 | not determined |" in text
+    steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "pfs.csv").open()) if row["panel"] == "b"]
+    assert (min(steps), max(steps)) == (3, 49)
+
+
+def test_separation_counts_the_windows_apart_and_knows_the_uncached(tmp_path, capsys):
+    assert script("separation")(["--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "| none | - | identical | 0 | 0 | - | 0.88 | 1.00 | 1.00 | 0.94 |" in text
+    assert "in the 5 windows that share no step" in text
+    assert "in the 3 spans to the end" in text
+
+
+def grid_rows(words: dict[str, list[float | None]]) -> list[dict]:
+    """Rows of a calibration with two prompts, uncached and at the pairs named."""
+    shared = {"seconds": 1.0, "seconds_uncached": 2.0, "blocks": 100, "ssim": 0.9}
+    rows = []
+    for pair, read in words.items():
+        for n, value in enumerate(read):
+            tau1, _, tau2 = pair.partition("/")
+            config = {"tau1": float(tau1), "tau2": float(tau2)} if tau2 else {}
+            method, run = ("h2cache", 20 + int(100 * float(tau1))) if tau2 else ("none", 100)
+            rows.append(shared | {"key": f"{pair} {n}", "id": f"p{n}", "method": method, "config": config,
+                                  "blocks_run": run, "words": value, "psnr": 30.0 + run})  # fmt: skip
+    return rows
+
+
+def test_thresholds_names_no_winner_by_chance_and_no_row_goes_unsaid(tmp_path, capsys):
+    rows = grid_rows({"none": [1.0] * 8, "0.1/0.1": [1.0, *[0.0] * 7], "0.2/0.1": [0.0] * 8})
+    path = tmp_path / "records-0-of-1.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert script("thresholds")(["--records", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "words 0.1 / 0.1 (0.125, +0.125 [+0.000, +0.375]: no difference shown)" in text
+    assert "not shown, in none of" in text
+    path.write_text(
+        "".join(json.dumps(r | {"words": None} if r["key"] == "0.1/0.1 3" else r) + "\n" for r in rows)
+    )
+    assert script("thresholds")(["--records", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "1 pictures of p3, whose words were read in another way" in capsys.readouterr().err
+
+
 # Methods that only the analysis uses.
 
 
@@ -360,6 +413,7 @@ def test_report_runs_the_experiment_first(tmp_path):
     assert text.count("data:image/webp") == 2
     assert "trace_all" not in text
     assert "Measures and decisions at every step" in text
+    assert "hold no trace" not in text
 
 
 def test_trace_reads_what_run_py_writes(tmp_path, capsys):
