@@ -30,7 +30,7 @@ def guarded(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | No
         try:
             return main(argv)
         except KeyboardInterrupt:
-            print("stopped: nothing is drawn", file=sys.stderr)
+            print("stopped", file=sys.stderr)
             return 130
         except (ValueError, OSError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)

@@ -398,7 +398,7 @@ def test_thresholds_repeats_its_experiment(tmp_path, capsys, random_clip):
     assert script("thresholds")(["--run", *grid, "--clip", str(random_clip), "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "4 pairs, 1 prompts" in text
-    assert "CLIP-IQA 0." in text
+    assert "; CLIP-IQA " in text
     data = list(csv.DictReader((out / "thresholds.csv").open()))
     assert {(row["tau1"], row["tau2"]) for row in data} == {
         (a, b) for a in ("0.2", "0.5") for b in ("0.1", "0.3")
