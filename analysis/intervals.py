@@ -28,8 +28,10 @@ class Interval:
 def bootstrap(values: list[float], statistic: Callable[..., Any] = np.mean) -> Interval:
     """The mean of `values` (for a comparison: the differences of pairs), resampled over prompts.
 
-    statistic: what is taken in place of the mean, such as np.median.
+    statistic: what is taken in place of the mean, such as np.median. ValueError for no values.
     """
+    if not len(values):
+        raise ValueError("there is no value to take the mean of")
     numbers = np.asarray(values, float)
     draws = np.random.default_rng(0).integers(len(numbers), size=(RESAMPLES, len(numbers)))
     low, high = np.percentile(statistic(numbers[draws], axis=1), (2.5, 97.5))

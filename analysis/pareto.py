@@ -27,8 +27,10 @@ from analysis import plots
 from analysis.experiment import main as experiment
 from analysis.intervals import bootstrap
 from analysis.saved import MAYBE, NUMBER, Saved, read_saved
+from analysis.scripts import figure_script
 from analysis.table import PUBLISHED, published
 from analysis.trials import parser_of, source_of
+from h2cache.presets import PRESETS
 
 SHIPPED = Path("assets/results/methods/rows.jsonl.gz")
 PAIRS = ((0.05, 0.02), (0.06, 0.02), (0.12, 0.02), (0.2, 0.05), (0.35, 0.2), (0.5, 0.3))  # tau1, tau2
@@ -84,15 +86,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> Path:
-    """The experiment with many settings of each method; returns its rows."""
+def run(args: argparse.Namespace) -> tuple[Path, int]:
+    """The experiment with many settings of each method; returns its rows and its exit code.
+
+    1: some pictures failed, the others can be drawn; above: nothing can.
+    """
     command = ["--out", str(args.out), "--methods", *args.methods]
     for name in ("model", "prompts", "limit", "steps", "seed", "guidance", "device", "dtype"):
         value = getattr(args, name)
         command += [f"--{name}", str(value)] if value is not None else []
-    if experiment(command) == 2:
-        raise ValueError("the experiment could not be run")
-    return args.out / "rows.jsonl"
+    return args.out / "rows.jsonl", experiment(command)
 
 
 def read(path: Path) -> Saved:
@@ -109,15 +112,31 @@ def read(path: Path) -> Saved:
 
 
 def lines_of(labels: list[str]) -> dict[str, str]:
-    """The line that each contestant is a point of: its method, and what of its settings is a word."""
+    """The line that each contestant is a point of: its method, and what of its settings is a word.
+
+    The words go where a method makes one line only, unless they have a look of their own.
+    """
 
     def words(label: str) -> str:
-        method, *settings = label.split(" ")
-        return " ".join([method, *(s for s in settings if not _is_number(s.partition("=")[2]))])
+        method, *settings = _spelt_out(label).split(" ")
+        return " ".join([method, *sorted(s for s in settings if not _is_number(s.partition("=")[2]))])
 
     lines = {label: words(label) for label in labels}
     several = Counter(line.split(" ")[0] for line in set(lines.values()))
-    return {k: line if several[m := line.split(" ")[0]] > 1 else m for k, line in lines.items()}
+    return {
+        label: line if line in plots.LOOKS or several[line.split(" ")[0]] > 1 else line.split(" ")[0]
+        for label, line in lines.items()
+    }
+
+
+def _spelt_out(label: str) -> str:
+    """A preset's label, `h2cache (tiny_flux-5x-ahead)`, as that of its settings; others as they are."""
+    method, _, rest = label.partition(" (")
+    preset = PRESETS.get(rest.removesuffix(")"))
+    if preset is None:
+        return label
+    settings = sorted(preset.settings.items())
+    return " ".join([method, *(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in settings)])
 
 
 def _is_number(text: str) -> bool:
@@ -194,7 +213,9 @@ def draw(found: list[dict], metric: str, others: list[dict], path: Path) -> None
                 x, y = [p[cost] for p in mine], np.array([p["quality"] for p in mine])
                 ends = np.abs(np.array([[p["low"] for p in mine], [p["high"] for p in mine]]) - y)
                 joined = "none" if cost == "mebibytes" else "--" if method == CONTROL else "-"
-                axes.errorbar(x, y, ends, linestyle="none", ecolor=look.colour, elinewidth=0.7, capsize=1.2)
+                if cost != "mebibytes":  # there the points of many methods share a place
+                    style = {"linestyle": "none", "ecolor": look.colour, "elinewidth": 0.7, "capsize": 1.2}
+                    axes.errorbar(x, y, ends, **style)
                 axes.plot(x, y, linestyle=joined, label=look.name, linewidth=0.9, zorder=3, **look.points)
             if cost != "mebibytes":
                 best = front([p for p in cached if p["method"] != CONTROL], cost, higher)
@@ -202,7 +223,7 @@ def draw(found: list[dict], metric: str, others: list[dict], path: Path) -> None
                 axes.plot(x, y, color="#bbbbbb", linewidth=5, zorder=1, label="front of the caches")
             if metric in ALONE:
                 axes.axhline(0, color="black", linestyle=":", linewidth=0.8, label="uncached")
-            axes.set(xlabel=title, ylabel=label)
+            axes.set(xlabel=title, ylabel=label.replace(", change", ",\nchange"))
             plots.letter(axes, f"{'abc'[n]}  against {('blocks', 'time', 'memory')[n]}")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         _draw_published(grid[1, 1], others)
@@ -277,23 +298,22 @@ def _at_once(measured: dict[str, list[dict]]) -> list[str]:
     return lines
 
 
+@figure_script
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        path = run(args) if args.run else args.records
-        saved = read(path)
-        cached = [r for r in saved.rows if r["method"] != "none"]
-        metrics = args.metric or [m for m in METRICS if any(r[m] is not None for r in cached)]
-        measured = {metric: points(saved.rows, metric) for metric in metrics}
-        for metric, found in measured.items():
-            if not any(p["method"] != "none" for p in found):
-                raise ValueError(f"{metric} was not measured in {path}")
-            draw(found, metric, published(PUBLISHED), args.out / f"pareto_{metric}")
-        plots.write_words(args.out / "pareto.md", answer(measured, source_of(path.parent)))
-        return saved.exit_code()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path, code = run(args) if args.run else (args.records, 0)
+    if code not in (0, 1):
+        return code
+    saved = read(path)
+    cached = [r for r in saved.rows if r["method"] != "none"]
+    metrics = args.metric or [m for m in METRICS if any(r[m] is not None for r in cached)]
+    measured = {metric: points(saved.rows, metric) for metric in metrics}
+    for metric, found in measured.items():
+        if not any(p["method"] != "none" for p in found):
+            raise ValueError(f"{metric} was not measured in {path}")
+        draw(found, metric, published(PUBLISHED), args.out / f"pareto_{metric}")
+    plots.write_words(args.out / "pareto.md", answer(measured, source_of(path.parent)))
+    return max(code, saved.exit_code())
 
 
 if __name__ == "__main__":

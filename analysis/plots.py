@@ -21,7 +21,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from analysis.keep import write_atomically
 
-COLUMN, PAGE = 3.4, 7.0  # widths in inches: a column, and both
+PAGE = 7.0  # width in inches of every figure: both columns of a page
 STYLE = {
     "font.family": "DejaVu Sans",  # comes with matplotlib
     "font.size": 8,

@@ -26,6 +26,7 @@ from string import Template
 from PIL import Image
 
 from analysis import keep, pareto, trace
+from analysis.scripts import figure_script
 from analysis.trials import parser_of, source_of
 
 SHIPPED = Path("assets/results/tiny_flux_report")
@@ -160,7 +161,9 @@ def plots_of(rows: list[dict], source: Path, out: Path) -> str:
         saved, label = trace.read(source, "h2cache", None)
         trace.draw_all(saved.rows, out / "trace_all")
         parts.append(("trace_all", f"Measures and decisions at every step, {label}"))
-    figures = []
+        figures = []
+    else:
+        figures = ["<p>No plot of measures and decisions by step: these rows hold no trace of h2cache.</p>"]
     for name, told in parts:
         data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
         figures.append(f'<figure><img alt="{html.escape(told)}" src="data:image/png;base64,{data}">'
@@ -218,28 +221,28 @@ def page(
     )
 
 
+@figure_script
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        folder = pareto.run(args).parent if args.run else args.folder
-        paths = [p for p in (folder / "rows.jsonl", folder / "rows.jsonl.gz") if p.is_file()]
-        if not paths:
-            raise FileNotFoundError(f"{folder} holds no rows.jsonl: give the --out of analysis.experiment")
-        saved = pareto.read(paths[0])
-        args.out.mkdir(parents=True, exist_ok=True)
-        figures = plots_of(saved.rows, paths[0], args.out)
-        found = find_pictures(folder)
-        wanted = {row["key"]: found[row["key"]] for row in saved.rows if row["key"] in found}
-        room = args.megabytes * 2**20 - len(figures) - 2**20  # a mebibyte for the rows and the page itself
-        images, quality, broken = embed(wanted, room)
-        saved.complaints += broken
-        text = page(saved.rows, images, quality, figures, source_of(folder), saved.complaints)
-        keep.write_atomically(args.out / "report.html", text.encode())
-        print(f"{args.out / 'report.html'}: {len(text) / 2**20:.1f} MiB, {len(images)} pictures")
-        return saved.exit_code()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path, code = pareto.run(args) if args.run else (args.folder / "rows.jsonl", 0)
+    if code not in (0, 1):
+        return code
+    folder = path.parent
+    paths = [p for p in (folder / "rows.jsonl", folder / "rows.jsonl.gz") if p.is_file()]
+    if not paths:
+        raise FileNotFoundError(f"{folder} holds no rows.jsonl: give the --out of analysis.experiment")
+    saved = pareto.read(paths[0])
+    args.out.mkdir(parents=True, exist_ok=True)
+    figures = plots_of(saved.rows, paths[0], args.out)
+    found = find_pictures(folder)
+    wanted = {row["key"]: found[row["key"]] for row in saved.rows if row["key"] in found}
+    room = args.megabytes * 2**20 - len(figures) - 2**20  # a mebibyte for the rows and the page itself
+    images, quality, broken = embed(wanted, room)
+    saved.complaints += broken
+    text = page(saved.rows, images, quality, figures, source_of(folder), saved.complaints)
+    keep.write_atomically(args.out / "report.html", text.encode())
+    print(f"{args.out / 'report.html'}: {len(text) / 2**20:.1f} MiB, {len(images)} pictures")
+    return max(code, saved.exit_code())
 
 
 if __name__ == "__main__":

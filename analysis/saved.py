@@ -39,12 +39,14 @@ def read_saved(
     needs: Mapping[str, Any],
     same: Mapping[str, Callable[[dict], Any]] | None = None,
     unique: Sequence[str] = (),
+    check: Callable[[dict], None] = lambda row: None,
 ) -> Saved:
     """The rows of some `.jsonl` or `.jsonl.gz` files.
 
     needs: field and type (or types) of what every row must have. same: what is equal in all rows of one
-    run, as a name and how to get it from a row. unique: fields that together
-    name a row. Raises OSError for a file that cannot be opened and ValueError when no row is left.
+    run, as a name and how to get it from a row. unique: fields that together name a row. check: raises
+    ValueError for a row that is wrong in another way. Raises OSError for a file that cannot be opened and
+    ValueError when no row is left.
     """
     saved, places, seen = Saved(), [], {}
     for path in paths:
@@ -52,6 +54,7 @@ def read_saved(
         for number, line in lines:
             try:
                 row = _row(line, needs)
+                check(row)
                 identity = tuple(str(row.get(name)) for name in unique)
                 if unique and identity in seen:
                     raise ValueError(f"the same picture stands already in {seen[identity]}")

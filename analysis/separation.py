@@ -25,10 +25,11 @@ from tqdm import tqdm
 
 from analysis import keep, plots
 from analysis.freeze import STAGES, FreezeConfig
-from analysis.intervals import bootstrap
+from analysis.intervals import Interval, bootstrap
 from analysis.metrics import fidelity
 from analysis.ocr import word_recall
 from analysis.saved import MAYBE, NUMBER, Saved, read_saved
+from analysis.scripts import figure_script
 from analysis.spectrum import BANDS, LOW, error_spectrum, low_and_high
 from analysis.tiny_flux import evaluate, signs
 from analysis.trials import Trial, parser_of, source_of, write_about
@@ -36,6 +37,7 @@ from h2cache import find_method
 
 SHIPPED = Path("assets/results/tiny_flux_separation")
 COLOURS = {"structure": plots.STRUCTURE, "detail": plots.DETAIL, "both": plots.BOTH}
+WINDOWS = 5  # spans that have no step in common; the others reach to the end and hold each other
 CHECKS = {"word": "word read", "shape": "shape", "sign": "sign colour", "texture": "texture"}
 NEEDS = {
     "id": str, "stage": str, "first": int, "last": int, "steps": int, "psnr": MAYBE, "low": NUMBER,
@@ -60,6 +62,14 @@ def spans(steps: int) -> list[tuple[int, int]]:
     fifth = max(1, steps // 5)
     windows = [(max(1, n * fifth), (n + 1) * fifth) for n in range(5)]
     return windows + [(max(1, steps * share // 10), steps) for share in (6, 4, 2)]
+
+
+def disjoint(
+    everywhere: list[tuple[int, int]], steps: int
+) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The windows, which have no step in common and count as so many observations, and the long spans."""
+    windows = [span for span in everywhere if span in spans(steps)[:WINDOWS]]
+    return windows, [span for span in everywhere if span not in windows]
 
 
 def told(span: tuple[int, int]) -> str:
@@ -115,7 +125,9 @@ def of(rows: list[dict], stage: str, span: tuple[int, int]) -> list[dict]:
     return [r for r in rows if r["stage"] == stage and (r["first"], r["last"]) == span]
 
 
-def draw_spectra(rows: list[dict], everywhere: list[tuple[int, int]], path: Path) -> None:
+def draw_spectra(
+    rows: list[dict], uncached: list[dict], everywhere: list[tuple[int, int]], path: Path
+) -> None:
     """Above: relative error by frequency, in a choice of spans. Below: errors and checks in all of them."""
     windows = everywhere[:5:2] + everywhere[5::2]
     data, frequency = [], (np.arange(BANDS) + 0.5) / BANDS
@@ -139,10 +151,12 @@ def draw_spectra(rows: list[dict], everywhere: list[tuple[int, int]], path: Path
             axes.set_title(f"steps {told(span)}")
         panels[0].set_ylabel("error / own power")
         panels[len(windows) // 2].set_xlabel("spatial frequency (1: Nyquist; dotted: low | high)")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+        handles, labels = panels[0].get_legend_handles_labels()
+        dotted = panels[0].plot([], [], color="black", linestyle=":", linewidth=0.8)
+        labels.append("uncached (of the shares)")
+        figure.legend(handles + dotted, labels, loc="outside lower center", ncols=4)
         names = {"low": "error, low", "high": "error, high"} | CHECKS
         shown = {k: v for k, v in names.items() if all(r[k] is not None for r in rows)}
-        shown = {k: v for k, v in shown.items() if k in ("low", "high", "word", "shape", "texture")}
         for axes, (name, title) in zip(
             below.subplots(1, len(shown), squeeze=False)[0], shown.items(), strict=True
         ):
@@ -151,24 +165,31 @@ def draw_spectra(rows: list[dict], everywhere: list[tuple[int, int]], path: Path
                 x = np.arange(len(everywhere)) + (shift - 1) * 0.2
                 means = np.array([i.mean for i in found])
                 ends = np.abs(np.array([[i.low for i in found], [i.high for i in found]]) - means)
-                style = {"color": COLOURS[stage], "marker": "osD"[shift], "capsize": 1, "markersize": 2.5}
+                style = {"color": COLOURS[stage], "marker": "osD"[shift], "capsize": 1, "markersize": 3}
                 axes.errorbar(x, means, ends, linestyle="none", elinewidth=0.8, **style)
                 for span, i in zip(everywhere, found, strict=True):
                     data.append({"part": name, "stage": stage, "first": span[0], "last": span[1]}
                                 | {"value": i.mean, "low": i.low, "high": i.high})  # fmt: skip
             axes.set_xticks(range(len(everywhere)), [told(span) for span in everywhere], rotation=90)
-            axes.set_title(title if name in ("low", "high") else f"{title}, share")
+            axes.axvline(len(disjoint(everywhere, rows[0]["steps"])[0]) - 0.5, color="#bbbbbb", linewidth=0.6)
+            axes.set_title(title)
+            reference = [r[name] for r in uncached if r[name] is not None]
+            if name in CHECKS and reference:
+                level = fmean(reference)
+                axes.axhline(level, color="black", linewidth=0.8, linestyle=":", zorder=4)
+                data.append({"part": name, "stage": "none", "value": level})
             if name in ("low", "high"):
                 axes.set_yscale("log")
             else:
-                axes.set_ylim(-0.05, 1.05)
+                axes.set(ylim=(-0.05, 1.05), ylabel="share" if name == "word" else "")
+                if name != "word":
+                    axes.set_yticklabels([])
         plots.save(figure, path, data)
 
 
 def draw_pictures(folder: Path, windows: list[tuple[int, int]], path: Path) -> bool:
     """The kept prompt with each stage frozen, and the difference to the uncached picture, four times."""
-    first, last = windows[0][0], windows[0][0]
-    reference = folder / f"none-{first}-{last}.png"
+    reference = folder / "none-1-1.png"  # as `run` names it, whichever spans are complete
     wanted = [folder / f"{stage}-{a}-{b}.png" for stage in STAGES[:2] for a, b in windows]
     if not all(p.is_file() for p in [reference, *wanted]):
         return False
@@ -204,65 +225,97 @@ def leaning(rows: list[dict], stage: str, span: tuple[int, int]) -> dict[str, fl
     return {r["id"]: float(np.log2((r["high"] + 1e-9) / (r["low"] + 1e-9))) for r in of(rows, stage, span)}
 
 
-def answer(rows: list[dict], everywhere: list[tuple[int, int]], source: str) -> str:
+def answer(rows: list[dict], uncached: list[dict], everywhere: list[tuple[int, int]], source: str) -> str:
     """Does L1 stand for structure and L2 for detail? In words, from the numbers."""
     lines = [f"Source: {source}, {len({r['id'] for r in rows})} prompts.", ""]
     heads = ("frozen", "steps", "PSNR dB", "low error", "high error", "log2 high/low", *CHECKS.values())
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    if uncached:
+        cells = ["none", "-", "identical", "0", "0", "-", *(_mean(uncached, name, ".2f") for name in CHECKS)]
+        lines.append(f"| {' | '.join(cells)} |")
     for span in everywhere:
         for stage in STAGES:
             mine = of(rows, stage, span)
             cells = [stage, told(span), _mean(mine, "psnr", ".1f")]
-            cells += [_mean(mine, "low", ".5f"), _mean(mine, "high", ".4f")]
+            cells += [_mean(mine, "low", ".2g"), _mean(mine, "high", ".2g")]
             cells += [f"{fmean(leaning(rows, stage, span).values()):+.2f}"]
             cells += [_mean(mine, name, ".2f") for name in CHECKS]
             lines.append(f"| {' | '.join(cells)} |")
-    verdicts = []
-    for span in everywhere:
-        structure, detail = leaning(rows, "structure", span), leaning(rows, "detail", span)
-        found = bootstrap([structure[i] - detail[i] for i in structure if i in detail])
-        verdicts.append((span, found, _gap(rows, span, "psnr")))
-    supported = [span for span, found, _ in verdicts if found.high < 0]
-    against = [span for span, found, _ in verdicts if found.low > 0]
     lines += [
         "",
         "If structure were L1's and detail L2's, freezing L1 would hurt low frequencies relatively "
         "more than freezing L2 does:",
-        "a negative difference of log2(high/low), structure less detail.",
+        "a negative difference of log2(high/low), structure less detail. In brackets: 95 % bootstrap "
+        "intervals over prompts.",
         "",
     ]
-    for span, found, gap in verdicts:
+    verdicts = {}
+    for span in everywhere:
+        structure, detail = leaning(rows, "structure", span), leaning(rows, "detail", span)
+        found = bootstrap([structure[i] - detail[i] for i in structure if i in detail])
+        verdicts[span] = (found, gap(rows, span, "psnr"))
         said = "as claimed" if found.high < 0 else "the reverse" if found.low > 0 else "no difference shown"
         lines.append(
-            f"- steps {told(span)}: {found.mean:+.2f} [{found.low:+.2f}, {found.high:+.2f}], {said}; "
-            f"freezing structure costs {abs(gap):.1f} dB {'more' if gap < 0 else 'less'} than freezing detail"
+            f"- steps {told(span)}: {signed(found, '.2f')}, {said}; PSNR with structure frozen less that "
+            f"with detail frozen: {signed(verdicts[span][1], '.1f')} dB"
         )
-    lines += ["", _conclusion(len(supported), len(against), [gap for *_, gap in verdicts])]
-    whole = fmean(_gap(rows, span, "psnr", "both", "detail") for span in everywhere)
-    lines.append(
-        f"Freezing both stages together is {abs(whole):.1f} dB {'better' if whole > 0 else 'worse'} than "
-        "freezing detail alone.\nThe stages differ in size: the slopes of the spectra say more than their "
-        "heights."
+    lines.append("")
+    windows, long = disjoint(everywhere, rows[0]["steps"])
+    for some, name in ((windows, "windows that share no step"), (long, "spans to the end, which overlap")):
+        if some:
+            lines.append(_conclusion([verdicts[span] for span in some], name))
+    wholes = [gap(rows, span, "psnr", "both", "detail") for span in everywhere]
+    better = sum(w is not None and w.low > 0 for w in wholes)
+    known = [w.mean for w in wholes if w is not None]
+    if known:
+        lines.append(
+            f"Freezing both stages together is {abs(fmean(known)):.1f} dB "
+            f"{'better' if fmean(known) > 0 else 'worse'} than freezing detail alone (with an interval above "
+            f"0 in {better} of {len(wholes)} spans).\nThe stages differ in size: the slopes of the spectra "
+            "say more than their heights."
+        )
+    return "\n".join([*lines, *_losses(rows, uncached, everywhere)])
+
+
+def _conclusion(verdicts: list[tuple[Interval, Interval | None]], name: str) -> str:
+    """How many spans speak for the claim, and in how many freezing structure costs more."""
+    count = len(verdicts)
+    supported, against = (sum(found.high < 0 for found, _ in verdicts), sum(f.low > 0 for f, _ in verdicts))
+    verdict = "holds" if supported == count else "is reversed" if against == count else "is not settled"
+    dearer, cheaper = (
+        sum(g is not None and test(g) for _, g in verdicts)
+        for test in (lambda g: g.high < 0, lambda g: g.low > 0)
     )
-    return "\n".join(lines)
+    return (
+        f"The claim {verdict} in the {count} {name}: {supported} for it, {against} the reverse. Freezing "
+        f"structure costs more PSNR than freezing detail in {dearer} of them, less in {cheaper}."
+    )
 
 
-def _conclusion(supported: int, against: int, gaps: list[float]) -> str:
-    count = len(gaps)
-    if supported == count:
-        verdict = "The claim holds in every span"
-    elif supported > against:
-        verdict = f"The claim holds in {supported} of {count} spans and is contradicted in {against}"
-    elif against > supported:
-        verdict = (
-            f"The claim does not hold here: {against} of {count} spans show the reverse, {supported} hold"
-        )
-    else:
-        verdict = (
-            f"The claim is neither shown nor refuted: {supported} of {count} spans for it, as many against"
-        )
-    dearer = sum(gap < 0 for gap in gaps)
-    return f"{verdict}. Freezing structure costs more PSNR than freezing detail in {dearer} of {count} spans."
+def _losses(rows: list[dict], uncached: list[dict], everywhere: list[tuple[int, int]]) -> list[str]:
+    """What the freezes do to word, shape and colours, paired with the uncached picture of the prompt."""
+    base, shown, count = {r["id"]: r for r in uncached}, [], 0
+    for span in everywhere:
+        for stage in STAGES:
+            for name, title in CHECKS.items():
+                pairs = [(r[name], base[r["id"]][name]) for r in of(rows, stage, span) if r["id"] in base]
+                changes = [a - b for a, b in pairs if a is not None and b is not None]
+                if not changes:
+                    continue
+                count += 1
+                found = bootstrap(changes)
+                if found.shows_difference:
+                    shown.append(f"{title} with {stage} frozen in {told(span)} {signed(found, '.2f')}")
+    if not count:
+        return []
+    return ["", f"Against the uncached pictures, {len(shown)} of {count} checks change: "
+            f"{'; '.join(shown) or 'none'}. The rest shows no difference."]  # fmt: skip
+
+
+def signed(found: Interval | None, form: str) -> str:
+    if found is None:
+        return "-"
+    return f"{found.mean:+{form}} [{found.low:+{form}}, {found.high:+{form}}]"
 
 
 def _mean(rows: list[dict], name: str, form: str) -> str:
@@ -270,14 +323,14 @@ def _mean(rows: list[dict], name: str, form: str) -> str:
     return format(fmean(values), form) if values else "-"
 
 
-def _gap(
+def gap(
     rows: list[dict], span: tuple[int, int], name: str, one: str = "structure", other: str = "detail"
-) -> float:
-    """Mean over prompts of the value with stage `one` frozen less that with stage `other` frozen."""
+) -> Interval | None:
+    """The value with stage `one` frozen less that with stage `other` frozen, paired by prompt."""
     others = {r["id"]: r[name] for r in of(rows, other, span)}
     pairs = [(r[name], others.get(r["id"])) for r in of(rows, one, span)]
     found = [a - b for a, b in pairs if a is not None and b is not None]
-    return fmean(found) if found else 0.0
+    return bootstrap(found) if found else None
 
 
 def read(folder: Path) -> Saved:
@@ -289,26 +342,24 @@ def read(folder: Path) -> Saved:
     )
 
 
+@figure_script
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        folder = run(args) if args.run else args.records
-        saved = read(folder)
-        frozen = [r for r in saved.rows if r["stage"] in STAGES and len(r["spectrum"]) == BANDS]
-        found = {(r["first"], r["last"]) for r in frozen}
-        steps = frozen[0]["steps"] if frozen else 0
-        everywhere = [s for s in spans(steps) if s in found and all(of(frozen, stage, s) for stage in STAGES)]
-        if not everywhere:
-            raise ValueError(f"{folder} has no span in which every stage was frozen")
-        draw_spectra(frozen, everywhere, args.out / "separation")
-        shown = draw_pictures(folder / "pictures", everywhere, args.out / "separation_pictures")
-        if not shown:
-            print(f"no picture grid: {folder}/pictures is not complete", file=sys.stderr)
-        plots.write_words(args.out / "separation.md", answer(frozen, everywhere, source_of(folder)))
-        return saved.exit_code()
-    except (ValueError, OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = run(args) if args.run else args.records
+    saved = read(folder)
+    frozen = [r for r in saved.rows if r["stage"] in STAGES and len(r["spectrum"]) == BANDS]
+    found = {(r["first"], r["last"]) for r in frozen}
+    steps = frozen[0]["steps"] if frozen else 0
+    everywhere = [s for s in spans(steps) if s in found and all(of(frozen, stage, s) for stage in STAGES)]
+    if not everywhere:
+        raise ValueError(f"{folder} has no span in which every stage was frozen")
+    uncached = [r for r in saved.rows if r["stage"] == "none"]
+    draw_spectra(frozen, uncached, everywhere, args.out / "separation")
+    shown = draw_pictures(folder / "pictures", everywhere, args.out / "separation_pictures")
+    if not shown:
+        print(f"no picture grid: {folder}/pictures is not complete", file=sys.stderr)
+    plots.write_words(args.out / "separation.md", answer(frozen, uncached, everywhere, source_of(folder)))
+    return saved.exit_code()
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Writes thresholds.png/.pdf/.csv and the answer in thresholds.md.
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 from collections import Counter
@@ -24,8 +25,10 @@ import numpy as np
 
 from analysis import plots
 from analysis.calibrate import table
+from analysis.intervals import bootstrap
 from analysis.prompts import read_prompts
 from analysis.saved import MAYBE, NUMBER, Saved, read_saved
+from analysis.scripts import figure_script
 from analysis.trials import parser_of, source_of, write_about
 from h2cache import H2Config
 from h2cache.presets import PRESETS
@@ -38,13 +41,14 @@ NEEDS = {
     "key": str, "id": str, "method": str, "config": dict, "seconds": NUMBER, "seconds_uncached": NUMBER,
     "blocks_run": int, "blocks": int, "psnr": MAYBE, "ssim": NUMBER, "words": MAYBE,
 }  # fmt: skip
-METRICS = {  # field: title, format, colour map, axis label
-    "blocks": ("blocks executed: times fewer", ".1f", "viridis"),
-    "speed_up": ("time of the whole call: times shorter", ".1f", "viridis"),
-    "psnr": ("PSNR against the uncached image, dB", ".1f", "viridis"),
-    "words": ("words read back, share", ".2f", "viridis"),
-    "clip_iqa": ("CLIP-IQA (ViT-L/14)", ".3f", "viridis"),
+METRICS = {  # field: title, format
+    "blocks": ("blocks executed: times fewer", ".1f"),
+    "speed_up": ("time of the whole call: times shorter", ".1f"),
+    "psnr": ("PSNR against the uncached image, dB", ".1f"),
+    "words": ("words read back, share", ".2f"),
+    "clip_iqa": ("CLIP-IQA (ViT-L/14)", ".3f"),
 }
+OTHERS = {"ssim": "SSIM", "words": "words", "clip_iqa": "CLIP-IQA"}  # may choose another pair than PSNR
 FLOORS = (40.0, 35.0, 30.0)  # dB
 RATIOS = (2.0, 3.0, 4.0, 5.0)
 
@@ -66,10 +70,11 @@ def run(args: argparse.Namespace) -> Path:
         value = getattr(args, name)
         command += [f"--{name}", str(value)] if value is not None else []
     if args.limit:
-        first = args.out / f"first-{args.limit}{args.prompts.suffix}"
-        lines = args.prompts.read_text(encoding="utf-8").splitlines()[: args.limit]
-        first.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        read_prompts(first)
+        first = args.out / f"first-{args.limit}.jsonl"
+        chosen = [{"id": p.id, "prompt": p.text} | ({"words": p.words} if p.words is not None else {})
+                  | ({"seed": p.seed} if p.seed is not None else {})
+                  for p in read_prompts(args.prompts)[: args.limit]]  # fmt: skip
+        first.write_text("".join(json.dumps(p) + "\n" for p in chosen), encoding="utf-8")
         command[command.index("--prompts") + 1] = str(first)
     command += ["--tau1", *map(str, args.tau1), "--tau2", *map(str, args.tau2)]
     if subprocess.run(command, check=False).returncode:
@@ -85,10 +90,15 @@ def read(folder: Path) -> Saved:
     base = {r["id"]: r for r in saved.rows if r["method"] == "none"}
     lost = sorted({r["id"] for r in saved.rows} - base.keys())
     saved.complaints += [f"{folder}: all pictures of {i}, whose uncached one is missing" for i in lost]
+    saved.rows = [r for r in saved.rows if r["id"] in base]
+    unread = Counter(r["id"] for r in saved.rows if (r["words"] is None) != (base[r["id"]]["words"] is None))
+    for name, count in unread.items():
+        saved.complaints.append(f"{folder}: {count} pictures of {name}, whose words were read in another way "
+                                "than those of the uncached one")  # fmt: skip
     usual = asdict(H2Config())
     saved.rows = [
         r for r in saved.rows
-        if r["id"] in base and (r["words"] is None) == (base[r["id"]]["words"] is None)
+        if (r["words"] is None) == (base[r["id"]]["words"] is None)
         and (r["method"] == "none" or _is_plain(r["config"], usual))
     ]  # fmt: skip
     if not any(r["method"] == "h2cache" for r in saved.rows):
@@ -146,7 +156,7 @@ def draw(lines: list[dict], presets: dict[tuple, str], path: Path) -> None:
             )  # null is nan
             axes.grid(False)
             axes.set_facecolor("#eeeeee")
-            axes.pcolormesh(np.ma.masked_invalid(values), cmap=METRICS[name][2], rasterized=True)
+            axes.pcolormesh(np.ma.masked_invalid(values), cmap="viridis", rasterized=True)
             middle = np.nanmean([np.nanmin(values), np.nanmax(values)])
             for y, a in enumerate(rows):
                 for x, b in enumerate(columns):
@@ -188,7 +198,7 @@ def _cell(axes, x: int, y: int, value: float, middle: float, form: str) -> None:
         )
     else:
         ink = "white" if value < middle else "black"
-        axes.text(x + 0.5, y + 0.46, format(value, form), ha="center", va="center", fontsize=6, color=ink)
+        axes.text(x + 0.5, y + 0.46, format(value, form), ha="center", va="center", fontsize=7, color=ink)
 
 
 def _frame(axes, x: int, y: int, colour: str, dash: str, width: float) -> None:
@@ -207,11 +217,13 @@ def _flat(line: dict, best: set, presets: dict) -> dict:
 # The answer.
 
 
-def answer(lines: list[dict], presets: dict[tuple, str], source: str) -> str:
+def answer(lines: list[dict], pictures: list[dict], presets: dict[tuple, str], source: str) -> str:
     """What the plane says, in words."""
     rows, columns = axes_of(lines)
-    words = [f"Source: {source}; {len(lines)} pairs, {lines[0]['prompts']} prompts.", "", "Pairs that no "
-             "other beats in both blocks and PSNR:", ""]  # fmt: skip
+    known = lines[0]["words_uncached"]
+    words = [f"Source: {source}; {len(lines)} pairs, {lines[0]['prompts']} prompts"
+             + (f", words read of the uncached {known:.1%}." if known is not None else "."), "",
+             "Pairs that no other beats in both blocks and PSNR:", ""]  # fmt: skip
     heads = ("tau1", "tau2", "blocks", "time", "PSNR dB", "worst", "SSIM", "words", "CLIP-IQA", "preset")
     words += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     words += [f"| {' | '.join(_cells(line, presets))} |" for line in front(lines)]
@@ -229,20 +241,7 @@ def answer(lines: list[dict], presets: dict[tuple, str], source: str) -> str:
             f"tau2 = {columns[0]:g}, detail up to {_limit('tau2', alone2)} with tau1 = {rows[0]:g}; the "
             f"fastest pair is {_pair(best)} with {best['blocks']:.2f}x fewer blocks."
         )
-    words += ["", "The best pair depends on the metric:", ""]
-    for ratio in RATIOS:
-        fast = [line for line in lines if line["blocks"] >= ratio]
-        if not fast:
-            continue
-        told = []
-        for name, title in (("psnr", "PSNR"), ("ssim", "SSIM"), ("words", "words"), ("clip_iqa", "CLIP-IQA")):
-            known = [line for line in fast if line[name] is not None]
-            if known:
-                top = max(line[name] for line in known)
-                ties = [line for line in known if line[name] == top]
-                many = f" and {len(ties) - 1} more" if len(ties) > 1 else ""
-                told.append(f"{title} {_pair(max(ties, key=lambda p: p['blocks']))}{many} ({top:.4g})")
-        words.append(f"- at least {ratio:g}x fewer blocks: {'; '.join(told)}.")
+    words += ["", *_best_pairs(lines, pictures)]
     paper = next((line for line in lines if pair(line) == PAPER), None)
     if paper and paper["psnr"] is not None:
         better = max((p for p in lines if p["blocks"] >= paper["blocks"]), key=lambda p: p["psnr"] or 0)
@@ -250,6 +249,57 @@ def answer(lines: list[dict], presets: dict[tuple, str], source: str) -> str:
                   f"blocks at {paper['psnr']:.1f} dB here; {_pair(better)} gives {better['blocks']:.2f}x at "
                   f"{better['psnr']:.1f} dB. Thresholds are a property of the model."]  # fmt: skip
     return "\n".join(words)
+
+
+def _best_pairs(lines: list[dict], pictures: list[dict]) -> list[str]:
+    """Each metric's best pair, and whether it is better in that metric than PSNR's best, paired by prompt."""
+    words, shown, compared = [], 0, 0
+    for ratio in RATIOS:
+        fast = [line for line in lines if line["blocks"] >= ratio and line["psnr"] is not None]
+        if not fast:
+            continue
+        usual = _winner(fast, "psnr")
+        told = [f"PSNR {_pair(usual)} ({usual['psnr']:.1f} dB)"]
+        for name, title in OTHERS.items():
+            known = [line for line in fast if line[name] is not None]
+            if not known:
+                continue
+            best = _winner(known, name)
+            if best[name] == usual[name]:
+                told.append(f"{title} the same ({usual[name]:.4g})")
+                continue
+            compared += 1
+            theirs, others = (
+                {r["id"]: r[name] for r in pictures if _is_of(r, line) and r.get(name) is not None}
+                for line in (best, usual)
+            )
+            found = bootstrap([theirs[i] - others[i] for i in theirs if i in others])
+            shown += found.shows_difference
+            told.append(
+                f"{title} {_pair(best)} ({best[name]:.4g}, {found.mean:+.3f} [{found.low:+.3f}, "
+                f"{found.high:+.3f}]{'' if found.shows_difference else ': no difference shown'})"
+            )
+        words.append(f"- at least {ratio:g}x fewer blocks: {'; '.join(told)}.")
+    verdict = (
+        f"in {shown} of {compared} comparisons with PSNR's best pair another is better by more than chance"
+        if shown
+        else f"not shown, in none of {compared} comparisons with PSNR's best pair"
+        if compared
+        else "no, PSNR's best pair is the best in all"
+    )
+    head = [f"Does the best pair depend on the metric? Here: {verdict}.", "In brackets 95 % bootstrap "
+            f"intervals of the paired difference; the winner of {len(lines)} pairs is picked on the same",
+            "prompts, which flatters it.", ""]  # fmt: skip
+    return head + words
+
+
+def _winner(lines: list[dict], name: str) -> dict:
+    """The best in a metric; of equals the fastest."""
+    return max(lines, key=lambda line: (line[name], line["blocks"]))
+
+
+def _is_of(row: dict, line: dict) -> bool:
+    return row["method"] != "none" and row["config"] == line["config"]
 
 
 def _limit(name: str, value: float | None) -> str:
@@ -268,24 +318,21 @@ def _cells(line: dict, presets: dict) -> list[str]:
             presets.get((tau1, tau2), "")]  # fmt: skip
 
 
+@figure_script
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        folder = run(args) if args.run else args.records
-        saved = read(folder)
-        model = Path(args.model).name
-        presets = {
-            (p.settings["tau1"], p.settings["tau2"]): name
-            for name, p in PRESETS.items()
-            if p.model == model and p.method == "h2cache" and len(p.settings) == 2
-        }
-        lines = table(saved.rows)
-        draw(lines, presets, args.out / "thresholds")
-        plots.write_words(args.out / "thresholds.md", answer(lines, presets, source_of(folder)))
-        return saved.exit_code()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    folder = run(args) if args.run else args.records
+    saved = read(folder)
+    model = Path(args.model).name
+    presets = {
+        (p.settings["tau1"], p.settings["tau2"]): name
+        for name, p in PRESETS.items()
+        if p.model == model and p.method == "h2cache" and len(p.settings) == 2
+    }
+    lines = table(saved.rows)
+    draw(lines, presets, args.out / "thresholds")
+    plots.write_words(args.out / "thresholds.md", answer(lines, saved.rows, presets, source_of(folder)))
+    return saved.exit_code()
 
 
 if __name__ == "__main__":

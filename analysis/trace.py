@@ -7,7 +7,8 @@
 
 One request (--id, else the first) and all requests together: the median measure with bands that hold half
 and nine tenths of them, and the share of hits at every step. A forced hit has no measure: the structure stage
-hit, so the detail stage did not look; nor has the first step, which has nothing to compare with.
+hit, so the detail stage did not look; nor has the first step, which has nothing to compare with. Both are
+drawn in a strip below the measures. Requests of other settings than the first are left out: --label chooses.
 
 Writes trace.png/.pdf/.csv, trace_all.png/.pdf/.csv and the counts in trace.md.
 """
@@ -23,8 +24,9 @@ import numpy as np
 
 from analysis import keep, plots
 from analysis.saved import Saved, read_saved
+from analysis.scripts import figure_script
 from analysis.trials import Trial, parser_of, source_of, write_about
-from h2cache import H2Config
+from h2cache import H2Config, find_method, method_names
 
 SHIPPED = Path("assets/results/tiny_flux_traces/rows.jsonl.gz")
 NEEDS = {"id": str, "method": str, "trace": list}
@@ -38,7 +40,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--records", type=Path, default=SHIPPED, help="rows.jsonl or records.jsonl with traces"
     )
     parser.add_argument("--method", default="h2cache", help="default: %(default)s")
-    parser.add_argument("--label", help="contestant of an experiment (default: the first of the method)")
+    parser.add_argument(
+        "--label", help='contestant, or settings as "tau1=0.1 tau2=0.05" (default: the first of the method)'
+    )
     parser.add_argument("--id", help="request that is drawn alone (default: the first)")
     parser.add_argument("--tau1", type=float, default=0.2, help="of the run")
     parser.add_argument("--tau2", type=float, default=0.05, help="of the run")
@@ -65,31 +69,63 @@ def run(args: argparse.Namespace) -> Path:
 
 
 def read(path: Path, method: str, label: str | None) -> tuple[Saved, str]:
-    """The rows of one contestant, each with a compact trace whose stages agree, and its name."""
+    """The rows of one contestant, each with a compact trace whose stages agree, and its name.
+
+    label: of the contestant, or its settings as `settings_told` writes them; None: those of the first row.
+    """
     saved = read_saved([path], NEEDS, unique=("label", "key", "id"))
-    rows = []
+    groups: dict[tuple[str, str], list[dict]] = {}
     for row in saved.rows:
-        if row["method"] != method or (label is not None and row.get("label") != label):
+        if row["method"] != method:
             continue
         trace = (
             row["trace"] if not row["trace"] or "outcomes" in row["trace"][0] else _compacted(row["trace"])
         )
-        wrong = trace is None or not all(_whole(line) for line in trace)
-        if wrong or not trace:
+        if not trace or not all(_whole(line) for line in trace):
             saved.complaints.append(f"{path}: the trace of {row['id']} ({method}) is empty or broken")
             continue
-        rows.append(row | {"trace": trace})
-    if not rows:
+        groups.setdefault((row.get("label") or method, settings_told(row)), []).append(row | {"trace": trace})
+    chosen = [group for group in groups if label is None or label in group]
+    if not chosen:
         saved.exit_code()
         raise ValueError(f"{path} holds no trace of {label or method}")
-    named = rows[0].get("label")
-    rows = [row for row in rows if row.get("label") == named]
-    steps = Counter(len(row["trace"][0]["outcomes"]) for row in rows).most_common(1)[0][0]
+    named, told = chosen[0]
+    for other, settings in chosen[1:]:
+        if label is not None or other == named:  # contestants of an experiment have labels of their own
+            saved.complaints.append(
+                f"{path}: {len(groups[other, settings])} requests of {other} with {settings}: drawn are "
+                f'those with {told}; --label "{settings}" chooses the others'
+            )
+    rows = groups[chosen[0]]
+    shape = Counter(map(_shape, rows)).most_common(1)[0][0]
     for row in rows:
-        if len(row["trace"][0]["outcomes"]) != steps:
-            saved.complaints.append(f"{path}: {row['id']} has another number of steps than {steps}")
-    saved.rows = [row for row in rows if len(row["trace"][0]["outcomes"]) == steps]
-    return saved, named or method
+        if _shape(row) != shape:
+            saved.complaints.append(
+                f"{path}: {row['id']} has other stages or steps ({_shape_told(_shape(row))}) than most "
+                f"({_shape_told(shape)})"
+            )
+    saved.rows = [row for row in rows if _shape(row) == shape]
+    return saved, f"{named} {told}" if named == method and "=" in told else named
+
+
+def settings_told(row: dict) -> str:
+    """The thresholds of a request and what else is not the default, as "tau1=0.2 tau2=0.05"."""
+    config = row.get("config")
+    if not isinstance(config, dict):
+        return "no settings"
+    known = row["method"] in method_names()
+    usual = {} if not known else keep.settings_of(find_method(row["method"])())
+    told = {k: v for k, v in config.items() if k in ("tau1", "tau2") or v != usual.get(k)}
+    return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
+
+
+def _shape(row: dict) -> tuple[tuple[str, int], ...]:
+    """Stages and their steps, of the first guidance branch."""
+    return tuple((stage, len(line["outcomes"])) for stage, line in stage_lines(row).items())
+
+
+def _shape_told(shape: tuple[tuple[str, int], ...]) -> str:
+    return ", ".join(f"{stage} {steps} steps" for stage, steps in shape)
 
 
 def _compacted(trace: list) -> list[dict] | None:
@@ -123,11 +159,12 @@ def thresholds_of(line: dict) -> np.ndarray:
 
 
 def draw_one(row: dict, path: Path) -> None:
-    """One request: a panel for each stage."""
+    """One request: a panel for each stage, and a strip below it for the steps without a measure."""
     lines, data = stage_lines(row), []
-    with plots.figure(plots.PAGE, 2.7) as figure:
-        panels = np.atleast_1d(figure.subplots(1, len(lines)))
-        for n, (axes, (stage, line)) in enumerate(zip(panels, lines.items(), strict=True)):
+    with plots.figure(plots.PAGE, 2.9) as figure:
+        grid = figure.subplots(2, len(lines), sharex=True, height_ratios=(7, 1), squeeze=False)
+        for n, (stage, line) in enumerate(lines.items()):
+            axes, strip = grid[:, n]
             measures, outcomes = np.array(line["measures"], float), np.array(list(line["outcomes"]))
             steps, counts = np.arange(len(outcomes)), Counter(line["outcomes"])
             seen = np.isfinite(measures)
@@ -139,21 +176,21 @@ def draw_one(row: dict, path: Path) -> None:
                 mine = outcomes == code
                 style = {"color": colour, "markersize": 5 if marker == "|" else 3.5}
                 axes.plot(steps[mine & seen], measures[mine & seen], marker, **style)
-                foot = axes.get_xaxis_transform()  # without a measure: at the foot
-                axes.plot(
-                    steps[mine & ~seen], 0.04 + 0 * steps[mine & ~seen], marker, transform=foot, **style
-                )
+                strip.plot(steps[mine & ~seen], 0 * steps[mine & ~seen], marker, **style)
                 if mine.any():
                     axes.plot([], [], marker, label=f"{name} ({counts[code]})", **style)
             data += [{"stage": stage, "step": int(s), "measure": float(m) if np.isfinite(m) else "",
                       "threshold": float(t) if np.isfinite(t) else "", "outcome": OUTCOMES[o][0]}
                      for s, m, t, o in zip(steps, measures, limit, outcomes, strict=True)]  # fmt: skip
-            axes.set(xlabel="step", ylabel="relative change")
+            axes.set(ylabel="relative change" if n == 0 else "", xlim=(-1, len(steps)))
             if seen.any():
                 plots.logarithmic(axes.yaxis)
-                low, high = axes.get_ylim()
-                axes.set_ylim(low * (low / high) ** 0.15, high)  # room at the foot
-            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=2)
+            strip.set(xlabel="step", ylim=(-1, 1))
+            strip.set_yticks([0], ["not compared"] if n == 0 else [""])
+            strip.tick_params(left=False)
+            strip.legend(
+                *axes.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -1.7), ncols=3
+            )
             plots.letter(axes, f"{'abcd'[n % 4]}  {stage}")
         plots.save(figure, path, data)
 
@@ -164,23 +201,22 @@ def draw_all(rows: list[dict], path: Path) -> None:
     with plots.figure(plots.PAGE, 3.6) as figure:
         grid = figure.subplots(2, len(names), sharex=True, height_ratios=(2, 1), squeeze=False)
         for n, stage in enumerate(names):
-            lines = [stage_lines(row)[stage] for row in rows if stage in stage_lines(row)]
+            lines = [stage_lines(row)[stage] for row in rows]
             measures = np.array([line["measures"] for line in lines], float)
             outcomes = np.array([list(line["outcomes"]) for line in lines])
             steps = np.arange(measures.shape[1])
             seen = np.isfinite(measures).sum(0) >= min(3, len(lines))  # of fewer there is no band
-            bands = np.zeros((5, 0))
+            bands = np.full((5, len(steps)), np.nan)
             above, below = grid[:, n]
             if seen.any():
-                bands = np.nanpercentile(measures[:, seen], (5, 25, 50, 75, 95), axis=0)
+                bands[:, seen] = np.nanpercentile(measures[:, seen], (5, 25, 50, 75, 95), axis=0)
                 colour = (plots.STRUCTURE, plots.DETAIL)[n % 2]
-                above.fill_between(
-                    steps[seen], bands[0], bands[4], color=colour, alpha=0.2, linewidth=0, label="nine tenths"
-                )
-                above.fill_between(
-                    steps[seen], bands[1], bands[3], color=colour, alpha=0.4, linewidth=0, label="half"
-                )
-                above.plot(steps[seen], bands[2], color=colour, label="median of those compared")
+                # A step is as wide as its share below; one that compared nothing stays empty.
+                edges, wide = np.repeat(steps, 2) + np.tile((-0.5, 0.5), len(steps)), np.repeat(bands, 2, 1)
+                style = {"color": colour, "linewidth": 0}
+                above.fill_between(edges, wide[0], wide[4], alpha=0.2, label="nine tenths", **style)
+                above.fill_between(edges, wide[1], wide[3], alpha=0.4, label="half", **style)
+                above.plot(edges, wide[2], color=colour, label="median of those compared")
                 plots.logarithmic(above.yaxis)
             limit = thresholds_of(lines[0])
             if np.isfinite(limit).any():
@@ -199,7 +235,7 @@ def draw_all(rows: list[dict], path: Path) -> None:
             below.set(xlabel="step", ylabel="share", ylim=(0, 1), xlim=(-0.5, len(steps) - 0.5))
             for name, values in zip(("5 %", "25 %", "50 %", "75 %", "95 %"), bands, strict=True):
                 data += [{"stage": stage, "step": int(s), "part": f"measure {name}", "value": float(v)}
-                         for s, v in zip(steps[seen], values, strict=True)]  # fmt: skip
+                         for s, v in zip(steps[seen], values[seen], strict=True)]  # fmt: skip
         marks = [axes.get_legend_handles_labels() for axes in grid[:, 0]]
         handles, labels = (a + b for a, b in zip(*marks, strict=True))
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
@@ -212,9 +248,7 @@ def answer(rows: list[dict], label: str, source: str) -> str:
              "| stage | steps | hits | forced | misses | hits in each third of the run |",
              "|---" * 6 + "|"]  # fmt: skip
     for stage in stage_lines(rows[0]):
-        outcomes = np.array(
-            [list(stage_lines(row)[stage]["outcomes"]) for row in rows if stage in stage_lines(row)]
-        )
+        outcomes = np.array([list(stage_lines(row)[stage]["outcomes"]) for row in rows])
         steps = outcomes.shape[1]
         means = [(outcomes == code).sum(1).mean() for code in OUTCOMES]
         thirds = [(part != "M").mean() for part in np.array_split(outcomes, min(3, steps), axis=1)]
@@ -223,21 +257,18 @@ def answer(rows: list[dict], label: str, source: str) -> str:
     return "\n".join(lines)
 
 
+@figure_script
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    try:
-        path = run(args) if args.run else args.records
-        saved, label = read(path, args.method, args.label)
-        one = next((row for row in saved.rows if args.id in (None, row["id"])), None)
-        if one is None:
-            raise ValueError(f"{path} holds no request {args.id!r} of {label}")
-        draw_one(one, args.out / "trace")
-        draw_all(saved.rows, args.out / "trace_all")
-        plots.write_words(args.out / "trace.md", answer(saved.rows, label, source_of(path.parent)))
-        return saved.exit_code()
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    path = run(args) if args.run else args.records
+    saved, label = read(path, args.method, args.label)
+    one = next((row for row in saved.rows if args.id in (None, row["id"])), None)
+    if one is None:
+        raise ValueError(f"{path} holds no request {args.id!r} of {label}")
+    draw_one(one, args.out / "trace")
+    draw_all(saved.rows, args.out / "trace_all")
+    plots.write_words(args.out / "trace.md", answer(saved.rows, label, source_of(path.parent)))
+    return saved.exit_code()
 
 
 if __name__ == "__main__":

@@ -28,13 +28,20 @@ def parser_of(description: str, out: str) -> argparse.ArgumentParser:
     run = parser.add_argument_group("of the experiment (with --run)")
     run.add_argument("--model", default="assets/tiny_flux", help="folder or hub id (default: %(default)s)")
     run.add_argument("--prompts", type=Path, default=Path("assets/prompts/tiny32.jsonl"))
-    run.add_argument("--limit", type=int, help="only the first N prompts")
-    run.add_argument("--steps", type=int, default=50)
+    run.add_argument("--limit", type=at_least_one, help="only the first N prompts")
+    run.add_argument("--steps", type=at_least_one, default=50)
     run.add_argument("--seed", type=int, default=0, help="for prompts without one of their own")
     run.add_argument("--guidance", type=float, default=3.5)
     run.add_argument("--device", default=default_device())
     run.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
     return parser
+
+
+def at_least_one(text: str) -> int:
+    """A count as an argument; argparse says what is wrong with it."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
 
 
 @dataclass
@@ -67,7 +74,7 @@ def write_about(folder: Path, module: str, args: argparse.Namespace) -> None:
     """Write `about.json`: command, machine, date and settings of the records in `folder`."""
     about = {
         "command": f"python -m analysis.{module} {' '.join(sys.argv[1:])}".strip(),
-        "machine": keep.machine(),
+        "machine": keep.machine(args.device),
         "date": keep.now(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
     }

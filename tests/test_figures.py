@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from analysis import pareto, plots, trace
+from analysis import pareto, pfs, plots, trace
 from analysis.experiment import contestants
 from analysis.freeze import FreezeConfig
 from analysis.saved import MAYBE, NUMBER, read_saved
@@ -24,6 +24,7 @@ from analysis.tiny_flux import signs
 from h2cache import H2Config, enable, method_names, step_records
 from tests.conftest import generate
 
+ROWS = Path("assets/results/tiny_flux_report/rows.jsonl.gz")
 SCRIPTS = ("thresholds", "pfs", "separation", "trace", "pareto", "report", "schematic")
 
 
@@ -127,6 +128,7 @@ BROKEN = {  # script: what it reads, and how it is told to
     "trace": ("assets/results/tiny_flux_traces/rows.jsonl.gz", "--records", True),
     "pareto": ("assets/results/tiny_flux_report/rows.jsonl.gz", "--records", True),
     "report": ("assets/results/tiny_flux_report/rows.jsonl.gz", "--folder", False),
+    "pfs": ("assets/results/tiny_flux_pfs/steadiness.jsonl.gz", "--records", False),
 }
 
 
@@ -137,6 +139,9 @@ def test_a_script_names_the_broken_line_and_draws_the_rest(name, tmp_path, capsy
     lines.insert(3, lines[3][: len(lines[3]) // 2])  # as a killed writer leaves it
     lines.append('{"id": "x", "label": "stranger"}')
     path = tmp_path / Path(source).name.removesuffix(".gz")
+    if name == "pfs":  # three files in a folder
+        for other in ("cost.jsonl.gz", "decisions.jsonl.gz"):
+            (tmp_path / other).write_bytes((Path(source).parent / other).read_bytes())
     path.write_text("\n".join(lines) + "\n")
     given = str(path if is_file else tmp_path)
     assert script(name)([option, given, "--out", str(tmp_path / "out")]) == 1
@@ -150,6 +155,27 @@ def test_a_script_names_the_broken_line_and_draws_the_rest(name, tmp_path, capsy
     path.unlink()
     assert script(name)([option, given, "--out", str(tmp_path / "out")]) == 2
     assert "error:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("part", ["cost", "steadiness", "decisions"])
+@pytest.mark.parametrize("damage", ["cut", "ragged", "lost"])
+def test_pfs_draws_the_summaries_that_are_complete(part, damage, tmp_path, capsys):
+    for path in Path("assets/results/tiny_flux_pfs").glob("*.jsonl.gz"):
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        if path.name.startswith(part):
+            row = json.loads(lines[3])
+            ragged = {"cost": "seconds", "steadiness": "clean", "decisions": "target"}[part]
+            lines[3:4] = {
+                "cut": [lines[3][:60]],
+                "ragged": [json.dumps(row | {ragged: [[0.1], 0.2]})],
+                "lost": [],
+            }[damage]
+        (tmp_path / path.name.removesuffix(".gz")).write_text("\n".join(lines) + "\n")
+    code = script("pfs")(["--records", str(tmp_path), "--out", str(tmp_path / "out")])
+    told = capsys.readouterr().err
+    assert code == (0 if (part, damage) == ("decisions", "lost") else 1)
+    assert (f"{part}.jsonl line 4: " in told) == (damage != "lost")
+    assert (tmp_path / "out" / "pfs.png").is_file()
 
 
 # Arithmetic.
@@ -198,12 +224,87 @@ def test_settings_that_are_words_make_a_line_of_their_own():
     assert list(pareto.lines_of(labels).values()) == ["h2cache", "h2cache predictor=taylor", "clusca"]
 
 
+@pytest.mark.parametrize("others", [[], ["h2cache (tiny_flux-5x)", "h2cache tau1=0.1 tau2=0.1"]])
+def test_a_preset_looks_as_its_settings_do(others):
+    found = pareto.lines_of(["h2cache (tiny_flux-5x-ahead)", *others])
+    assert plots.look(found["h2cache (tiny_flux-5x-ahead)"]).name == "H2-Cache, planned ahead"
+    assert all(plots.look(found[other]).name == "H2-Cache" for other in others)
+
+
+@pytest.mark.parametrize("name", ["pareto", "report"])
+@pytest.mark.parametrize(("code", "expected"), [(130, 130), (2, 2), (1, 1), (0, 0)])
+def test_the_experiments_exit_code_is_kept(name, code, expected, tmp_path, monkeypatch):
+    def experiment(command: list[str]) -> int:
+        if code < 2:
+            (tmp_path / "rows.jsonl").write_bytes(gzip.decompress(ROWS.read_bytes()))
+        return code
+
+    monkeypatch.setattr(pareto, "experiment", experiment)
+    monkeypatch.setattr(pareto, "draw", lambda *_: None)
+    monkeypatch.setattr("analysis.report.plots_of", lambda *_: "")
+    assert script(name)(["--run", "--out", str(tmp_path)]) == expected
+    assert any(tmp_path.iterdir()) == (code < 2)
+
+
 def test_all_contestants_are_of_known_methods_and_have_a_look_of_their_own():
     found = contestants(pareto.CONTESTANTS, "assets/tiny_flux", "tiny_flux")
     lines = set(pareto.lines_of([c.label for c in found]).values())
     assert {line.split(" ")[0] for line in lines} == set(method_names())
     looks = [plots.LOOKS[line] for line in lines]
     assert len({(look.colour, look.marker) for look in looks}) == len({x.name for x in looks}) == len(looks)
+
+
+def test_a_forced_hit_determines_no_threshold(tmp_path, capsys):
+    rows = [
+        {"summary": str(FULL), "target": [0.1, 0.2], "hits": {"structure": 30, "detail": d}} for d in (30, 31)
+    ]
+    assert pfs.own_hits(rows) == {"structure": 30, "detail": 0.5}
+    assert pfs.undetermined(rows, (0.1, 0.2)) == ["detail"]
+    rows[1]["hits"]["detail"] = 40
+    assert pfs.undetermined(rows, (0.1, 0.2)) == []
+    assert script("pfs")(["--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "At 0.12/0.02 only the structure check is compared" in text
+    assert "| average 2/12 | 0.106 | not determined |" in text
+    steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "pfs.csv").open()) if row["panel"] == "b"]
+    assert (min(steps), max(steps)) == (3, 49)
+
+
+def test_separation_counts_the_windows_apart_and_knows_the_uncached(tmp_path, capsys):
+    assert script("separation")(["--out", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "| none | - | identical | 0 | 0 | - | 0.88 | 1.00 | 1.00 | 0.94 |" in text
+    assert "in the 5 windows that share no step" in text
+    assert "in the 3 spans to the end" in text
+
+
+def grid_rows(words: dict[str, list[float | None]]) -> list[dict]:
+    """Rows of a calibration with two prompts, uncached and at the pairs named."""
+    shared = {"seconds": 1.0, "seconds_uncached": 2.0, "blocks": 100, "ssim": 0.9}
+    rows = []
+    for pair, read in words.items():
+        for n, value in enumerate(read):
+            tau1, _, tau2 = pair.partition("/")
+            config = {"tau1": float(tau1), "tau2": float(tau2)} if tau2 else {}
+            method, run = ("h2cache", 20 + int(100 * float(tau1))) if tau2 else ("none", 100)
+            rows.append(shared | {"key": f"{pair} {n}", "id": f"p{n}", "method": method, "config": config,
+                                  "blocks_run": run, "words": value, "psnr": 30.0 + run})  # fmt: skip
+    return rows
+
+
+def test_thresholds_names_no_winner_by_chance_and_no_row_goes_unsaid(tmp_path, capsys):
+    rows = grid_rows({"none": [1.0] * 8, "0.1/0.1": [1.0, *[0.0] * 7], "0.2/0.1": [0.0] * 8})
+    path = tmp_path / "records-0-of-1.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert script("thresholds")(["--records", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    text = capsys.readouterr().out
+    assert "words 0.1 / 0.1 (0.125, +0.125 [+0.000, +0.375]: no difference shown)" in text
+    assert "not shown, in none of" in text
+    path.write_text(
+        "".join(json.dumps(r | {"words": None} if r["key"] == "0.1/0.1 3" else r) + "\n" for r in rows)
+    )
+    assert script("thresholds")(["--records", str(tmp_path), "--out", str(tmp_path / "out")]) == 1
+    assert "1 pictures of p3, whose words were read in another way" in capsys.readouterr().err
 
 
 # Methods that only the analysis uses.
@@ -297,7 +398,7 @@ def test_thresholds_repeats_its_experiment(tmp_path, capsys, random_clip):
     assert script("thresholds")(["--run", *grid, "--clip", str(random_clip), "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "4 pairs, 1 prompts" in text
-    assert "CLIP-IQA 0." in text
+    assert "; CLIP-IQA " in text
     data = list(csv.DictReader((out / "thresholds.csv").open()))
     assert {(row["tau1"], row["tau2"]) for row in data} == {
         (a, b) for a in ("0.2", "0.5") for b in ("0.1", "0.3")
@@ -312,6 +413,7 @@ def test_report_runs_the_experiment_first(tmp_path):
     assert text.count("data:image/webp") == 2
     assert "trace_all" not in text
     assert "Measures and decisions at every step" in text
+    assert "hold no trace" not in text
 
 
 def test_trace_reads_what_run_py_writes(tmp_path, capsys):
@@ -328,3 +430,37 @@ def test_trace_reads_what_run_py_writes(tmp_path, capsys):
     path.write_text(json.dumps(row | {"trace": [{"step": 0}]}) + "\n")
     assert trace.main(["--records", str(path), "--out", str(out)]) == 2
     assert "empty or broken" in capsys.readouterr().err
+
+
+def test_trace_does_not_mix_settings(tmp_path, capsys):
+    row = json.loads(gzip.decompress(trace.SHIPPED.read_bytes()).splitlines()[0])
+    del row["label"]
+    others = [row | {"key": f"k{n}", "config": row["config"] | {"tau1": 0.1}} for n in range(2)]
+    short = row | {
+        "key": "s",
+        "trace": [row["trace"][0], {**row["trace"][1], "outcomes": "M", "measures": [1]}],
+    }
+    path = tmp_path / "rows.jsonl"
+    rows = [row, row | {"key": "again"}, *others, short]
+    path.write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert script("trace")(["--records", str(path), "--out", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert "h2cache tau1=0.2 tau2=0.05, 2 requests" in said.out
+    assert "2 requests of h2cache with tau1=0.1 tau2=0.05" in said.err
+    assert "structure 50 steps, detail 1 steps" in said.err
+    choice = ["--label", "tau1=0.1 tau2=0.05"]
+    assert script("trace")(["--records", str(path), "--out", str(tmp_path), *choice]) == 0
+    assert "h2cache tau1=0.1 tau2=0.05, 2 requests" in capsys.readouterr().out
+
+
+def test_ctrl_c_and_a_limit_of_nothing_are_told_in_words(tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trace, "read", stop)
+    assert script("trace")(["--out", str(tmp_path)]) == 130
+    assert "stopped" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        script("trace")(["--run", "--limit", "0"])
+    assert end.value.code == 2
+    assert "0 is no whole number of at least 1" in capsys.readouterr().err
