@@ -3,10 +3,10 @@
 Ours. At a computed step both stages know what their forecast would have said, so its error is known exactly
 and for nothing. Like the step size of an ODE solver, the distance to the next computed step is chosen such
 that the error there comes out at the threshold: an error of order p + 1 in the distance g gives
-g' = g (tau / error)^(1 / (p + 1)), for the stage that allows the least. Between computed steps
-both stages are forecast together, from the sum of their residuals. Neither is computed without the other: a
-detail stage that sees the true structure at one step and a forecast one at the next jumps, which no forecast
-follows. The error of each stage is measured on its pooled residuals.
+g' = g (tau / error)^(1 / (p + 1)), for the stage that allows the least. Between computed steps both stages
+are forecast together, from the sum of their residuals. Neither is computed without the other: a detail stage
+that sees the true structure at one step and a forecast one at the next jumps, which no forecast follows. The
+error of each stage is measured on its pooled residuals.
 
 The error counts by the length of the sampler's step, relative to the mean so far: that much of it reaches the
 latents. The samples of a batch share one plan, that of the most demanding.
