@@ -248,7 +248,7 @@ def _draw_published(axes, others: list[dict]) -> None:
 
 
 def answer(measured: dict[str, list[dict]], source: str) -> str:
-    lines = [f"Source: {source}.", *_at_once(measured)]
+    lines = [f"Source: {source}.", *at_once(measured)]
     for metric, found in measured.items():
         title, higher = METRICS[metric]
         methods = _in_order([p for p in found if p["method"] != "none"])
@@ -278,7 +278,7 @@ def answer(measured: dict[str, list[dict]], source: str) -> str:
     return "\n".join(lines)
 
 
-def _at_once(measured: dict[str, list[dict]]) -> list[str]:
+def at_once(measured: dict[str, list[dict]]) -> list[str]:
     """PSNR at every ratio, and what else there is to say of 5x, as one table."""
     found, words = measured.get("psnr"), measured.get("words_read", [])
     if not found:

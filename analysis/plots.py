@@ -69,7 +69,7 @@ LOOKS = {
     "teacache": Look("TeaCache", "#0072B2", "D"),
     "fewer_steps": Look("fewer steps (control)", "#999999", "X"),
     "taylorseer": Look("TaylorSeer", "#009E73", "v"),
-    "taylorseer_lite": Look("TaylorSeer, blocks", "#56B4E9", "P"),
+    "taylorseer_lite": Look("TaylorSeer-Lite", "#56B4E9", "P"),
     "hicache": Look("HiCache", "#CC79A7", "<"),
     "speca": Look("SpeCa", "#F0E442", ">"),
     "clusca": Look("ClusCa", "#332288", "h"),

@@ -160,7 +160,7 @@ def _check_usable(transformer: nn.Module, engine: Engine, config: MethodConfig) 
             "diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first"
         )
     engine.check(transformer)
-    if "modules" in config.requires & engine.offers:
+    if "modules" in config.requires and "modules" in engine.offers:
         check_divisible(engine, transformer)
 
 
@@ -198,6 +198,7 @@ class Attachment:
         self._newest_request = Request((), None, "nothing has run yet")
 
         self.spans, self._firsts = lay_out(engine, transformer, split)
+        self._stage_of = tuple(span.name for span in self.spans for _ in span.blocks)
         self._take_out: Callable[[nn.Module], None] = lambda transformer: None
         self._handles: tuple = ()
         self._driver = ModuleDriver(self._current_call)
@@ -257,7 +258,7 @@ class Attachment:
         memory = self._memory(inputs)
         program = self.method.step(self.spans, memory)
         entered = partial(self._reserve, memory) if memory.bytes_needed is None else None
-        self._local.call = Call(self.engine, self.spans, inputs, memory, program, entered)
+        self._local.call = Call(self.engine, self._stage_of, inputs, memory, program, entered)
 
     def _reserve(self, memory: Memory, x: Stream) -> None:
         """Refuse a request, before its first block, that would keep more than there is room for."""

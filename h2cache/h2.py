@@ -141,7 +141,8 @@ class H2Cache(Method):
     def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
         """One denoising step of one branch (the numbers are the steps of the paper's Algorithm)."""
         cfg = self.config
-        if memory.computes_blindly(cfg.warmup_steps, cfg.last_steps, cfg.states):
+        always = cfg.warmup_steps or cfg.last_steps
+        if always and memory.computes_blindly(cfg.warmup_steps, cfg.last_steps, cfg.states):
             yield Run(range(stages[-1].last))  # at once, which some engines can do in one call
             for stage in stages:
                 memory.record(stage, None, None, "miss")

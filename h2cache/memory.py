@@ -7,7 +7,7 @@ shape, dtype, device or batch start afresh, and so does anything that leaves a d
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -75,6 +75,11 @@ def _tensors(held: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
+def _first(values: Tensor) -> Tensor:
+    """The first value, as a tensor."""
+    return values if values.numel() == 1 else values.reshape(-1)[0]
+
+
 class Memory:
     """State of one guidance branch of one request."""
 
@@ -85,7 +90,7 @@ class Memory:
         self.targets = targets  # the image tokens that are drawn and compared; None: all
         self._guided = guided  # the batch is [cond, uncond], and both halves share each decision
         self.slots: dict[str, Slot] = {}
-        self.blocks_run: Counter[str] = Counter()  # by stage, in the current step
+        self.blocks_run: defaultdict[str, int] = defaultdict(int)  # by stage, in the current step
         self.bytes_needed: int | None = None  # what the method will keep, reckoned at the first block
         self._step = -1
         self._timestep: float | None = None  # of the newest step whose timestep has been read
@@ -114,9 +119,9 @@ class Memory:
             self._resolve(timestep)
             return
         if self._step == 0 or timestep.device.type == "cpu":
-            self._resolve(timestep.reshape(-1)[0].item())  # a wait only at the first step
+            self._resolve(_first(timestep).item())  # a wait only at the first step
         else:
-            self._pending = timestep.detach().reshape(-1)[:1].float()
+            self._pending = _first(timestep.detach()).reshape(1).float()
 
     @property
     def step(self) -> int:

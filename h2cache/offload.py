@@ -14,7 +14,7 @@ def onload(block: nn.Module, unless_leader: bool = False) -> None:
 
     unless_leader: leave it to the block itself where it is the one that brings its group.
     """
-    registry = getattr(block, "_diffusers_hook", None)
+    registry = vars(block).get("_diffusers_hook")
     hook = registry and registry.get_hook("group_offloading")
     if not hook or (unless_leader and hook.group.onload_leader is block):
         return

@@ -24,8 +24,9 @@ def pooled_summary(features: Tensor, target: int) -> Tensor:
 
 def magnitude(features: Tensor, per_sample: bool = True) -> Tensor:
     """Sum of |features| in float32: (B,), or (1,) over the batch."""
-    dims = (1, 2) if per_sample else (0, 1, 2)
-    return torch.linalg.vector_norm(features, 1, dims, dtype=torch.float32).reshape(-1)
+    if per_sample:
+        return torch.linalg.vector_norm(features, 1, (1, 2), dtype=torch.float32)
+    return torch.linalg.vector_norm(features, 1, dtype=torch.float32).reshape(1)
 
 
 def relative_l1(

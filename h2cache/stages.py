@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from h2cache.memory import Memory
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)  # not frozen: a dozen are made at each step
 class Stream:
     """The hidden states between two blocks: image tokens (B, I, C) and text tokens (B, S, C)."""
 
@@ -156,7 +156,7 @@ class Ran:
     def __init__(self, before: Stream, targets: slice | None = None) -> None:
         self.before = self.after = before
         self.added: Stream | None = None
-        self._targets = slice(None) if targets is None else targets
+        self._targets = targets
 
     def enter(self, x: Stream) -> None:
         """Notice what the model added since the last block, such as a ControlNet residual."""
@@ -168,16 +168,17 @@ class Ran:
     @property
     def img_change(self) -> Tensor:
         """What the blocks changed of the image tokens that are drawn, not those of a reference: (B, I, C)."""
-        change = self.after.img[:, self._targets] - self.before.img[:, self._targets]
-        return change if self.added is None else change - self.added.img[:, self._targets]
+        change = self._drawn(self.after).img - self._drawn(self.before).img
+        return change if self.added is None else change - self._drawn(self.added).img
+
+    def _drawn(self, x: Stream) -> Stream:
+        return x if self._targets is None else Stream(x.img[:, self._targets], x.txt)
 
     @property
     def change(self) -> Stream:
         """What the blocks changed, of the image tokens that are drawn and of the text."""
-        after, before, *added = (
-            Stream(s.img[:, self._targets], s.txt) for s in (self.after, self.before, self.added) if s
-        )
-        return after - before - added[0] if added else after - before
+        change = self._drawn(self.after) - self._drawn(self.before)
+        return change if self.added is None else change - self._drawn(self.added)
 
     @property
     def residual(self) -> Stream:
@@ -194,6 +195,7 @@ class Ran:
 
 
 Program = Generator[Run | Skip | Look | Drive | Output, Ran | Tensor | None, None]
+_RUNS, _NO_BLOCKS = (Run, Drive), (Look, Output)
 
 
 class Driven(Protocol):
@@ -212,13 +214,14 @@ class Driven(Protocol):
 class Call:
     """One forward call of the transformer: carries out a method's program while the model iterates.
 
-    entered: called once, with the stream before the first block that runs.
+    stage_of: name of the stage of each block. entered: called once, with the stream before the first block
+    that runs.
     """
 
     def __init__(
         self,
         engine: Engine,
-        spans: tuple[Span, ...],
+        stage_of: tuple[str, ...],
         inputs: Inputs,
         memory: Memory,
         program: Program,
@@ -226,7 +229,7 @@ class Call:
     ) -> None:
         self.engine, self.inputs, self.memory, self.program = engine, inputs, memory, program
         self.text_tokens = inputs.text_tokens
-        self._span_of = [span.name for span in spans for _ in span.blocks]  # of each block
+        self._stage_of = stage_of
         self.position = 0  # number of the next block, through the whole model
         self.entered = entered
         self.ran: Ran | None = None
@@ -242,7 +245,7 @@ class Call:
             except StopIteration:
                 self.command = None
                 return
-            if isinstance(self.command, Look | Output) or len(self.command.blocks):
+            if isinstance(self.command, _NO_BLOCKS) or len(self.command.blocks):
                 self.ran = None
                 return
             self.ran = self.ran and Ran(self.ran.after, self.memory.targets)
@@ -253,26 +256,32 @@ class Call:
 
     def serve(self, stage: Stage) -> Iterator[Callable]:
         """Yield what the model's own loop over `stage` shall call."""
-        for index in range(stage.first, stage.last):
-            turn = self.turn(stage, index)
-            if turn is not None:
-                yield turn
-            self.position = index + 1
-            if self.position == self.command.blocks.stop:
+        index = stage.first
+        while index < stage.last:
+            if isinstance(self.command, Skip) and not self.inputs.adds_between:
+                stop = self._command_at(index).blocks.stop
+                if stop > stage.last:
+                    break
+                index = stop - 1  # the model need not see those before
+            yield self.turn(stage, index)
+            index += 1
+            self.position = index
+            if index == self.command.blocks.stop:
                 self._next_command()
+        self.position = stage.last
 
-    def turn(self, stage: Stage, index: int) -> Callable | None:
-        """What stands in the place of block `index`; None: nothing, the model need not see this index."""
+    def turn(self, stage: Stage, index: int) -> Callable:
+        """What stands in the place of block `index`."""
         if isinstance(self.command, Look):
             return _Look(self, stage, index)
         command = self._command_at(index)
         last = index == command.blocks.stop - 1
-        if isinstance(command, Run | Drive):
-            self.memory.blocks_run[self._span_of[index]] += isinstance(command, Run) or command.counts
+        if isinstance(command, _RUNS):
+            self.memory.blocks_run[self._stage_of[index]] += isinstance(command, Run) or command.counts
             return _Tap(self, stage, index, command, last)
         if last:
             return _Add(self, stage, index, command.stand_in)
-        return _Pass(self, stage, index) if self.inputs.adds_between else None
+        return _Pass(self, stage, index)
 
     def _command_at(self, index: int) -> Run | Skip:
         """The current command; RuntimeError unless it is for block `index`."""
@@ -295,14 +304,15 @@ class Call:
 
     def drive(self, x: Stream, blocks: Driven) -> Stream:
         """Carry out the whole program where there is no list to iterate; returns the stream at its end."""
-        while self.position < len(self._span_of):
+        while self.position < len(self._stage_of):
             if isinstance(self.command, Look):
                 self.look(blocks.modulated_input(x, self.position))
                 continue
             command = self._command_at(self.position)
             added = blocks.added(x, command.blocks)
             if isinstance(command, Run):
-                self.memory.blocks_run.update(self._span_of[index] for index in command.blocks)
+                for index in command.blocks:
+                    self.memory.blocks_run[self._stage_of[index]] += 1
                 self.begin_run(x).added = added
                 self.ran.after = x = blocks.run(x, command.blocks)
                 if command.kept is not None and any(command.kept):
@@ -318,7 +328,7 @@ class Call:
         """Call a block with its modules answered for."""
         self.driven = (index, command)
         try:
-            return stage[index - stage.first](*args, **kwargs)
+            return stage.block(index)(*args, **kwargs)
         finally:
             self.driven = None
 
@@ -332,7 +342,7 @@ class Call:
                 if not x.is_at(before):
                     stream = stream + (x - before)
             before = after
-            self.memory.blocks_run[self._span_of[index]] += 1
+            self.memory.blocks_run[self._stage_of[index]] += 1
             args, kwargs = self.engine.with_input(args, kwargs, stream)
             out = self.run_block(stage, index, Drive(range(index, index + 1), answer, True), args, kwargs)
         self.remembered.clear()
@@ -360,7 +370,7 @@ class _Turn:
 
     @property
     def block(self) -> nn.Module:
-        return self.stage[self.index - self.stage.first]
+        return self.stage.block(self.index)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.block, name)  # SD3's forward reads an attribute of each block
@@ -380,11 +390,12 @@ class _Tap(_Turn):
             ran = call.begin_run(x)
         elif call.inputs.adds_between or not (form.joined and self.index == self.stage.first):
             ran.enter(x)
+        block = self.block
         if self.index == self.command.blocks.start:
-            onload(self.block, unless_leader=True)
+            onload(block, unless_leader=True)
         if isinstance(self.command, Drive):
             return self._run_driven(x, args, kwargs)
-        out = self.block(*args, **kwargs)
+        out = block(*args, **kwargs)
         ran.after = form.read_output(out, call.text_tokens)
         if self.ends and self.command.kept is not None and any(self.command.kept):
             return form.write_output(ran.replaced(self.command.kept, self.command.stand_in))
@@ -411,8 +422,7 @@ class _Look(_Turn):
         call = self.call
         onload(self.block)
         call.look(call.engine.modulated_input(self.block, args, kwargs))
-        turn = call.turn(self.stage, self.index) or self.stage.form.pass_through
-        return turn(*args, **kwargs)
+        return call.turn(self.stage, self.index)(*args, **kwargs)
 
 
 class _Add(_Turn):
@@ -450,6 +460,10 @@ class Stage(nn.ModuleList):
         self.form = form
         self.first, self.last = first, first + len(blocks)
         self._current_call = current_call
+
+    def block(self, index: int) -> nn.Module:
+        """The block of this number through the whole model."""
+        return self._modules[str(index - self.first)]
 
     def __getitem__(self, index: int | slice) -> nn.Module:
         if isinstance(index, slice):  # a part is a plain list; group offloading asks for it

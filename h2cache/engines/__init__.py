@@ -39,7 +39,7 @@ def one_stack(blocks: str, form: Form) -> tuple[Cut, Cut]:
     return Cut("structure", blocks, form, share=1 / 3), Cut("detail", blocks, form)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Inputs:
     """What a cache must know of one forward call of the transformer."""
 

@@ -39,13 +39,7 @@ class FluxDiffusers(DividedBlocks, Engine):
             timestep=argument(args, kwargs, 3, "timestep"),
             latents=argument(args, kwargs, 0, "hidden_states"),
             text=argument(args, kwargs, 1, "encoder_hidden_states"),
-            conditions=(
-                *controlled,
-                attention.get("scale"),  # of the LoRA
-                *sorted(
-                    attention.keys() - {"scale", "ip_hidden_states"}
-                ),  # the model itself adds the last one
-            ),
+            conditions=(*controlled, *_conditions(attention)),
             adds_between=any(controlled),
             targets=lambda: drawn_tokens(argument(args, kwargs, 4, "img_ids")),
         )
@@ -56,6 +50,13 @@ class FluxDiffusers(DividedBlocks, Engine):
 
     def output_layer(self, transformer: nn.Module) -> nn.Module:
         return transformer.proj_out
+
+
+def _conditions(attention: dict[str, Any]) -> tuple:
+    """The LoRA's scale and what else acts inside attention; IP-Adapter's states are added by the model."""
+    if not attention:
+        return (None,)
+    return attention.get("scale"), *sorted(attention.keys() - {"scale", "ip_hidden_states"})
 
 
 def drawn_tokens(img_ids: Tensor) -> slice | None:
