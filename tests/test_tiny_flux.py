@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from analysis.tiny_flux import assemble, evaluate, signs, train
 from analysis.tiny_flux.latents import from_latent, pack, to_latent, unpack
@@ -121,6 +122,17 @@ def test_assembled_folder_draws(work, tmp_path):
     kept = load_transformer(work / "checkpoint.pt").half().state_dict()
     for name, value in pipe.transformer.half().state_dict().items():
         assert torch.equal(value, kept[name])
+
+
+def names_in(folder: Path) -> set[str]:
+    return set(load_file(folder / "text_encoder/model.safetensors"))
+
+
+def test_weights_have_the_names_that_transformers_4_reads_too(work, tmp_path):
+    """Without the prefix it takes random weights, and says so only where nobody looks."""
+    assemble.assemble(work, tmp_path)
+    assert names_in(tmp_path) == names_in(SHIPPED)
+    assert all(name.startswith("text_model.") for name in names_in(SHIPPED))
 
 
 def test_shipped_folder_is_small_and_says_24():

@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
+from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
 from analysis.tiny_flux.model import load_transformer
 from analysis.tiny_flux.text_encoders import MAX_TOKENS
 
 EXAMPLE = 'a red round sign that says "CAFE" on a striped green background'
+CLIP_PREFIX = "text_model."
 
 
 def scheduler() -> FlowMatchEulerDiscreteScheduler:
@@ -48,6 +50,16 @@ def portable_tokenizers(folder: Path) -> None:
         config = json.loads(file.read_text())
         config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_TOKENS}
         file.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def portable_names(file: Path) -> None:
+    """transformers 5 drops the prefix of CLIP's weights, without which 4.x silently draws them at random.
+
+    Both know the names with it, which are those of the hub's checkpoints.
+    """
+    weights = {CLIP_PREFIX + k.removeprefix(CLIP_PREFIX): v for k, v in load_file(file).items()}
+    save_file(weights, file, metadata={"format": "pt"})
+    file.chmod(0o644)
 
 
 def forget_origin(config: Path) -> None:
@@ -87,6 +99,7 @@ def assemble(work: Path, out: Path) -> None:
         folder = Path(scratch) / "model"
         pipe.save_pretrained(folder)
         portable_tokenizers(folder)
+        portable_names(folder / "text_encoder/model.safetensors")
         forget_origin(folder / "vae/config.json")
         (folder / "limits.json").write_text(json.dumps(limits(tokenizer), indent=2) + "\n")
         shutil.copytree(folder, out, dirs_exist_ok=True)
