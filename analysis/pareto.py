@@ -27,7 +27,7 @@ from analysis import plots
 from analysis.experiment import main as experiment
 from analysis.intervals import bootstrap
 from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script
+from analysis.scripts import figure_script, passed_on
 from analysis.table import PUBLISHED, published
 from analysis.trials import parser_of, source_of
 from h2cache.presets import PRESETS
@@ -91,10 +91,7 @@ def run(args: argparse.Namespace) -> tuple[Path, int]:
 
     1: some pictures failed, the others can be drawn; above: nothing can.
     """
-    command = ["--out", str(args.out), "--methods", *args.methods]
-    for name in ("model", "prompts", "limit", "steps", "seed", "guidance", "device", "dtype"):
-        value = getattr(args, name)
-        command += [f"--{name}", str(value)] if value is not None else []
+    command = ["--out", str(args.out), *passed_on(args, "limit"), "--methods", *args.methods]
     return args.out / "rows.jsonl", experiment(command)
 
 

@@ -116,18 +116,38 @@ def size_of(call: dict[str, Any]) -> str | None:
 # Starting.
 
 
+def at_least_one(text: str) -> int:
+    """A count as an argument; argparse says what is wrong with it."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
+    return int(text)
+
+
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the scripts that fit constants, all that `start` reads besides --prompts."""
+    """The options of scripts that fit constants or draw ablations: what `start` reads, and --prompts."""
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
     parser.add_argument("--prompts", type=Path, default=Path(shipped("assets/prompts/tiny32.jsonl")))
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--steps", type=at_least_one, default=50)
+    parser.add_argument("--seed", type=int, default=0, help="for prompts without one of their own")
     parser.add_argument("--height", type=int, help="pixels (default: the model's)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's)")
     add_family_arguments(parser)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
     parser.set_defaults(engine="diffusers", checkpoint=None, lora=None, lora_scale=1.0, offload=False)
+
+
+MEASURING = (
+    "model", "prompts", "steps", "seed", "height", "width", "guidance", "negative_prompt", "true_cfg",
+    "frames", "input_image", "device", "dtype",
+)  # fmt: skip
+
+
+def passed_on(args: argparse.Namespace, *more: str) -> list[str]:
+    """The options of `add_measuring_arguments`, and `more`, as another script's command has them."""
+    given = {name: getattr(args, name) for name in (*MEASURING, *more)}
+    options = [(f"--{name.replace('_', '-')}", str(v)) for name, v in given.items() if v is not None]
+    return [part for option in options for part in option]
 
 
 def check_prompts(limits: Limits, prompts: Sequence[Prompt]) -> None:

@@ -28,7 +28,7 @@ from analysis.calibrate import table
 from analysis.intervals import bootstrap
 from analysis.prompts import read_prompts
 from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script
+from analysis.scripts import figure_script, passed_on
 from analysis.trials import parser_of, source_of, write_about
 from h2cache import H2Config
 from h2cache.presets import PRESETS
@@ -66,9 +66,7 @@ def run(args: argparse.Namespace) -> Path:
     """Measure the grid with `analysis.calibrate`, words read back."""
     args.out.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "analysis.calibrate", "--words", "--out", str(args.out)]
-    for name in ("model", "prompts", "steps", "seed", "guidance", "device", "dtype", "clip"):
-        value = getattr(args, name)
-        command += [f"--{name}", str(value)] if value is not None else []
+    command += passed_on(args, "clip")
     if args.limit:
         first = args.out / f"first-{args.limit}.jsonl"
         chosen = [{"id": p.id, "prompt": p.text} | ({"words": p.words} if p.words is not None else {})

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from analysis import keep
 from analysis.prompts import Prompt, read_prompts
-from analysis.runs import Drawn, Limits, call_arguments, default_device, draw, load_pipeline
+from analysis.runs import Drawn, draw
+from analysis.scripts import add_measuring_arguments, at_least_one, start
 from h2cache import MethodConfig
 
 
@@ -26,22 +26,9 @@ def parser_of(description: str, out: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path("outputs") / out, help="default: %(default)s")
     parser.add_argument("--run", action="store_true", help="repeat the experiment, its records go to --out")
     run = parser.add_argument_group("of the experiment (with --run)")
-    run.add_argument("--model", default="assets/tiny_flux", help="folder or hub id (default: %(default)s)")
-    run.add_argument("--prompts", type=Path, default=Path("assets/prompts/tiny32.jsonl"))
     run.add_argument("--limit", type=at_least_one, help="only the first N prompts")
-    run.add_argument("--steps", type=at_least_one, default=50)
-    run.add_argument("--seed", type=int, default=0, help="for prompts without one of their own")
-    run.add_argument("--guidance", type=float, default=3.5)
-    run.add_argument("--device", default=default_device())
-    run.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
+    add_measuring_arguments(run)
     return parser
-
-
-def at_least_one(text: str) -> int:
-    """A count as an argument; argparse says what is wrong with it."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
-    return int(text)
 
 
 @dataclass
@@ -56,13 +43,9 @@ class Trial:
     @classmethod
     def of(cls, args: argparse.Namespace) -> Trial:
         """Load what the arguments of `parser_of` name; ValueError or OSError for what cannot be."""
-        limits = Limits.of(args.model)
-        torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
         prompts = read_prompts(args.prompts)[: args.limit]
-        pipeline = load_pipeline(args.model, args.device, args.dtype)
-        pipeline.set_progress_bar_config(disable=True)
-        call = call_arguments(pipeline, limits, None, None, args.guidance)
-        return cls(pipeline, call | {"num_inference_steps": args.steps}, prompts, args.seed)
+        pipeline, _, call, _ = start(args, prompts)
+        return cls(pipeline, call, prompts, args.seed)
 
     def draw(self, prompt: Prompt, config: MethodConfig) -> Drawn:
         """The picture of `prompt` by the method of `config`."""

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from h2cache.stages import Program, Span
 
 
-FLUX_DEV = {"threshold": 0.24, "max_consecutive_hits": 5, "retention": 0.1}
+USUAL = {"threshold": 0.24, "max_consecutive_hits": 5, "retention": 0.1}
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class MagCacheConfig(MethodConfig):
 
     def _settled(self, authors: dict[str, float]) -> MagCacheConfig:
         """With the authors' values, else those of FLUX.1-dev, for what is left open."""
-        usual = FLUX_DEV | authors
-        return replace(self, **{key: usual[key] for key in FLUX_DEV if getattr(self, key) is None})
+        usual = USUAL | authors
+        return replace(self, **{key: usual[key] for key in USUAL if getattr(self, key) is None})
 
     def schedule(self, total: int, uncond: bool = False) -> list[bool]:
         """Which of `total` steps are computed: a pure function of the table and the settings."""
@@ -107,17 +107,27 @@ def resample(ratios: tuple[float, ...], total: int) -> list[float]:
     return [ratios[round(i * (len(ratios) - 1) / (total - 1))] for i in range(total)]
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """Which steps of a request and branch are computed: worked out once."""
+
+    computed: list[bool]
+
+
 class MagCache(Method):
     """The stored residual of the whole network stands in, unscaled."""
 
     config: MagCacheConfig
 
+    def _schedule(self, memory: Memory) -> Schedule:
+        return Schedule(self.config.schedule(memory.total_steps, memory.branch == "uncond"))
+
     def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         step = memory.step  # first of all: asking may show that a new request began
         slot, blocks = memory.slot("stack", LastResidual), range(stages[-1].last)
-        schedule = self.config.schedule(memory.total_steps, memory.branch == "uncond")
-        full = slot.predictor.residual is None or step >= len(schedule) or schedule[step]
+        computed = memory.slot("schedule", lambda: self._schedule(memory)).predictor.computed
+        full = slot.predictor.residual is None or step >= len(computed) or computed[step]
         if full:
             ran = yield Run(blocks)
             slot.predictor.learn(Stream(ran.residual.img))

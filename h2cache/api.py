@@ -22,7 +22,7 @@ from h2cache.engines import Engine, Inputs, class_names, find_engine, lay_out
 from h2cache.h2 import H2Config
 from h2cache.memory import Memory, Request
 from h2cache.method import Method, MethodConfig, Shape
-from h2cache.modules import ModuleDriver, check_divisible
+from h2cache.modules import DRIVEN, ModuleDriver, check_divisible
 from h2cache.records import StepRecord, Summary, summarise
 from h2cache.room import free_bytes, require_room
 from h2cache.stages import Call, Stream
@@ -61,12 +61,14 @@ def enable(
     attachments = []
     for transformer in transformers:
         engine = find_engine(transformer)
-        _check_usable(transformer, engine, config)
+        _check_usable(transformer, engine)
         if missing := config.requires - engine.offers:
             raise ValueError(
                 f"{config.name} with these settings needs of the model: {', '.join(sorted(missing))}; the "
                 f"engine of {engine.name} cannot give that{config.instead}"
             )
+        if "modules" in config.requires:
+            check_divisible(engine, transformer)
         fitted = config.for_checkpoint(checkpoint_name(pipeline) or checkpoint_name(transformer))
         if fitted.needs_total_steps and steps is None and pipeline is None:
             raise ValueError(
@@ -148,7 +150,7 @@ def _transformers_of(target: Any) -> list[nn.Module]:
     return found
 
 
-def _check_usable(transformer: nn.Module, engine: Engine, config: MethodConfig) -> None:
+def _check_usable(transformer: nn.Module, engine: Engine) -> None:
     """ValueError, with what to do, if `transformer` cannot be cached as it is now."""
     if getattr(transformer, "_compiled_call_impl", None) is not None:
         raise ValueError(
@@ -160,8 +162,6 @@ def _check_usable(transformer: nn.Module, engine: Engine, config: MethodConfig) 
             "diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first"
         )
     engine.check(transformer)
-    if "modules" in config.requires and "modules" in engine.offers:
-        check_divisible(engine, transformer)
 
 
 def _attachments_of(target: Any) -> list[Attachment]:
@@ -246,8 +246,7 @@ class Attachment:
                 self._local.branch = None
 
     def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        _check_usable(transformer, self.engine, self.config)  # something may have come since
-        self._driver.follow(self.engine, transformer, self.config.requires)
+        _check_usable(transformer, self.engine)  # something may have come since
         if transformer.training and self.engine.trainable:
             raise RuntimeError(
                 "a cache is for inference: call transformer.eval(), or h2cache.disable it to train"
@@ -258,7 +257,10 @@ class Attachment:
         memory = self._memory(inputs)
         program = self.method.step(self.spans, memory)
         entered = partial(self._reserve, memory) if memory.bytes_needed is None else None
-        self._local.call = Call(self.engine, self._stage_of, inputs, memory, program, entered)
+        call = Call(self.engine, self._stage_of, inputs, memory, program, entered)
+        if self.config.requires & DRIVEN and memory.step == 0:  # once a request: it goes over all blocks
+            self._driver.follow(self.engine, transformer, self.config.requires)
+        self._local.call = call
 
     def _reserve(self, memory: Memory, x: Stream) -> None:
         """Refuse a request, before its first block, that would keep more than there is room for."""

@@ -32,6 +32,9 @@ class Modules:
     idle: tuple[nn.Module, ...] = field(default=())
 
 
+DRIVEN = frozenset({"modules", "output"})  # what a method requires of an engine and has answered here
+
+
 def check_divisible(engine: Engine, transformer: nn.Module) -> None:
     """ValueError for compiled blocks."""
     blocks = [block for cut in engine.cuts for block in getattr(transformer, cut.blocks)]
@@ -58,8 +61,8 @@ class ModuleDriver:
 
     def follow(self, engine: Engine, transformer: nn.Module, required: frozenset[str]) -> None:
         """Attach anew if modules were exchanged since: a LoRA was loaded or taken away."""
-        if required.isdisjoint({"modules", "output"}):
-            return
+        if "modules" in required:
+            check_divisible(engine, transformer)
         wanted = [module for module, _ in self._wanted(engine, transformer, required)]
         if len(wanted) != len(self._put_in) or any(
             a is not b for a, (b, *_) in zip(wanted, self._put_in, strict=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -386,7 +387,10 @@ def random_clip(tmp_path) -> Path:
     tokenizer = CLIPTokenizer.from_pretrained("assets/tiny_flux/tokenizer")
     text |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
     folder = tmp_path / "clip"
-    CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)).save_pretrained(folder)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=8)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of other seeds the judge may be so sure that it says 0 or 1
+        CLIPModel(config).save_pretrained(folder)
     images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     CLIPProcessor(images, tokenizer).save_pretrained(folder)
     return folder

@@ -144,3 +144,12 @@ def test_the_embedded_models_table_says_where_it_comes_from():
     table = json.loads(Path("baselines/constants/magcache.json").read_text())
     assert all("source" in entry for entry in table.values())
     assert len(table["tiny_flux"]["ratios"]) == 50
+
+
+def test_the_schedule_is_worked_out_once_a_request(flux, monkeypatch):
+    made, own = [], MagCacheConfig.schedule
+    monkeypatch.setattr(MagCacheConfig, "schedule", lambda *a, **k: made.append(1) or own(*a, **k))
+    config = MagCacheConfig(threshold=9.0, ratios=(1.0, 1.0), retention=0.0, max_consecutive_hits=3)
+    h2cache.enable(flux, config, steps=8)
+    denoise(flux, steps=8)
+    assert len(made) == 1

@@ -87,14 +87,6 @@ def img_ids(side: int = SIDE) -> torch.Tensor:
     return ids.reshape(-1, 3)
 
 
-def sigmas(steps: int, tokens: int = TOKENS) -> torch.Tensor:
-    """The noise levels FluxPipeline uses for this many tokens (dynamic shifting), ending with 0."""
-    mu = 0.5 + (1.15 - 0.5) / (4096 - 256) * (tokens - 256)
-    levels = torch.linspace(1, 1 / steps, steps)
-    shifted = math.exp(mu) / (math.exp(mu) + 1 / levels - 1)
-    return torch.cat([shifted, torch.zeros(1)])
-
-
 def fit(count: int, seed: int) -> dict[str, np.ndarray]:
     """Principal components of the patches of `count` signs."""
     rng = random.Random(seed)
