@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 
+from analysis.settings import parse_settings
 from h2cache import find_method, method_names
-from h2cache.method import Shape, parse_settings
+from h2cache.method import Shape
 
 VARIANTS = (
     "taylorseer:order=2",

@@ -30,8 +30,8 @@ from analysis.metrics import ClipIqa, fidelity
 from analysis.prompts import read_prompts
 from analysis.runs import default_device, draw
 from analysis.scripts import TINY, command_of, guarded, shard, shipped, start
+from analysis.settings import parse_settings
 from h2cache import H2Config, find_method
-from h2cache.method import parse_settings
 
 GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
 WANTED = (2.0, 3.0, 4.0, 5.08, 6.0)

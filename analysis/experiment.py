@@ -42,10 +42,10 @@ from analysis.metrics import ClipIqa, fidelity, lpips_model, more_fidelity
 from analysis.prompts import Prompt, read_prompts
 from analysis.runs import default_device, draw
 from analysis.scripts import TINY, command_of, guarded, is_embedded, shipped, size_of, start, warn
+from analysis.settings import parse_settings
 from analysis.table import write_tables
 from h2cache import MethodConfig, find_method
 from h2cache.api import checkpoint_name
-from h2cache.method import parse_settings
 from h2cache.presets import PRESETS, Preset, find_preset
 
 CUTE80 = Path(shipped("assets/prompts/cute80.jsonl"))

@@ -25,9 +25,9 @@ from tqdm import tqdm
 import h2cache
 from analysis import keep
 from analysis.scripts import command_of, guarded, shipped
+from analysis.settings import parse_settings
 from analysis.tiny_families import FAMILIES
 from h2cache import MethodConfig, find_method, method_names
-from h2cache.method import parse_settings
 from h2cache.presets import PRESETS
 
 STEPS = 5

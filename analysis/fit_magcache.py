@@ -17,7 +17,6 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, pstdev
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -35,12 +34,9 @@ from analysis.scripts import (
     start,
     warn,
 )
+from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig
-from h2cache.stages import Run
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
+from h2cache.program import Program, Run, Stage
 
 CONSTANTS = Path(shipped("baselines/constants/magcache.json"))
 
@@ -66,7 +62,7 @@ class Watch(Method):
         super().__init__(config)
         self.last: dict[str, Tensor] = {}
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         ran = yield Run(range(stages[-1].last))
         now = ran.residual.img.float()
         if memory.step > 0:

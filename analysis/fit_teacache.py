@@ -17,7 +17,6 @@ import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -35,13 +34,10 @@ from analysis.scripts import (
     start,
     warn,
 )
+from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig
+from h2cache.program import Look, Program, Run, Stage
 from h2cache.similarity import relative_l1
-from h2cache.stages import Look, Run
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
 
 CONSTANTS = Path(shipped("baselines/constants/teacache.json"))
 
@@ -68,7 +64,7 @@ class Watch(Method):
         super().__init__(config)
         self.last: dict[str, tuple[Tensor, Tensor]] = {}  # by guidance branch
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         modulated = yield Look()
         ran = yield Run(range(stages[-1].last))
         now = (modulated, ran.residual.img)

@@ -7,15 +7,11 @@ by the residual of the last step before. The other stage is computed as ever.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, check
 from h2cache.predictors import LastResidual
-from h2cache.stages import Run, Skip
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
+from h2cache.program import Program, Run, Skip, Stage
 
 STAGES = ("structure", "detail", "both")
 
@@ -48,7 +44,7 @@ class Freeze(Method):
 
     config: FreezeConfig
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         cfg = self.config
         frozen_now = cfg.first <= memory.step < cfg.last

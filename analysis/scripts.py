@@ -22,9 +22,9 @@ from analysis.families import add_family_arguments
 from analysis.loading import load
 from analysis.prompts import Prompt
 from analysis.runs import Limits, default_device, prepare
+from analysis.settings import parse_settings
 from h2cache import MethodConfig, find_method
 from h2cache.api import checkpoint_name
-from h2cache.method import parse_settings
 from h2cache.presets import PRESETS, Preset, find_preset, last_part
 
 CHECKOUT = Path(__file__).resolve().parents[1]

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, check
 from h2cache.policies import below
 from h2cache.predictors import LastResidual
-from h2cache.stages import Run, Skip
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
+from h2cache.program import Program, Run, Skip, Stage
 
 
 def average(features: Tensor, k: int) -> Tensor:
@@ -99,7 +95,7 @@ class WithSummary(Method):
 
     config: SummaryConfig
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         cfg, hit = self.config, False
         for stage, tau in zip(stages, (cfg.tau1, cfg.tau2), strict=True):
@@ -136,7 +132,7 @@ class Probe(Method):
 
     config: ProbeConfig
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         for stage in stages:
             head = yield Run(stage.head)

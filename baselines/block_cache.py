@@ -9,16 +9,12 @@ reuse).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import below
 from h2cache.predictors import LastResidual
-from h2cache.stages import Run, Skip
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
+from h2cache.program import Program, Run, Skip, Stage
 
 
 @dataclass(frozen=True)
@@ -48,7 +44,7 @@ class BlockCache(Method):
 
     config: BlockCacheConfig
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         slot = memory.slot("stack", LastResidual)
         head = yield Run(range(1))  # the first block always runs

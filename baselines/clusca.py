@@ -13,21 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from h2cache import weights
 from h2cache.forecasting import Key, ModuleForecast, Rule, forecast_bytes
+from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import interval_due
 from h2cache.predictors import combine
-from h2cache.stages import Drive
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span, Stream
+from h2cache.program import Drive, Program, Stage, Stream
 
 MLPS = {"ff": "img", "ff_context": "txt"}  # module name to stream
 ROUNDS = 10  # of k-means
@@ -146,26 +143,26 @@ class ClusCa(Method):
 
     config: ClusCaConfig
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         cfg, at, double = self.config, float(memory.step), stages[0]
-        modules = memory.slot("modules", lambda: ModuleForecast(cfg.rule, cfg.order + 1)).predictor
-        clusters = memory.slot("clusters", Clusters).predictor
+        modules = memory.state("modules", lambda: ModuleForecast(cfg.rule, cfg.order + 1))
+        clusters = memory.state("clusters", Clusters)
         rest = range(double.last, stages[-1].last)
-        full = interval_due(memory.step, cfg.interval, cfg.warmup_steps) or not modules.times
+        full = interval_due(memory.step, cfg.interval, cfg.warmup_steps) or modules.empty
         if full:
             if not cfg.anchor:
                 for key, base in clusters.corrected.items():
                     modules.outputs[key][-1] = (base,)
             if memory.step < cfg.warmup_steps - 1:  # differences count from the last warm-up step on
                 modules.clear()
-            modules.compute(at)
+            modules.begin_computed(at)
             ran = yield Drive(double.blocks, modules.learn, counts=True)
             if cfg.clusters:
                 clusters.update(ran.after, cfg)
             yield Drive(rest, modules.learn, counts=True)
         else:
-            modules.forecast(at)
+            modules.begin_forecast(at)
             answer = partial(self._answer, modules, clusters) if cfg.clusters else modules.predict
             yield Drive(range(stages[-1].last), answer, counts=False)
         memory.record_stack(stages, None, 0.0, not full)

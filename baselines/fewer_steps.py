@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baselines.none import Uncached
+from h2cache.baselines.none import Uncached
+
 from h2cache.method import MethodConfig, check
 
 

@@ -9,16 +9,13 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from h2cache import weights
-from h2cache.forecasting import GRANULARITIES, forecast_bytes, forecast_step
+from h2cache.forecasting import GRANULARITIES, forecast_bytes, forecast_of
+from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import interval_due
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
+from h2cache.program import Program, Stage
 
 
 @dataclass(frozen=True)
@@ -78,11 +75,17 @@ class HiCache(Method):
 
     config: HiCacheConfig
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
-        cfg = self.config
+        cfg, step = self.config, memory.step
         basis = weights.hermite if cfg.basis == "hermite" else weights.taylor_scaled
-        rule = partial(basis, order=cfg.order, sigma=cfg.sigma)
-        full = interval_due(memory.step, cfg.interval, cfg.warmup_steps)
-        alone = memory.step < cfg.warmup_steps - 1  # differences count from the last warm-up step on
-        yield from forecast_step(stages, memory, cfg.granularity, rule, cfg.order + 1, full, alone)
+        rule = partial(basis, order=cfg.order, sigma=cfg.sigma)  # sum_i D_i sigma^i H_i(sigma k) / i!
+        history = forecast_of(memory, cfg.granularity, rule, cfg.order)
+        full = history.empty or interval_due(step, cfg.interval, cfg.warmup_steps)
+        if full:
+            if step < cfg.warmup_steps - 1:
+                history.clear()  # differences count from the last warm-up step on
+            yield from history.compute(stages, at=step)
+        else:
+            yield from history.forecast(stages, at=step)
+        memory.record_stack(stages, None, 0.0, not full)

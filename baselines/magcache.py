@@ -8,16 +8,12 @@ far the stored residual has drifted, so the whole schedule follows from a table 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from h2cache.method import Method, MethodConfig, Shape, check, fitted_constants
+from h2cache.memory import Memory
+from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.predictors import LastResidual
-from h2cache.stages import Run, Skip, Stream
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
-
+from h2cache.program import Program, Run, Skip, Stage, Stream
+from h2cache.registry import fitted_constants
 
 USUAL = {"threshold": 0.24, "max_consecutive_hits": 5, "retention": 0.1}
 
@@ -122,11 +118,11 @@ class MagCache(Method):
     def _schedule(self, memory: Memory) -> Schedule:
         return Schedule(self.config.schedule(memory.total_steps, memory.branch == "uncond"))
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         step = memory.step  # first of all: asking may show that a new request began
         slot, blocks = memory.slot("stack", LastResidual), range(stages[-1].last)
-        computed = memory.slot("schedule", lambda: self._schedule(memory)).predictor.computed
+        computed = memory.state("schedule", lambda: self._schedule(memory)).computed
         full = slot.predictor.residual is None or step >= len(computed) or computed[step]
         if full:
             ran = yield Run(blocks)

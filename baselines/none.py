@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig
-from h2cache.stages import Run
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
+from h2cache.program import Program, Run, Stage
 
 
 @dataclass(frozen=True)
@@ -26,6 +22,6 @@ class NoneConfig(MethodConfig):
 class Uncached(Method):
     """Runs everything and keeps nothing; it only counts blocks."""
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         yield Run(range(stages[-1].last))  # at once, which some engines can do in one call
         memory.record_uncached(stages)

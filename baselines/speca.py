@@ -2,30 +2,26 @@
 
 Source: arXiv 2509.11628 (ACM MM 2025) and the authors' code. The last block is computed on the drafted input
 and compared with its own draft; the tolerance falls along the run. As in the code, a draft that fails is
-still used, and the step after it is computed; on_reject="recompute" [ours] computes the failing step itself.
+still used, and the step after it is computed.
 Deviations: errors in float32, a non-finite one rejects, progress is step / steps for every model.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from h2cache import weights
 from h2cache.forecasting import GRANULARITIES, ModuleForecast, forecast_bytes
+from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.predictors import Forecast
-from h2cache.stages import Drive, Run, Skip
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
+from h2cache.program import Drive, Program, Run, Skip, Stage
 
 
 @dataclass(frozen=True)
@@ -52,8 +48,6 @@ class SpeCaConfig(MethodConfig):
     measure: str = "element"
     """"element": mean |draft - real| / |real| as the authors; "norm" [ours]: mean |draft - real| / mean
     |real|, which asks for other tolerances (0.05 to 0.3)."""
-    on_reject: str = "next"
-    """"next": a failed draft makes the next step computed; "recompute" [ours]: that step itself, at once."""
     granularity: str = "module"
     """"module" as the authors, or "stage" [ours], see `taylorseer.py`."""
 
@@ -67,13 +61,10 @@ class SpeCaConfig(MethodConfig):
         check("order", self.order, 0, 4, "higher differences are noise")
         for field, choices in (
             ("measure", ("element", "norm")),
-            ("on_reject", ("next", "recompute")),
             ("granularity", GRANULARITIES),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown: choose one of {choices}")
-        if self.on_reject == "recompute" and self.granularity == "stage":
-            raise ValueError('on_reject="recompute" needs granularity="module"')
 
     @property
     def requires(self) -> frozenset[str]:
@@ -135,10 +126,10 @@ class SpeCa(Method):
 
     config: SpeCaConfig
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         cfg, step = self.config, memory.step  # the step first: asking may show that a new request began
-        draft = memory.slot("draft", Draft).predictor
+        draft = memory.state("draft", Draft)
         full, checked = draft.decide(step, memory.total_steps, cfg)
         alone = full and step < cfg.warmup_steps - 1
         drive = self._modules if cfg.granularity == "module" else self._stages
@@ -148,16 +139,14 @@ class SpeCa(Method):
     def _modules(self, stages, memory, draft: Draft, full: bool, checked: bool, alone: bool) -> Program:
         cfg, end, at = self.config, stages[-1].last, float(memory.step)
         rule = partial(weights.taylor, order=cfg.order)
-        modules = memory.slot("modules", lambda: ModuleForecast(rule, cfg.order + 1)).predictor
+        modules = memory.state("modules", lambda: ModuleForecast(rule, cfg.order + 1))
         if full:
             if alone:
                 modules.clear()
-            modules.compute(at)
-            yield Drive(range(end), modules.learn, counts=True)
+            yield from modules.compute(stages, at)
             return
-        modules.forecast(at)
-        again = checked and cfg.on_reject == "recompute"
-        yield Drive(range(end - 1 if checked else end), modules.predict, counts=False, remember=again)
+        modules.begin_forecast(at)
+        yield Drive(range(end - 1 if checked else end), modules.predict, counts=False)
         if not checked:
             return
 
@@ -168,14 +157,7 @@ class SpeCa(Method):
             draft.error = error_of(*first, cfg.measure)  # of the last module, whose output ends the block
             return guess
 
-        def redo() -> Callable | None:
-            if not draft.failed(memory.step, memory.total_steps, cfg):
-                return None
-            draft.last_full, draft.count, draft.error = True, 0, None
-            modules.compute(at)
-            return modules.learn
-
-        yield Drive(range(end - 1, end), compare, counts=True, remember=again, again=redo if again else None)
+        yield Drive(range(end - 1, end), compare, counts=True)
 
     def _stages(self, stages, memory, draft: Draft, full: bool, checked: bool, alone: bool) -> Program:
         cfg, end, at = self.config, stages[-1].last, float(memory.step)

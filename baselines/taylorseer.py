@@ -9,16 +9,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from h2cache import weights
-from h2cache.forecasting import GRANULARITIES, forecast_bytes, forecast_step
+from h2cache.forecasting import GRANULARITIES, forecast_bytes, forecast_of
+from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import interval_due
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
+from h2cache.program import Program, Stage
 
 
 @dataclass(frozen=True)
@@ -64,10 +61,16 @@ class TaylorSeer(Method):
 
     config: TaylorSeerConfig
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
-        cfg = self.config
-        full = interval_due(memory.step, cfg.interval, cfg.warmup_steps, cfg.schedule)
-        rule = partial(weights.taylor, order=cfg.order)
-        alone = cfg.schedule == "authors" and memory.step < cfg.warmup_steps - 1
-        yield from forecast_step(stages, memory, cfg.granularity, rule, cfg.order + 1, full, alone)
+        cfg, step = self.config, memory.step
+        rule = partial(weights.taylor, order=cfg.order)  # sum_i D_i k^i / i!, k = steps since the last one
+        history = forecast_of(memory, cfg.granularity, rule, cfg.order)
+        full = history.empty or interval_due(step, cfg.interval, cfg.warmup_steps, cfg.schedule)
+        if full:
+            if cfg.schedule == "authors" and step < cfg.warmup_steps - 1:
+                history.clear()  # differences count from the last warm-up step on
+            yield from history.compute(stages, at=step)
+        else:
+            yield from history.forecast(stages, at=step)
+        memory.record_stack(stages, None, 0.0, not full)

@@ -9,19 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 from torch import zeros
 
 from h2cache import weights
+from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import interval_due
 from h2cache.predictors import Forecast
-from h2cache.stages import Output, Run, Skip, Stream
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
+from h2cache.program import Output, Program, Run, Skip, Stage, Stream
 
 
 @dataclass(frozen=True)
@@ -64,7 +60,7 @@ class TaylorSeerLite(Method):
 
     config: TaylorSeerLiteConfig
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         cfg, at, blocks = self.config, float(memory.step), range(stages[-1].last)
         slot = memory.slot("lite", lambda: Forecast(partial(weights.taylor, order=cfg.order), cfg.order + 1))

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from h2cache.method import Method, MethodConfig, Shape, check, fitted_constants
+from h2cache.memory import Memory
+from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.predictors import LastResidual
-from h2cache.stages import Look, Run, Skip, Stream
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
+from h2cache.program import Look, Program, Run, Skip, Stage, Stream
+from h2cache.registry import fitted_constants
 
 
 @dataclass(frozen=True)
@@ -75,17 +72,18 @@ class TeaCache(Method):
 
     config: TeaCacheConfig
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch (the numbers are those of the specification)."""
         slot = memory.slot("stack", LastResidual)
+        sums = memory.state("sums", lambda: [0.0] * memory.batch)  # of rescaled changes, per sample
         modulated = yield Look()  # 1: block 0 itself does not run
         change = slot.compare(modulated)  # 2: against the previous step
         hit = [False] * memory.batch
         if change is not None and not memory.in_last(1):
-            slot.sums = [s + self.rescaled(c) for s, c in zip(slot.sums, change, strict=True)]
-            hit = [self._below(s, n) for s, n in zip(slot.sums, slot.hits_in_a_row, strict=True)]
-        sums = slot.sums
-        slot.sums = [s if h else 0.0 for s, h in zip(sums, hit, strict=True)]
+            sums[:] = [s + self.rescaled(c) for s, c in zip(sums, change, strict=True)]
+            hit = [self._below(s, n) for s, n in zip(sums, slot.hits_in_a_row, strict=True)]
+        compared = None if change is None else list(sums)
+        sums[:] = [s if h else 0.0 for s, h in zip(sums, hit, strict=True)]
         slot.refer(modulated)  # 3: moves on hits too
         blocks = range(stages[-1].last)
         if all(hit):
@@ -95,7 +93,7 @@ class TeaCache(Method):
             # From the embedded input to the end of the last block, which no text leaves.
             slot.predictor.learn(Stream(ran.residual.img), kept=hit)
         slot.count_hits(hit)
-        memory.record_stack(stages, None if change is None else sums, self.config.threshold, all(hit))
+        memory.record_stack(stages, compared, self.config.threshold, all(hit))
 
     def rescaled(self, change: float) -> float:
         """The expected change of the output for a `change` of the modulated input."""

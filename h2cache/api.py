@@ -16,19 +16,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from h2cache.engines import Engine, Inputs, class_names, find_engine, lay_out
+from h2cache.drive import Call, take_over
+from h2cache.engines import find_engine
+from h2cache.engines.base import Engine, class_names, lay_out
 from h2cache.h2 import H2Config
 from h2cache.memory import Memory, Request
 from h2cache.method import Method, MethodConfig, Shape
 from h2cache.modules import DRIVEN, ModuleDriver, check_divisible
+from h2cache.program import Stream
 from h2cache.records import StepRecord, Summary, summarise
+from h2cache.requests import Requests
 from h2cache.room import free_bytes, require_room
-from h2cache.stages import Call, Stream
 
 _ATTRIBUTE = "_h2cache"
-MOST_BRANCHES = 4  # guidance branches that a pipeline without names for them may have
 
 
 def enable(
@@ -104,7 +106,7 @@ def summary(target: Any) -> Summary:
     """
     requests = _newest_requests(target)
     name = _attachments_of(target)[0].config.name
-    held = sum(request.bytes_held for request in requests)
+    held = sum(request.most_bytes_held for request in requests)
     needed = sum(request.bytes_needed for request in requests)
     return summarise(name, step_records(target), held, needed, requests[0].reason)
 
@@ -173,9 +175,12 @@ def _attachments_of(target: Any) -> list[Attachment]:
 
 def _newest_requests(target: Any) -> list[Request]:
     """The requests of the newest pipeline call: one for each transformer that had a part in it."""
-    requests = [attachment.request for attachment in _attachments_of(target)]
+    requests = [attachment.requests.newest for attachment in _attachments_of(target)]
     newest = max(requests, key=lambda request: request.began)
-    return [r for r in requests if r is newest or (r.token and r.token[0] is newest.token[0] is not None)]
+    token = newest.schedule and newest.schedule.token
+    if token is None:
+        return [newest]
+    return [r for r in requests if r.schedule is not None and r.schedule.token is token]
 
 
 class Attachment:
@@ -194,11 +199,10 @@ class Attachment:
         self.method: Method = config.build()
         self._transformer = weakref.ref(transformer)
         self._pipeline: Callable[[], Any] = weakref.ref(pipeline) if pipeline is not None else lambda: None
-        self._local = threading.local()
-        self._newest_request = Request((), None, "nothing has run yet")
-
-        self.spans, self._firsts = lay_out(engine, transformer, split)
-        self._stage_of = tuple(span.name for span in self.spans for _ in span.blocks)
+        self._calls = _CurrentCall()
+        self.requests = Requests(transformer, self._pipeline, steps, self._own_steps, self._release_others)
+        self.stages, self._firsts = lay_out(engine, transformer, split)
+        self._stage_of = tuple(stage.name for stage in self.stages for _ in stage.blocks)
         self._take_out: Callable[[nn.Module], None] = lambda transformer: None
         self._handles: tuple = ()
         self._driver = ModuleDriver(self._current_call)
@@ -206,7 +210,7 @@ class Attachment:
     def attach(self) -> None:
         """Put the stages and hooks in place."""
         transformer = self._transformer()
-        self._take_out = self.engine.attach(transformer, self._firsts, self._current_call)
+        self._take_out = take_over(self.engine, transformer, self._firsts, self._current_call)
         self._driver.attach(self.engine, transformer, self.config.requires)
         self._handles = (
             transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
@@ -224,26 +228,17 @@ class Attachment:
             handle.remove()
         vars(transformer).pop("cache_context", None)
 
-    @property
-    def request(self) -> Request:
-        """This thread's request, else the one that any thread began last."""
-        return getattr(self._local, "request", None) or self._newest_request
-
     # One forward call: `_begin`, the model's own forward over our stages, `_end`.
 
     def _current_call(self) -> Call | None:
-        return getattr(self._local, "call", None)
+        return self._calls.now
 
     @contextmanager
     def _named_branch(self, name: str, **kwargs: Any):
         """Stands before the transformer's own `cache_context` and notes the name of the guidance branch."""
         transformer = self._transformer()
-        with type(transformer).cache_context(transformer, name, **kwargs):
-            self._local.branch = name
-            try:
-                yield
-            finally:
-                self._local.branch = None
+        with type(transformer).cache_context(transformer, name, **kwargs), self.requests.named_branch(name):
+            yield
 
     def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         _check_usable(transformer, self.engine)  # something may have come since
@@ -254,23 +249,23 @@ class Attachment:
         if self._current_call() is not None:  # the last one never came to its end (Ctrl-C): void
             self._forget("the call before was broken off")
         inputs = self.engine.inputs(args, kwargs)
-        memory = self._memory(inputs)
-        program = self.method.step(self.spans, memory)
+        memory = self.requests.memory(inputs)
+        program = self.method.step(self.stages, memory)
         entered = partial(self._reserve, memory) if memory.bytes_needed is None else None
         call = Call(self.engine, self._stage_of, inputs, memory, program, entered)
         if self.config.requires & DRIVEN and memory.step == 0:  # once a request: it goes over all blocks
             self._driver.follow(self.engine, transformer, self.config.requires)
-        self._local.call = call
+        self._calls.now = call
 
     def _reserve(self, memory: Memory, x: Stream) -> None:
         """Refuse a request, before its first block, that would keep more than there is room for."""
         tokens, width = x.img.shape[1:]
         answers = "output" in self.engine.offers
         out = self.engine.output_layer(self._transformer()).out_features if answers else 0
-        starts = [*self._firsts.values(), self.spans[-1].last]
+        starts = [*self._firsts.values(), self.stages[-1].last]
         lists = tuple(b - a for a, b in itertools.pairwise(starts))
         shape = Shape(
-            blocks=lists if len(lists) == 2 else tuple(len(span.blocks) for span in self.spans),
+            blocks=lists if len(lists) == 2 else tuple(len(stage.blocks) for stage in self.stages),
             img=tokens,
             txt=0 if x.txt is None else x.txt.shape[1],
             width=width,
@@ -278,109 +273,36 @@ class Attachment:
             itemsize=x.img.element_size(),
             batch=memory.batch,
             drawn=len(range(tokens)[memory.targets or slice(None)]),
-            text_compared=self.spans[-1].joint,
+            text_compared=self.stages[-1].joint,
         )
-        others = [m for m in self.request.memories.values() if m is not memory and m.bytes_needed]
+        others = [m for m in self.requests.newest.memories.values() if m is not memory and m.bytes_needed]
         promised = sum(max(0, m.bytes_needed - m.bytes_held) for m in others)
         memory.bytes_needed = require_room(self.config, shape, free_bytes(x.img.device) - promised)
 
     def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:
-        call, self._local.call = self._current_call(), None
-        if call is None or not call.finished:  # the forward raised
+        call, self._calls.now = self._calls.now, None
+        request = self.requests.current
+        if call is None or not call.finished or request is None:  # the forward raised
             self._forget("the call before was broken off")
+        else:
+            request.end_step(call.memory)
 
     def _forget(self, reason: str) -> None:
-        self._local.call = None
-        self._local.request = None
-        self._local.reason = reason
+        self._calls.now = None
+        self.requests.forget(reason)
 
-    # Which request, which branch.
-
-    def _memory(self, inputs: Inputs) -> Memory:
-        """The memory of the branch that this call belongs to, in this thread's request; new if in doubt."""
-        token = self._request_token()
-        batch = inputs.latents.shape[0]
-        signature = _signature(inputs)
-        request: Request | None = getattr(self._local, "request", None)
-        reason = getattr(self._local, "reason", None) or "it is the first"
-        if request is not None and request.token[0] is not token[0]:
-            request, reason = None, "the pipeline was called anew"
-        branch = getattr(self._local, "branch", None)
-        timestep: Tensor | float = inputs.timestep
-        if branch is None:  # not named by the pipeline: it is the n-th call at one timestep
-            timestep = float(timestep.reshape(-1)[0])  # a wait, only for pipelines that give no names
-            # In bfloat16 two steps may have one timestep: where the scheduler counts its steps, that tells.
-            here = (timestep, getattr(getattr(self._pipeline(), "scheduler", None), "step_index", None))
-            last, calls = getattr(self._local, "position", (None, 0))
-            calls = calls + 1 if request is not None and here == last else 0
-            self._local.position = (here, calls % MOST_BRANCHES)
-            branch = f"call {calls % MOST_BRANCHES}"
-            if calls == MOST_BRANCHES:
-                request, reason = None, "the same timestep came again and again"
-        if request is not None and request.signatures.get(branch, signature) != signature:
-            changed = next(a[0] for a, b in zip(request.signatures[branch], signature, strict=True) if a != b)
-            request, reason = None, f"another {changed} came in"
-        if request is None:
-            request = Request(token, self._total_steps(inputs.timestep), reason)
-            self._local.request = self._newest_request = request
-            self._local.reason = None
-            self._release_others()
-        if branch not in request.memories:
-            request.memories[branch] = Memory(request, branch, batch, inputs.targets(), inputs.guided())
-            request.signatures[branch] = signature
-            request.texts[branch] = inputs.text
-        memory = request.memories[branch]
-        memory.begin_step(timestep, inputs.conditions)
-        return memory
-
-    def _release_others(self) -> None:
-        """Free what the pipeline's other transformer keeps: its turn is over when this one's begins."""
-        pipeline = self._pipeline()
-        for transformer in _transformers_of(pipeline) if pipeline is not None else ():
-            other = getattr(transformer, _ATTRIBUTE, None)
-            request = getattr(other._local, "request", None) if other not in (None, self) else None
-            if request is not None:
-                request.release()
-
-    def _request_token(self) -> tuple:
-        """What stays the same during one pipeline call."""
-        # `set_timesteps` makes a new tensor at each call; it is held, so that its address is not used again.
-        return (getattr(getattr(self._pipeline(), "scheduler", None), "timesteps", None),)
-
-    def _total_steps(self, timestep: Tensor) -> int | None:
-        """How many steps of the request that begins at `timestep` are this transformer's; None: unknown."""
-        pipeline = self._pipeline()
-        if pipeline is None or self.steps:
-            return self.steps
-        total, timesteps = getattr(pipeline, "num_timesteps", None), self._request_token()[0]
-        if timesteps is not None and self._transformer() is pipeline.transformer:
-            # The pipeline may not be the one that runs: another may share its transformer and scheduler.
-            counted = steps_from(timestep, timesteps)
-            if total is None or (counted is not None and abs(counted - total) > 1):
-                total = len(timesteps) if counted is None else counted
+    def _own_steps(self, pipeline: Any, total: int | None) -> int | None:
         return self.engine.own_steps(pipeline, self._transformer(), total)
 
-
-def steps_from(timestep: Tensor, timesteps: Tensor) -> int | None:
-    """How many of the scheduler's falling `timesteps` are left from `timestep` on; None if it is none.
-
-    Models take them as they are, or divided by 1000. In bfloat16 a neighbour may be taken for it. A wait.
-    """
-    now, known = float(timestep.reshape(-1)[0]), timesteps.detach().float().cpu()
-    for scale in (1.0, 1000.0):
-        distance = (known / scale - now).abs()
-        nearest = int(distance.argmin())
-        if distance[nearest] <= 0.004 * float(known.max()) / scale:
-            return len(known) - nearest
-    return None
+    def _release_others(self, pipeline: Any) -> None:
+        """Free what the pipeline's other transformer keeps: its turn is over when this one's begins."""
+        for transformer in _transformers_of(pipeline) if pipeline is not None else ():
+            other = getattr(transformer, _ATTRIBUTE, None)
+            if other not in (None, self) and other.requests.current is not None:
+                other.requests.current.release()
 
 
-def _signature(inputs: Inputs) -> tuple:
-    """What must stay the same from step to step, as (what, value) pairs."""
-    latents, text = inputs.latents, inputs.text
-    return (
-        ("shape", latents.shape),
-        ("dtype", latents.dtype),
-        ("device", latents.device),
-        ("prompt", None if text is None else (text.data_ptr(), text.shape, text.dtype)),
-    )
+class _CurrentCall(threading.local):
+    """The forward call that is under way, of each thread."""
+
+    now: Call | None = None

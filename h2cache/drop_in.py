@@ -11,7 +11,8 @@ from typing import Any
 
 from h2cache.api import enable
 from h2cache.h2 import H2Config
-from h2cache.method import MethodConfig, find_method
+from h2cache.method import MethodConfig
+from h2cache.registry import find_method
 
 SINGLE_DEFAULT = 0.1  # of the authors' H2-Cache; nunchaku has none and switches the check off
 

@@ -1,4 +1,4 @@
-"""What the methods that forecast on a schedule share: whole stages, or every module by itself.
+"""What the methods that forecast on a schedule share: the history of whole stages, or of every module.
 
 Used by TaylorSeer, HiCache, SpeCa and ClusCa; H2-Cache forecasts stages by its own rules.
 """
@@ -6,20 +6,17 @@ Used by TaylorSeer, HiCache, SpeCa and ClusCa; H2-Cache forecasts stages by its 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from h2cache.memory import Memory
+from h2cache.method import Shape
 from h2cache.predictors import Forecast, combine
-from h2cache.stages import Drive, Run, Skip
+from h2cache.program import Drive, Program, Run, Skip, Stage
+from h2cache.weights import Times
 
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.method import Shape
-    from h2cache.stages import Program, Span
-    from h2cache.weights import Times
-
-Rule = Callable[["Times", float], list[float]]
+Rule = Callable[[Times, float], list[float]]
 Key = tuple[int, str]  # block number and module name
 GRANULARITIES = ("module", "stage")
 
@@ -36,17 +33,32 @@ class ModuleForecast:
         self.outputs: dict[Key, list[tuple[Tensor, ...]]] = {}
         self.weights: list[float] = []
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to forecast from: the beginning, or all has been forgotten."""
+        return not self.times
+
     def clear(self) -> None:
         """Forget all differences."""
         self.times.clear()
         self.outputs.clear()
 
-    def compute(self, at: float) -> None:
+    def compute(self, stages: tuple[Stage, ...], at: float) -> Program:
+        """A step at time `at` in which every module runs and is learnt."""
+        self.begin_computed(at)
+        yield Drive(range(stages[-1].last), self.learn, counts=True)
+
+    def forecast(self, stages: tuple[Stage, ...], at: float) -> Program:
+        """A step at time `at` in which every module is forecast."""
+        self.begin_forecast(at)
+        yield Drive(range(stages[-1].last), self.predict, counts=False)
+
+    def begin_computed(self, at: float) -> None:
         """A computed step begins."""
         self.times = [*self.times, at][-self.states :]
 
-    def forecast(self, at: float) -> None:
-        """A skipped step begins."""
+    def begin_forecast(self, at: float) -> None:
+        """A forecast step begins."""
         self.weights = self.rule(self.times, at)
 
     def learn(self, index: int, name: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
@@ -64,45 +76,39 @@ class ModuleForecast:
         return parts[0] if len(parts) == 1 else tuple(parts)
 
 
-def forecast_step(
-    stages: tuple[Span, ...],
-    memory: Memory,
-    granularity: str,
-    rule: Rule,
-    states: int,
-    full: bool,
-    alone: bool,
-) -> Program:
-    """One step of a method on a schedule: everything computed and learnt, or everything forecast.
+class StageForecast:
+    """The residuals of whole stages at the last `states` computed steps, each forecast by itself."""
 
-    alone: this computed step starts afresh, as the authors do in the warm-up, whose early steps say little
-    about the slope that is needed later. A step with nothing to forecast from is computed too: a ControlNet
-    or IP-Adapter has come or gone, and all is forgotten.
-    """
-    at = float(memory.step)
-    if granularity == "module":
-        modules = memory.slot("modules", lambda: ModuleForecast(rule, states)).predictor
-        full = full or not modules.times
-        if full:
-            if alone:
-                modules.clear()
-            modules.compute(at)
-            yield Drive(range(stages[-1].last), modules.learn, counts=True)
-        else:
-            modules.forecast(at)
-            yield Drive(range(stages[-1].last), modules.predict, counts=False)
-    else:
+    def __init__(self, rule: Rule, states: int) -> None:
+        self.rule, self.states = rule, states
+        self.stages: dict[str, Forecast] = {}
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to forecast from: the beginning, or all has been forgotten."""
+        return not self.stages
+
+    def clear(self) -> None:
+        """Forget all differences."""
+        self.stages.clear()
+
+    def compute(self, stages: tuple[Stage, ...], at: float) -> Program:
+        """A step at time `at` in which every stage runs and is learnt."""
         for stage in stages:
-            slot = memory.slot(stage.name, lambda: Forecast(rule, states))
-            full = full or not slot.predictor.times
-            if full:
-                ran = yield Run(stage.blocks)
-                if alone:
-                    slot.clear()
-                slot.predictor.learn(ran.residual, at=at)
-            else:
-                yield Skip(stage.blocks, slot.predictor.predict(at))
-    memory.record_stack(stages, None, 0.0, not full)
+            ran = yield Run(stage.blocks)
+            history = self.stages.setdefault(stage.name, Forecast(self.rule, self.states))
+            history.learn(ran.residual, at)
+
+    def forecast(self, stages: tuple[Stage, ...], at: float) -> Program:
+        """A step at time `at` in which every stage is forecast."""
+        for stage in stages:
+            yield Skip(stage.blocks, self.stages[stage.name].predict(at))
+
+
+def forecast_of(memory: Memory, granularity: str, rule: Rule, order: int) -> ModuleForecast | StageForecast:
+    """What the branch keeps to forecast with `rule` of `order`; made at its first step."""
+    kind = ModuleForecast if granularity == "module" else StageForecast
+    return memory.state("forecast", lambda: kind(rule, order + 1))
 
 
 def forecast_bytes(shape: Shape, granularity: str, states: int, stages: int = 2) -> int:

@@ -2,25 +2,20 @@
 
 Source: "H2-Cache" (arXiv 2510.27171) and the authors' code, whose published numbers this follows: the measure
 is the relative L1 change of the head block's pooled residual against the last *computed* step.
-Deviations, all marked below: checks are made per sample, pooled references are stored instead of full ones,
-the pooling window is at least 1, and a non-finite measure computes.
+Deviations: checks are made per sample, pooled references are stored instead of full ones, the pooling window
+is at least 1, and a non-finite measure computes.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from h2cache import predictors
-from h2cache.ahead import H2Ahead
+from h2cache.memory import Memory, Slot
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import SmartThreshold, below
+from h2cache.program import Program, Run, Skip, Stage
 from h2cache.similarity import pooled_summary
-from h2cache.stages import Run, Skip
-
-if TYPE_CHECKING:
-    from h2cache.memory import Memory, Slot
-    from h2cache.stages import Program, Span
 
 
 @dataclass(frozen=True)
@@ -53,7 +48,7 @@ class H2Config(MethodConfig):
     """Adaptive threshold in the middle of the run."""
     predictor: str = "last"
     """What stands in: "last" as in the paper, or a forecast [ours]: "taylor", "newton", "hermite",
-    "taylor_scaled", "foca", "dmd", "secant"; see `predictors.py`."""
+    "taylor_scaled", "dmd"; see `predictors.py`."""
     order: int = 1
     """Order of the forecasting polynomial, 1 to 4. Each costs one more joint state; 2 amplifies noise."""
     sigma: float = 0.5
@@ -64,9 +59,6 @@ class H2Config(MethodConfig):
     """Pay back forecasting errors at the next stand-in [ours], for Euler samplers; see `predictors.py`."""
     force_detail_hit: bool = True
     """A structure hit forces the detail hit, as in the paper. False [ours]: tau2 is asked there too."""
-    ahead: bool = False
-    """Plan ahead instead of looking at every step [ours]: see `ahead.py`. The thresholds are then errors of
-    the forecast, about a tenth of the paper's, and the heads run in computed steps only."""
 
     def __post_init__(self) -> None:
         for field in ("tau1", "tau2"):
@@ -97,17 +89,9 @@ class H2Config(MethodConfig):
             raise ValueError(f"sigma={self.sigma!r} is out of range (0, 1]: it contracts")
         if self.clock not in ("step", "sigma"):
             raise ValueError(f"clock={self.clock!r} is unknown: choose 'step' or 'sigma'")
-        self.new_predictor()  # refuses what cannot be combined
-        if self.predictor == "foca" and self.clock == "sigma":
-            raise ValueError('predictor="foca" walks by steps: use clock="step"')
-        heads = self.adaptive or not self.force_detail_hit or self.reduce == "mean"
-        if self.ahead and (heads or self.predictor in ("secant", "foca")):
-            raise ValueError(
-                "ahead=True forecasts whole steps by weights and runs no heads: adaptive, reduce, "
-                'force_detail_hit=False and predictor="secant" need their checks, "foca" has no weights'
-            )
+        self.new_predictor()  # refuses an unknown one
 
-    def new_predictor(self):
+    def new_predictor(self) -> predictors.Predictor:
         """An empty predictor for one stage."""
         return predictors.build(self.predictor, self.order, self.sigma, self.repay)
 
@@ -125,12 +109,10 @@ class H2Config(MethodConfig):
         for tokens, pool in zip(shape.compared, (self.pool1, self.pool2), strict=True):
             k = max(1, int(tokens // pool))
             summaries += shape.tensor(tokens // k, shape.width // min(k, shape.width))
-        if self.ahead:  # both stages in one residual, and a summary of each for every residual
-            return self.states * (shape.joint + summaries)
-        return 2 * self.states * shape.joint + summaries * (3 if self.predictor == "secant" else 1)
+        return 2 * self.states * shape.joint + summaries
 
     def build(self) -> Method:
-        return H2Ahead(self) if self.ahead else H2Cache(self)
+        return H2Cache(self)
 
 
 class H2Cache(Method):
@@ -138,63 +120,81 @@ class H2Cache(Method):
 
     config: H2Config
 
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch (the numbers are the steps of the paper's Algorithm)."""
-        cfg = self.config
-        always = cfg.warmup_steps or cfg.last_steps
-        if always and memory.computes_blindly(cfg.warmup_steps, cfg.last_steps, cfg.states):
-            yield Run(range(stages[-1].last))  # at once, which some engines can do in one call
-            for stage in stages:
-                memory.record(stage, None, None, "miss")
+        cfg, hit = self.config, [False] * memory.batch  # per sample
+        if self._computes_blindly(memory):
+            yield from compute_all(stages, memory)
             return
-        none = hit = [False] * memory.batch  # per sample
         for stage, tau, pool in zip(stages, (cfg.tau1, cfg.tau2), (cfg.pool1, cfg.pool2), strict=True):
             slot = memory.slot(stage.name, cfg.new_predictor)
             head = yield Run(stage.head)  # 1: a stage's head always runs
-            change, thresholds, forced, summary = None, None, all(hit) and cfg.force_detail_hit, None
-            if not forced or cfg.predictor == "secant":
-                summary = pooled_summary(stage.measured(head), pool)
+            change, thresholds, forced = None, None, all(hit) and cfg.force_detail_hit
             if not forced:  # 2: a structure hit forces the detail hit, without a look
+                summary = pooled_summary(stage.measured(head), pool)
                 change = slot.compare(summary, per_sample=cfg.reduce == "sample")
-                thresholds = self._thresholds(tau, slot, memory)
-                hit = self._decide(hit if cfg.force_detail_hit else none, change, thresholds, slot, memory)
+                thresholds = self._thresholds(tau, stage, memory)
+                hit = self._hits(hit, change, thresholds, slot, stage, memory)
             at, stand_in = memory.time(cfg.clock), None
             if any(hit):
-                stand_in = slot.predictor.predict(at, kept=hit, head=summary, span=memory.span)
+                stand_in = slot.predictor.predict(at, kept=hit, step_length=memory.step_length)
             if all(hit):
-                yield Skip(stage.rest, stand_in)  # 3: head's fresh output + stored residual, or its forecast
+                yield Skip(stage.rest, stand_in)  # 3: the head's fresh output + the stored residual
             else:
                 rest = yield Run(stage.rest, kept=hit, stand_in=stand_in)
-                # 4: the residual from the head's output to the end of the stage
-                slot.predictor.learn(rest.residual, kept=hit, at=at, head=summary)
+                slot.predictor.learn(rest.residual, at, kept=hit)  # 4: from the head's output to the end
                 slot.refer(summary, kept=hit)  # the reference is written on a miss only
             slot.count_hits(hit)
             memory.record(stage, change, thresholds, "forced" if forced else "hit" if all(hit) else "miss")
 
-    def _decide(
-        self, hit: list[bool], change: list[float] | None, thresholds: list[float], slot: Slot, memory: Memory
+    def _hits(
+        self,
+        before: list[bool],
+        change: list[float] | None,
+        thresholds: list[float],
+        slot: Slot,
+        stage: Stage,
+        memory: Memory,
     ) -> list[bool]:
-        """Which samples may reuse this stage; a sample that hit the stage before stays a hit."""
+        """Which samples may reuse this stage; a sample that hit the stage `before` stays a hit."""
         cfg = self.config
+        before = before if cfg.force_detail_hit else [False] * memory.batch
         if change is None or memory.in_warmup(cfg.warmup_steps) or memory.in_last(cfg.last_steps):
             return [False] * memory.batch
         fresh = below(change, thresholds)
         if cfg.max_consecutive_hits is not None:
-            fresh = [
-                f and n < cfg.max_consecutive_hits for f, n in zip(fresh, slot.hits_in_a_row, strict=True)
-            ]
+            hits = zip(fresh, slot.hits_in_a_row, strict=True)
+            fresh = [f and n < cfg.max_consecutive_hits for f, n in hits]
         if cfg.adaptive:
-            smart = self._smart
-            slot.means = [
-                m if h else smart.update(m, c) for m, c, h in zip(slot.means, change, hit, strict=True)
-            ]
-        return [h or f for h, f in zip(hit, fresh, strict=True)]
+            means = self._means(stage, memory)
+            for n, (hit, c) in enumerate(zip(before, change, strict=True)):
+                if not hit:
+                    means[n] = self._smart.update(means[n], c)
+        return [h or f for h, f in zip(before, fresh, strict=True)]
+
+    def _thresholds(self, tau: float, stage: Stage, memory: Memory) -> list[float]:
+        if not self.config.adaptive:
+            return [tau] * memory.batch
+        means = self._means(stage, memory)
+        return [self._smart.threshold(memory.step, memory.total_steps, mean) for mean in means]
 
     @property
     def _smart(self) -> SmartThreshold:
         return SmartThreshold(self.config.adaptive_lowest, self.config.adaptive_highest)
 
-    def _thresholds(self, tau: float, slot: Slot, memory: Memory) -> list[float]:
-        if not self.config.adaptive:
-            return [tau] * memory.batch
-        return [self._smart.threshold(memory.step, memory.total_steps, mean) for mean in slot.means]
+    def _means(self, stage: Stage, memory: Memory) -> list[float | None]:
+        """The running mean of the changes, of each sample."""
+        return memory.state(f"means of {stage.name}", lambda: [None] * memory.batch)
+
+    def _computes_blindly(self, memory: Memory) -> bool:
+        """Whether the settings fix this step and no later one learns from it: engines may fuse its blocks."""
+        cfg = self.config
+        fixes = cfg.warmup_steps or cfg.last_steps
+        return bool(fixes) and memory.computes_blindly(cfg.warmup_steps, cfg.last_steps, cfg.states)
+
+
+def compute_all(stages: tuple[Stage, ...], memory: Memory) -> Program:
+    """A step that computes every block and learns nothing."""
+    yield Run(range(stages[-1].last))
+    for stage in stages:
+        memory.record(stage, None, None, "miss")

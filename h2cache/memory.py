@@ -1,7 +1,6 @@
 """State of one request: one `Memory` for each guidance branch, one `Slot` in it for each stage.
 
-A request is one pipeline call. Nothing outlives it: a new call, a timestep that goes up, or inputs of another
-shape, dtype, device or batch start afresh, and so does anything that leaves a doubt.
+A request is one pipeline call. Nothing outlives it: see `requests.py` for what begins a new one.
 """
 
 from __future__ import annotations
@@ -9,20 +8,25 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from h2cache.predictors import Predictor
+from h2cache.program import Stage, Stream
 from h2cache.records import StepRecord
+from h2cache.schedule import Schedule
 from h2cache.similarity import magnitude, relative_l1, sample_mask
-from h2cache.stages import Span, Stream
+
+State = TypeVar("State")
+TRAINED = 1000.0  # timesteps of a scheduler at noise level 1
 
 
 class Slot:
     """The memory of one stage: what was compared last and what the predictor has learnt."""
 
-    def __init__(self, memory: Memory, new_predictor: Callable[[], Any]) -> None:
+    def __init__(self, memory: Memory, new_predictor: Callable[[], Predictor]) -> None:
         self._memory, self._new_predictor = memory, new_predictor
         self.clear()
 
@@ -32,8 +36,6 @@ class Slot:
         self.reference: Tensor | None = None
         self._scale: Tensor | None = None  # magnitude of the reference, once it has been asked for
         self.hits_in_a_row = [0] * self._memory.batch
-        self.means: list[float | None] = [None] * self._memory.batch  # of SmartThreshold, per sample
-        self.sums = [0.0] * self._memory.batch  # of accumulating policies, per sample
 
     def compare(self, current: Tensor, per_sample: bool = True) -> list[float] | None:
         """Relative L1 change of `current` since the reference, per sample, on the host; None without one."""
@@ -59,8 +61,12 @@ class Slot:
     @property
     def bytes_held(self) -> int:
         """Bytes of all tensors that this slot keeps from step to step."""
-        kept = {id(t): t for t in _tensors([self.reference, vars(self.predictor)])}
-        return sum(t.nbytes for t in kept.values())
+        return bytes_of([self.reference, self.predictor])
+
+
+def bytes_of(held: Any) -> int:
+    """Bytes of all tensors in `held`, each counted once."""
+    return sum(t.nbytes for t in {id(t): t for t in _tensors(held)}.values())
 
 
 def _tensors(held: Any) -> Iterator[Tensor]:
@@ -73,6 +79,8 @@ def _tensors(held: Any) -> Iterator[Tensor]:
     elif isinstance(held, (list, tuple)):
         for item in held:
             yield from _tensors(item)
+    elif hasattr(held, "__dict__") and not isinstance(held, (type, torch.nn.Module)):
+        yield from _tensors(vars(held))
 
 
 def _first(values: Tensor) -> Tensor:
@@ -90,15 +98,22 @@ class Memory:
         self.targets = targets  # the image tokens that are drawn and compared; None: all
         self._guided = guided  # the batch is [cond, uncond], and both halves share each decision
         self.slots: dict[str, Slot] = {}
+        self._states: dict[str, Any] = {}
         self.blocks_run: defaultdict[str, int] = defaultdict(int)  # by stage, in the current step
         self.bytes_needed: int | None = None  # what the method will keep, reckoned at the first block
         self._step = -1
         self._timestep: float | None = None  # of the newest step whose timestep has been read
-        self._span = 1.0  # how far the timestep fell in the step before this one; 1 at the first
+        self._step_length = 1.0  # how far the timestep fell in the step before this one; 1 at the first
         self._pending: Tensor | None = None  # timestep of the current step, not yet read
         self._conditions: tuple = ()
 
-    def slot(self, stage: str, new_predictor: Callable[[], Any]) -> Slot:
+    def state(self, name: str, new: Callable[[], State]) -> State:
+        """What a method keeps beside its slots, made by `new()` at the first step; forgotten with them."""
+        if name not in self._states:
+            self._states[name] = new()
+        return self._states[name]
+
+    def slot(self, stage: str, new_predictor: Callable[[], Predictor]) -> Slot:
         """The slot of `stage`, made with an empty `new_predictor()` at the first step."""
         if stage not in self.slots:
             self.slots[stage] = Slot(self, new_predictor)
@@ -123,6 +138,17 @@ class Memory:
         else:
             self._pending = _first(timestep.detach()).reshape(1).float()
 
+    def begin_known_step(self, step: int, conditions: tuple) -> None:
+        """A forward call begins, at `step` of the request's schedule, under some `conditions`: no wait."""
+        if conditions != self._conditions and self._step >= 0:  # a ControlNet or IP-Adapter came or went
+            self.clear_slots()
+        self._conditions = conditions
+        self.blocks_run.clear()
+        times, now = self._request.schedule.timesteps, step + self._request.first
+        after = times[now + 1] if now + 1 < len(times) else 0.0
+        self._step, self._timestep = step, times[now] / TRAINED
+        self._step_length = (times[now] - after) / TRAINED or self._step_length
+
     @property
     def step(self) -> int:
         """Index of the current step in its request, from 0."""
@@ -136,9 +162,9 @@ class Memory:
         return self._request.total_steps
 
     @property
-    def span(self) -> float:
-        """How far the timestep fell in the step before this one, > 0; 1 at the first step."""
-        return self._span if self.step else 1.0
+    def step_length(self) -> float:
+        """How far the timestep falls in this step, > 0; of a loop of the user's own, in the step before."""
+        return self._step_length if self.step or self._request.schedule else 1.0
 
     def time(self, clock: str) -> float:
         """The time of the current step, rising: its index ("step"), or minus the timestep ("sigma").
@@ -177,25 +203,36 @@ class Memory:
         return numbers if self._resolve(timestep) else None
 
     def _resolve(self, timestep: float) -> bool:
-        """Take the current timestep; False, with everything forgotten, if it went up: a new request."""
+        """Take the current timestep; False, with everything forgotten, if it did not fall: a new request."""
         self._pending = None
-        goes_on = self._timestep is None or timestep <= self._timestep
+        goes_on = self._timestep is None or timestep < self._timestep
         if not goes_on:
-            self._request.restart("the timestep went up", keep=self)
+            self._request.restart("the timestep did not fall", keep=self)
             self.clear_slots()
             self._step = 0
-        elif self._timestep is not None and timestep < self._timestep:
-            self._span = self._timestep - timestep
+        elif self._timestep is not None:
+            self._step_length = self._timestep - timestep
         self._timestep = timestep
         return goes_on
 
+    @property
+    def is_last_step(self) -> bool:
+        """Whether the current step is the request's last, as far as is known without a wait."""
+        return self._pending is None and self._step + 1 == self._request.total_steps
+
+    def release(self) -> None:
+        """Free all tensors: the request has ended for this branch."""
+        self.slots.clear()
+        self._states.clear()
+
     def clear_slots(self) -> None:
         """Forget what was compared and learnt."""
+        self._states.clear()
         for slot in self.slots.values():
             slot.clear()
 
     def record(
-        self, stage: Span, changes: list[float] | None, thresholds: list[float] | None, outcome: str
+        self, stage: Stage, changes: list[float] | None, thresholds: list[float] | None, outcome: str
     ) -> None:
         """Append the `StepRecord` of one stage at the current step."""
         self._request.records.append(
@@ -212,7 +249,7 @@ class Memory:
             )
         )
 
-    def record_uncached(self, stages: tuple[Span, ...]) -> None:
+    def record_uncached(self, stages: tuple[Stage, ...]) -> None:
         """Append the records of a step about which nothing is decided: without a wait, for fair baselines."""
         step, timestep = self._step, self._timestep if self._pending is None else self._pending
         for stage in stages:
@@ -221,7 +258,7 @@ class Memory:
             self._request.records.append(record)  # `step_records` reads the timestep
 
     def record_stack(
-        self, stages: tuple[Span, ...], changes: list[float] | None, threshold: float, hit: bool
+        self, stages: tuple[Stage, ...], changes: list[float] | None, threshold: float, hit: bool
     ) -> None:
         """Append the records of one decision for all `stages`; the first has the measure."""
         for n, stage in enumerate(stages):
@@ -231,32 +268,45 @@ class Memory:
     @property
     def bytes_held(self) -> int:
         """Bytes of all tensors that this branch keeps from step to step."""
-        return sum(slot.bytes_held for slot in self.slots.values())
+        return bytes_of([*self._states.values(), *((s.reference, s.predictor) for s in self.slots.values())])
 
 
 class Request:
     """One pipeline call: its branches and the records of its steps."""
 
-    def __init__(self, token: tuple, total_steps: int | None, reason: str) -> None:
-        self.token, self.total_steps = token, total_steps
+    def __init__(self, schedule: Schedule | None, total_steps: int | None, reason: str) -> None:
+        self.schedule, self.total_steps = schedule, total_steps  # None: a loop of the user's own
+        self.first = self.position = 0  # in the schedule: of the first step, and of the newest
         self.began = time.monotonic_ns()
         self.reason = reason  # why it was started afresh, for the summary
         self.memories: dict[str, Memory] = {}
         self.signatures: dict[str, tuple] = {}
         self.texts: dict[str, Tensor | None] = {}  # held, so that no other prompt can take their address
+        self.latents: dict[str, Tensor | None] = {}  # of the newest step, where there is no schedule
         self.records: list[StepRecord] = []
+        self.most_bytes_held = 0
+
+    def end_step(self, memory: Memory) -> None:
+        """A forward call of a branch has ended: after its last step all that it kept is freed."""
+        self.most_bytes_held = max(self.most_bytes_held, self.bytes_held)
+        if self.total_steps is not None and memory.is_last_step:
+            memory.release()
+            self.texts.pop(memory.branch, None)
+            self.latents.pop(memory.branch, None)
 
     def release(self) -> None:
         """Free the tensors of all branches; the records stay."""
         for memory in self.memories.values():
-            memory.clear_slots()
+            memory.release()
+        self.texts.clear()
+        self.latents.clear()
 
     def restart(self, reason: str, keep: Memory) -> None:
         """Forget all branches but `keep`, and all records."""
         self.reason = reason
-        self.memories = {keep.branch: keep}
-        self.signatures = {keep.branch: self.signatures[keep.branch]}
-        self.texts = {keep.branch: self.texts[keep.branch]}
+        for kept in (self.memories, self.signatures, self.texts, self.latents):
+            for branch in [b for b in kept if b != keep.branch]:
+                del kept[branch]
         self.records.clear()
 
     @property

@@ -1,4 +1,4 @@
-"""The contract of a caching method, and finding methods by their file name.
+"""The contract of a caching method, and the checks that its settings share.
 
 A method is one file: a frozen configuration dataclass and a `Method` whose `step` reads like the paper.
 H2-Cache is `h2cache/h2.py`; every other method is a file in `baselines/`, found by its name alone.
@@ -6,19 +6,12 @@ H2-Cache is `h2cache/h2.py`; every other method is a file in `baselines/`, found
 
 from __future__ import annotations
 
-import importlib
-import importlib.resources
-import inspect
-import json
-import pkgutil
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields
-from types import ModuleType
-from typing import TYPE_CHECKING, Any, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
-if TYPE_CHECKING:
-    from h2cache.memory import Memory
-    from h2cache.stages import Program, Span
+from h2cache.memory import Memory
+from h2cache.program import Program, Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +85,7 @@ class Method(ABC):
         self.config = config
 
     @abstractmethod
-    def step(self, stages: tuple[Span, ...], memory: Memory) -> Program:
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One forward call: yield `Run` or `Skip` for every block, in order; `Run` gives back a `Ran`."""
 
 
@@ -100,77 +93,3 @@ def check(name: str, value: float, low: float, high: float, why: str) -> None:
     """Raise ValueError unless low <= value <= high; NaN is refused."""
     if not low <= value <= high:
         raise ValueError(f"{name}={value!r} is out of range [{low}, {high}]: {why}")
-
-
-def fitted_constants(method: str, checkpoint: str | None) -> dict[str, Any]:
-    """The constants of `method` fitted to `checkpoint`, with their source: `baselines/constants/METHOD.json`.
-
-    Raises ValueError with the command that fits them when there are none.
-    """
-    path = importlib.resources.files("baselines") / "constants" / f"{method}.json"
-    table = json.loads(path.read_text(encoding="utf-8"))
-    if checkpoint not in table:
-        raise ValueError(
-            f"{method} has no constants fitted to {checkpoint or 'this model, which has no name'}, only for "
-            f"{', '.join(table)}: fit them with `python -m analysis.fit_{method} --model FOLDER --save`, or "
-            f"name the checkpoint that the model was made of, as in checkpoint={next(iter(table))}"
-        )
-    return table[checkpoint]
-
-
-def method_names() -> list[str]:
-    """All methods that `find_method` knows: h2cache and the files of `baselines/`."""
-    package = importlib.import_module("baselines")
-    return ["h2cache", *sorted(m.name for m in pkgutil.iter_modules(package.__path__))]
-
-
-def find_method(name: str) -> type[MethodConfig]:
-    """The configuration class of the method `name`; ValueError lists the known ones."""
-    if name not in method_names():
-        raise ValueError(f"unknown method {name!r}: choose one of {', '.join(method_names())}")
-    module = importlib.import_module("h2cache.h2" if name == "h2cache" else f"baselines.{name}")
-    return _config_class(module)
-
-
-def _config_class(module: ModuleType) -> type[MethodConfig]:
-    found = [
-        c
-        for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, MethodConfig) and c.__module__ == module.__name__
-    ]
-    if len(found) != 1:
-        raise TypeError(f"{module.__name__} must define exactly one MethodConfig, it defines {len(found)}")
-    return found[0]
-
-
-def parse_settings(config: type[MethodConfig], settings: list[str]) -> dict[str, Any]:
-    """`["warmup_steps=3"]` as keyword arguments for `config`, each value in the type of the field's default.
-
-    Raises ValueError for an unknown key (naming the known ones) or a value that does not fit its field.
-    """
-    known = {f.name: f for f in fields(config)}
-    values = {}
-    for setting in settings:
-        key, equals, text = setting.partition("=")
-        if not equals or key not in known:
-            raise ValueError(
-                f"cannot set {setting!r}: {config.name} has the fields {', '.join(known)} (key=value)"
-            )
-        try:
-            values[key] = _parse(text, known[key].default, float if "float" in str(known[key].type) else int)
-        except ValueError as error:
-            raise ValueError(f"cannot set {key} to {text!r}: {error}") from None
-    return values
-
-
-def _parse(text: str, default: Any, number: type) -> Any:
-    """`text` in the type of `default`; `number` is that of a field whose default is None."""
-    if isinstance(default, bool):
-        if text.lower() not in ("true", "false"):
-            raise ValueError("write true or false")
-        return text.lower() == "true"
-    if default is None:
-        return None if text.lower() == "none" else number(text)
-    if isinstance(default, tuple):
-        return tuple(float(part) for part in text.split("/"))
-    return type(default)(text)

@@ -8,29 +8,13 @@ the module tree, so state-dict keys stay, and `detach` restores exactly.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from h2cache.engines import Engine
-    from h2cache.stages import Call
-
-
-@dataclass(frozen=True, slots=True)
-class Modules:
-    """How an engine divides a block: these modules' outputs determine what the block adds to the stream.
-
-    answered: by name, each returns a tensor (B, tokens, C) or a tuple of such, before the gate.
-    idle: their work only feeds answered modules. Where those are answered for, these give `(B, tokens, 0)`
-    for each stream that they are given.
-    """
-
-    answered: dict[str, nn.Module]
-    idle: tuple[nn.Module, ...] = field(default=())
-
+from h2cache.drive import Call
+from h2cache.engines.base import Engine
 
 DRIVEN = frozenset({"modules", "output"})  # what a method requires of an engine and has answered here
 

@@ -17,14 +17,25 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from h2cache import weights
+from h2cache.program import Stream
 from h2cache.similarity import sample_mask
-from h2cache.stages import Stream
+
+
+class Predictor(Protocol):
+    """What a stage's slot keeps: it learns residuals of computed steps and answers at the skipped ones."""
+
+    def learn(self, residual: Stream, at: float = 0.0, kept: Sequence[bool] = ()) -> None:
+        """Keep what was just computed at time `at`, but for the samples marked in `kept`."""
+
+    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), step_length: float = 1.0) -> Stream:
+        """The stand-in for the skipped blocks at time `at`, of which the samples in `kept` make use."""
 
 
 class LastResidual:
@@ -33,7 +44,7 @@ class LastResidual:
     def __init__(self) -> None:
         self.residual: Stream | None = None
 
-    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
+    def learn(self, residual: Stream, at: float = 0.0, kept: Sequence[bool] = ()) -> None:
         """Keep what was just computed, but for the samples marked in `kept`: they keep what they had."""
         if self.residual is not None and any(kept):
             residual = residual.map(
@@ -41,7 +52,7 @@ class LastResidual:
             )
         self.residual = residual.map(torch.Tensor.detach)
 
-    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), head=None, span: float = 1.0) -> Stream:
+    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), step_length: float = 1.0) -> Stream:
         """The stand-in for the skipped blocks, to be added to the head's fresh output."""
         return self.residual
 
@@ -72,7 +83,7 @@ class Forecast:
         self.times: list[list[float]] = []  # of each sample; aligned with `residuals` at the newest end
         self._debts: list[_Debt] = []
 
-    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
+    def learn(self, residual: Stream, at: float = 0.0, kept: Sequence[bool] = ()) -> None:
         """Store a computed residual with its time; a second one of the same time replaces the first."""
         residual = residual.map(torch.Tensor.detach)
         batch = residual.img.shape[0]
@@ -101,27 +112,29 @@ class Forecast:
 
     def _settle(self, times: list[float], debt: _Debt) -> None:
         """After `learn`: work out what the answers since the last computed step got wrong; drop old times."""
-        for x, span, given in debt.answers:
+        for x, length, given in debt.answers:
             for time, better in zip(times, weights.newton(times, x, 2), strict=True):
-                debt.owed[time] = debt.owed.get(time, 0.0) + span * (better - given.get(time, 0.0))
+                debt.owed[time] = debt.owed.get(time, 0.0) + length * (better - given.get(time, 0.0))
         debt.answers.clear()
         while len(times) > self.history:
             dropped = debt.owed.pop(times.pop(0), 0.0)
             if dropped:  # what is owed must still add up to nothing, else a constant would not be kept
                 debt.owed[times[0]] = debt.owed.get(times[0], 0.0) + dropped
 
-    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), head=None, span: float = 1.0) -> Stream:
+    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), step_length: float = 1.0) -> Stream:
         """The forecast for time `at`, of which the samples in `kept` (none marked: all) make use.
 
-        span: how far the sampler goes in a step here, in any unit that stays the same.
+        step_length: how far the sampler goes in a step here, in any unit that stays the same.
         """
         rows = self.rows(at)
         if self.repay:
             for n, (times, debt) in enumerate(zip(self.times, self._debts, strict=True)):
                 if any(kept) and not kept[n]:
                     continue
-                debt.answers.append((at, span, dict(zip(times, rows[n], strict=True))))
-                rows[n] = [w + debt.owed.get(t, 0.0) / span for w, t in zip(rows[n], times, strict=True)]
+                debt.answers.append((at, step_length, dict(zip(times, rows[n], strict=True))))
+                rows[n] = [
+                    w + debt.owed.get(t, 0.0) / step_length for w, t in zip(rows[n], times, strict=True)
+                ]
                 debt.owed.clear()
         return weighted_sum(self.residuals, rows)
 
@@ -182,8 +195,8 @@ class Modes(Forecast):
         self._unread: deque[tuple[Tensor, list[list[float]]]] = deque(maxlen=history)  # products, and whose
         self.answered: dict[int, str] = {}  # who answered last, by sample: "dmd", "taylor" or "reuse"
 
-    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
-        super().learn(residual, kept, at)
+    def learn(self, residual: Stream, at: float = 0.0, kept: Sequence[bool] = ()) -> None:
+        super().learn(residual, at, kept)
         dots = torch.stack([_dots(old, self.residuals[-1]) for old in self.residuals], 1)  # (B, history)
         self._unread.append((dots, [list(times) for times in self.times]))  # of older ones nothing is held
 
@@ -219,108 +232,26 @@ def _dots(a: Stream, b: Stream) -> Tensor:
     return sum((x.float() * y.float()).sum(-1, dtype=torch.float64).sum(-1) for x, y in pairs)
 
 
-class Secant(Forecast):
-    """The head tells how far to go: R + a (R - R_before), a = the head's movement since then, in units of its
-    movement between the last two computed steps (least squares over its pooled summary, per sample).
-
-    Reads no clock and no schedule; a is clipped to [0, highest] and stays on the device. 2 joint states.
-    """
-
-    def __init__(self, highest: float = 4.0) -> None:
-        super().__init__(weights.last, 2)
-        self.highest = highest
-        self.heads: list[Tensor] = []  # summaries of the head's residual at the stored steps
-
-    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
-        super().learn(residual, kept, at)
-        head = head.detach()
-        olds = [*self.heads, head][-2:]
-        if self.heads and any(kept):
-            stay = [self.heads[0], *self.heads][-2:]
-            olds = [torch.where(sample_mask(list(kept), n), o, n) for n, o in zip(olds, stay, strict=True)]
-        self.heads = olds
-
-    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), head=None, span: float = 1.0) -> Stream:
-        newest = self.residuals[-1]
-        if len(self.residuals) < 2:
-            return newest
-        before, last = (h.float() for h in self.heads)
-        known = torch.tensor([len(t) > 1 for t in self.times], device=head.device)
-        moved, unit = (head.float() - last).flatten(1), (last - before).flatten(1)
-        a = torch.linalg.vecdot(moved, unit) / torch.linalg.vecdot(unit, unit)
-        a = torch.where(known, a.nan_to_num(0.0, 0.0, 0.0).clamp(0.0, self.highest), 0.0)
-
-        def extend(new: Tensor, old: Tensor) -> Tensor:
-            factor = _per_sample(a, new)
-            return torch.lerp(new.float(), old.float(), -factor).to(new.dtype)
-
-        return newest.map(extend, self.residuals[0])
-
-
-class FoCa(Forecast):
-    """FoCa (arXiv 2508.16211): a line plus a bounded correction, R + k v + (1 - 2^-k) w; time counts steps.
-
-    v: slope of the last two computed steps; w: how much steeper it was just before the last one, by this
-    rule's own answer for that step. The closed form of the paper's step-by-step recursion; 3 joint states.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(partial(weights.taylor, order=1), 2)
-        self.bend: Stream | None = None  # w
-
-    def learn(self, residual: Stream, kept: Sequence[bool] = (), at: float = 0.0, head=None) -> None:
-        before = self.predict(at - 1) if self.residuals else None
-        bends = [len(times) > 1 and at - times[-1] > 1 for times in self.times]
-        super().learn(residual, kept, at)
-        if before is None or not (any(bends) or (self.bend is not None and any(kept))):
-            self.bend = None
-            return
-        slopes = [weights.differences(times, 1)[-1] if len(times) > 1 else [0.0] for times in self.times]
-        slope = weighted_sum(self.residuals, slopes)
-
-        def choose(new: Tensor, guess: Tensor, step: Tensor, old: Tensor) -> Tensor:
-            fresh = (new.float() - guess.float() - step.float()).to(new.dtype)
-            fresh = torch.where(sample_mask(bends, new), fresh, 0.0)
-            return torch.where(sample_mask(list(kept), new), old, fresh) if any(kept) else fresh
-
-        old = self.bend or residual.map(torch.zeros_like)
-        self.bend = residual.map(torch.Tensor.detach).map(choose, before, slope, old)
-
-    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), head=None, span: float = 1.0) -> Stream:
-        if self.bend is None:
-            return super().predict(at)
-        rows = [
-            [*row, 1 - 2.0 ** -(at - times[-1])] for row, times in zip(self.rows(at), self.times, strict=True)
-        ]
-        return weighted_sum([*self.residuals, self.bend], rows)
-
-
-NAMES = ("last", "taylor", "newton", "hermite", "taylor_scaled", "foca", "dmd", "secant")
+NAMES = ("last", "taylor", "newton", "hermite", "taylor_scaled", "dmd")
 
 
 def states(name: str, order: int, repay: bool = False) -> int:
     """How many residuals of a stage the predictor `name` holds."""
-    fixed = {"last": 1, "foca": 3, "dmd": 6, "secant": 2}.get(name, order + 1)
+    fixed = {"last": 1, "dmd": 6}.get(name, order + 1)
     return max(fixed, 3) if repay else fixed
 
 
-def build(name: str, order: int = 1, sigma: float = 0.5, repay: bool = False):
+def build(name: str, order: int = 1, sigma: float = 0.5, repay: bool = False) -> Predictor:
     """A new, empty predictor.
 
     order: of the polynomial, for taylor, newton, hermite and taylor_scaled. sigma: HiCache's contraction.
-    repay: pay back forecasting errors, for the rules that are weighted sums.
+    repay: pay back forecasting errors.
     """
     if name not in NAMES:
         raise ValueError(f"predictor={name!r} is unknown: choose one of {', '.join(NAMES)}")
-    if repay and name in ("foca", "secant"):
-        raise ValueError(f"repay=True: {name} is no weighted sum of residuals and cannot repay")
     history = states(name, order, repay)
     if name == "dmd":
         return Modes(history, repay)
-    if name == "foca":
-        return FoCa()
-    if name == "secant":
-        return Secant()
     if name == "last":
         return Forecast(weights.last, history, repay) if repay else LastResidual()
     rule = getattr(weights, name)

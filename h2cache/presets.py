@@ -11,7 +11,8 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from h2cache.method import MethodConfig, find_method
+from h2cache.method import MethodConfig
+from h2cache.registry import find_method
 
 
 @dataclass(frozen=True)
@@ -66,18 +67,6 @@ def _baseline(method: str, measured: str, **settings: float) -> Preset:
     return Preset("tiny_flux", method, settings, 50, "128x128", f"{measured}. {_BASELINES}")
 
 
-_AHEAD = (
-    "python -m analysis.experiment --prompts assets/prompts/tiny32.jsonl --no-words --methods "
-    "h2cache:ahead=true:predictor=taylor:repay=true:tau1=...:tau2=... at six pairs, AMD EPYC, 1 thread, "
-    "2026-11-21, 32 prompts: assets/results/tiny_flux_ahead"
-)
-
-
-def _ahead(measured: str, **settings: float) -> Preset:
-    plan = {"ahead": True, "predictor": "taylor", "repay": True}
-    return Preset("tiny_flux", "h2cache", plan | settings, 50, "128x128", f"{measured}. {_AHEAD}")
-
-
 PRESETS: dict[str, Preset] = {  # the first of a model is its default
     "flux1-dev": Preset(
         model="FLUX.1-dev",
@@ -96,9 +85,6 @@ PRESETS: dict[str, Preset] = {  # the first of a model is its default
     "tiny_flux-fastest": _tiny(
         "6.82x fewer blocks, 26.1 dB", tau1=float("inf"), tau2=float("inf"), max_consecutive_hits=29
     ),
-    "tiny_flux-3x-ahead": _ahead("3.27x fewer blocks, 63.4 dB", tau1=0.02, tau2=0.04),
-    "tiny_flux-5x-ahead": _ahead("5.18x fewer blocks, 55.5 dB", tau1=0.045, tau2=0.09),
-    "tiny_flux-6x-ahead": _ahead("6.61x fewer blocks, 47.6 dB", tau1=0.07, tau2=0.14),
     "tiny_flux-block_cache": _baseline("block_cache", "5.13x fewer blocks, 37.0 dB", threshold=0.21),
     "tiny_flux-teacache": _baseline("teacache", "5.21x fewer blocks, 37.5 dB", threshold=0.14),
     "tiny_flux-fewer_steps": _baseline("fewer_steps", "5.00x fewer blocks, 44.1 dB", factor=5.0),

@@ -8,14 +8,14 @@ import pytest
 import torch
 from conftest import denoise, generate, make_flux, make_inputs
 from diffusers import FirstBlockCacheConfig
+from h2cache.baselines.block_cache import BlockCacheConfig
+from h2cache.baselines.fewer_steps import FewerStepsConfig
+from h2cache.baselines.teacache import TeaCacheConfig
 
 import h2cache
 from analysis import fit_teacache
-from baselines.block_cache import BlockCacheConfig
-from baselines.fewer_steps import FewerStepsConfig
-from baselines.teacache import TeaCacheConfig
 from h2cache.api import checkpoint_name
-from h2cache.method import fitted_constants
+from h2cache.registry import fitted_constants
 
 INF = float("inf")
 IDENTITY = (0.0, 0.0, 0.0, 1.0, 0.0)

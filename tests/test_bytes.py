@@ -3,18 +3,18 @@
 import pytest
 import torch
 from families import recorded
+from h2cache.baselines.taylorseer import TaylorSeerConfig
 
 import h2cache
 from analysis.tiny_families import FAMILIES
-from baselines.taylorseer import TaylorSeerConfig
 from h2cache import H2Config
 from h2cache.engines import find_engine, lay_out
 from h2cache.memory import Memory, Request
 from h2cache.method import Shape
 from h2cache.predictors import LastResidual
+from h2cache.program import Stream
 from h2cache.room import require_room
 from h2cache.similarity import pooled_summary
-from h2cache.stages import Stream
 
 OFF = H2Config(tau1=0.0, tau2=0.0)
 KINDS = [name for name in FAMILIES if name == "flux" or not name.startswith("flux_")]

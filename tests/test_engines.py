@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from h2cache.baselines.teacache import TeaCacheConfig
 
 import h2cache
 import h2cache.engines as engines_package
-from baselines.teacache import TeaCacheConfig
 from h2cache import H2Config
 from h2cache.engines import engines, find_engine
 from h2cache.engines.forms import Joined, OneStream, TwoStreams
-from h2cache.stages import Stream
+from h2cache.program import Stream
 
 INF = float("inf")
 PAGE = Path("h2cache/engines/README.md")

@@ -6,18 +6,18 @@ import pytest
 import torch
 from conftest import denoise, generate, make_flux, make_inputs
 from diffusers import FluxImg2ImgPipeline
+from h2cache.baselines.block_cache import BlockCacheConfig
+from h2cache.baselines.clusca import ClusCaConfig
+from h2cache.baselines.hicache import HiCacheConfig
+from h2cache.baselines.magcache import MagCacheConfig
+from h2cache.baselines.speca import SpeCaConfig
+from h2cache.baselines.taylorseer import TaylorSeerConfig
+from h2cache.baselines.taylorseer_lite import TaylorSeerLiteConfig
+from h2cache.baselines.teacache import TeaCacheConfig
 from nunchaku_double import make_v1
 from peft import LoraConfig
 
 import h2cache
-from baselines.block_cache import BlockCacheConfig
-from baselines.clusca import ClusCaConfig
-from baselines.hicache import HiCacheConfig
-from baselines.magcache import MagCacheConfig
-from baselines.speca import SpeCaConfig
-from baselines.taylorseer import TaylorSeerConfig
-from baselines.taylorseer_lite import TaylorSeerLiteConfig
-from baselines.teacache import TeaCacheConfig
 from h2cache import H2Config, step_records
 from h2cache.api import steps_from
 from h2cache.memory import Memory, Request
@@ -255,14 +255,14 @@ def test_a_sample_that_is_not_finite_makes_ahead_compute_at_every_step():
 
 
 def test_a_method_that_decides_nothing_waits_for_nothing():
+    from h2cache.baselines.none import NoneConfig
     from test_memory import Elsewhere, elsewhere
 
-    from baselines.none import NoneConfig
-    from h2cache.stages import Span
+    from h2cache.program import Stage
 
     request = Request((None,), 10, "test")
     memory = request.memories["cond"] = Memory(request, "cond", batch=1)
-    stages = (Span("structure", 0, 3, False), Span("detail", 3, 7, True))
+    stages = (Stage("structure", 0, 3, False), Stage("detail", 3, 7, True))
     memory.begin_step(elsewhere(1.0), ())
     Elsewhere.reads = 0
     for n in range(1, 4):

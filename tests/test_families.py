@@ -4,11 +4,11 @@ import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
 from families import recorded, transformers_of
+from h2cache.baselines.block_cache import BlockCacheConfig
+from h2cache.baselines.teacache import TeaCacheConfig
 
 import h2cache
 from analysis.tiny_families import FAMILIES
-from baselines.block_cache import BlockCacheConfig
-from baselines.teacache import TeaCacheConfig
 from h2cache import H2Config
 from h2cache.memory import Memory, Request
 

@@ -6,7 +6,7 @@ from conftest import denoise, generate, make_flux, make_inputs
 
 import h2cache
 from h2cache import H2Config
-from h2cache.stages import Stream
+from h2cache.program import Stream
 
 INF = float("inf")
 AHEAD = {"ahead": True, "predictor": "taylor"}

@@ -7,15 +7,15 @@ import pytest
 import torch
 from conftest import denoise, generate, make_flux, make_inputs
 from diffusers import TaylorSeerCacheConfig as DiffusersConfig
+from h2cache.baselines.clusca import ClusCaConfig
+from h2cache.baselines.hicache import PRESETS, HiCacheConfig
+from h2cache.baselines.magcache import MagCacheConfig
+from h2cache.baselines.speca import SpeCaConfig
+from h2cache.baselines.taylorseer import TaylorSeerConfig
+from h2cache.baselines.taylorseer_lite import TaylorSeerLiteConfig
+from h2cache.baselines.teacache import TeaCacheConfig
 
 import h2cache
-from baselines.clusca import ClusCaConfig
-from baselines.hicache import PRESETS, HiCacheConfig
-from baselines.magcache import MagCacheConfig
-from baselines.speca import SpeCaConfig
-from baselines.taylorseer import TaylorSeerConfig
-from baselines.taylorseer_lite import TaylorSeerLiteConfig
-from baselines.teacache import TeaCacheConfig
 from h2cache import H2Config, weights
 from h2cache.forecasting import ModuleForecast
 from h2cache.method import Shape

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import denoise, make_inputs
+from h2cache.baselines.magcache import MagCacheConfig, resample
 from hypothesis import given
 from hypothesis import strategies as st
 
 import h2cache
 from analysis import fit_magcache
-from baselines.magcache import MagCacheConfig, resample
 from h2cache.predictors import LastResidual
 
 INF = float("inf")

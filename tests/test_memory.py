@@ -5,7 +5,7 @@ import torch
 
 from h2cache.memory import Memory, Request
 from h2cache.predictors import LastResidual
-from h2cache.stages import Stream
+from h2cache.program import Stream
 
 
 class Elsewhere(torch.Tensor):

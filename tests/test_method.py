@@ -2,8 +2,8 @@
 
 import pytest
 
+from analysis.settings import parse_settings
 from h2cache import H2Config, find_method, method_names
-from h2cache.method import parse_settings
 
 
 def test_methods_are_found_by_file_name():

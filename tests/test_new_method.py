@@ -8,9 +8,9 @@ import pytest
 import torch
 from conftest import denoise, generate, make_flux
 
-import baselines
 import h2cache
-from h2cache.method import parse_settings
+from analysis.settings import parse_settings
+from h2cache import baselines
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def example(tmp_path, monkeypatch):
     (tmp_path / "every_other.py").write_text(code)
     monkeypatch.setattr(baselines, "__path__", [*baselines.__path__, str(tmp_path)])
     yield h2cache.find_method("every_other")
-    sys.modules.pop("baselines.every_other", None)
+    sys.modules.pop("h2cache.baselines.every_other", None)
 
 
 def test_it_is_found_and_set_by_name(example):

@@ -13,7 +13,7 @@ from nunchaku_env import AUTHORS, draw, emulated, with_authors
 import h2cache
 from h2cache import H2Cache, H2Config
 from h2cache.predictors import LastResidual
-from h2cache.stages import Run, Skip
+from h2cache.program import Run, Skip
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from h2cache import predictors, weights
 from h2cache.predictors import Forecast, Secant, build
-from h2cache.stages import Stream
+from h2cache.program import Stream
 
 POLYNOMIAL = ("taylor", "newton", "hermite", "taylor_scaled")
 

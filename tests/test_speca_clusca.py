@@ -5,12 +5,12 @@ import math
 import pytest
 import torch
 from conftest import denoise, make_inputs
+from h2cache.baselines.clusca import ClusCaConfig, Clusters, cluster, pick
+from h2cache.baselines.hicache import HiCacheConfig
+from h2cache.baselines.speca import Draft, SpeCaConfig, error_of
+from h2cache.baselines.taylorseer import TaylorSeerConfig
 
 import h2cache
-from baselines.clusca import ClusCaConfig, Clusters, cluster, pick
-from baselines.hicache import HiCacheConfig
-from baselines.speca import Draft, SpeCaConfig, error_of
-from baselines.taylorseer import TaylorSeerConfig
 
 INF = float("inf")
 

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 from conftest import denoise, make_inputs
+from h2cache.baselines.clusca import ClusCaConfig
+from h2cache.baselines.magcache import MagCacheConfig
+from h2cache.baselines.speca import SpeCaConfig, error_of
+from h2cache.baselines.taylorseer import TaylorSeerConfig
+from h2cache.baselines.teacache import TeaCacheConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_weights import exponentials
 
 import h2cache
-from baselines.clusca import ClusCaConfig
-from baselines.magcache import MagCacheConfig
-from baselines.speca import SpeCaConfig, error_of
-from baselines.taylorseer import TaylorSeerConfig
-from baselines.teacache import TeaCacheConfig
 from h2cache import weights
 from h2cache.predictors import build
-from h2cache.stages import Stream
+from h2cache.program import Stream
 
 INF = math.inf
 
@@ -53,7 +53,7 @@ def test_taylorseer_of_order_0_is_plain_reuse(flux, outputs):
 def test_speca_compares_the_draft_in_use_with_the_block_on_the_same_input(flux, monkeypatch):
     pairs, used, inputs = [], [], []
     last = flux.single_transformer_blocks[-1].proj_out
-    monkeypatch.setattr("baselines.speca.error_of", lambda g, r, m: pairs.append((g, r)) or error_of(g, r, m))
+    monkeypatch.setattr("h2cache.baselines.speca.error_of", lambda g, r, m: pairs.append((g, r)) or error_of(g, r, m))
     h2cache.enable(flux, SpeCaConfig(base=INF, floor=INF, min_drafts=1, warmup_steps=1), steps=3)
     last.register_forward_hook(lambda m, args, out: inputs.append(args[0]) or used.append(out))
     denoise(flux, 3)

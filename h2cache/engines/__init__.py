@@ -1,162 +1,19 @@
-"""Which model: an engine tells where a transformer is cut and how to read its blocks' arguments.
-
-One file per model family. An engine never names a method.
-"""
+"""Which model: one file per family, found by the class names that it serves."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from abc import ABC, abstractmethod
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from h2cache.engines.forms import Form
-from h2cache.modules import Modules
-from h2cache.stages import Call, Span, Stage, Stream
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """One stage of a model: the attribute that holds its blocks, and what its check looks at.
-
-    Two cuts of one list share it: the first has `share` of its blocks, the second the rest.
-    """
-
-    name: str  # "structure" or "detail"
-    blocks: str  # attribute of the transformer, an nn.ModuleList
-    form: Form  # of these blocks
-    joint: bool = False  # check text and image tokens together, or image tokens only
-    share: float | None = None  # of the blocks, in (0, 1); None: all that are left of the list
-
-
-def one_stack(blocks: str, form: Form) -> tuple[Cut, Cut]:
-    """The cuts of a model with one block list: a third is structure, as in FLUX (19 of 57 blocks) [ours]."""
-    return Cut("structure", blocks, form, share=1 / 3), Cut("detail", blocks, form)
-
-
-@dataclass(slots=True, eq=False)
-class Inputs:
-    """What a cache must know of one forward call of the transformer."""
-
-    timestep: Tensor  # any shape; its first value counts; it falls during a request
-    latents: Tensor  # (B, ...), without what is there in some steps only
-    text: Tensor | None  # the text states (B, S, C) or classes: another tensor means another prompt
-    conditions: tuple  # hashable; a change of it during a request makes stored residuals void
-    adds_between: bool = True  # the model itself may add something after each block: it must see every index
-    targets: Callable[[], slice | None] = lambda: None  # image tokens that are drawn; asked once a branch
-    guided: Callable[[], bool] = lambda: False  # batch is [cond, uncond]: one decision for both halves; ditto
-
-    @property
-    def text_tokens(self) -> int:
-        """S, for blocks that take text and image tokens in one tensor; 0 where text is no such states."""
-        return self.text.shape[1] if self.text is not None and self.text.ndim == 3 else 0
-
-
-class Engine(ABC):
-    """What a model family must tell."""
-
-    name: str
-    serves: tuple[str, ...]  # names of the transformers' classes; subclasses are served too
-    cuts: tuple[Cut, ...]
-    offers: frozenset[str] = frozenset()  # beyond whole blocks: "modulated input", "modules", "output"
-    trainable = True  # its models are trained too: a cache refuses them in training mode
-
-    def check(self, transformer: nn.Module) -> None:
-        """Raise ValueError, with what to do, if `transformer` cannot be cached as it is now."""
-        return None
-
-    def count(self, transformer: nn.Module, cut: Cut) -> int:
-        """How many blocks are in the list of `cut`."""
-        return len(getattr(transformer, cut.blocks))
-
-    def attach(
-        self, transformer: nn.Module, firsts: dict[str, int], current_call: Callable[[], Call | None]
-    ) -> Callable[[nn.Module], None]:
-        """Let `current_call()` drive the blocks from now on; returns what undoes it.
-
-        firsts: number of the first block of each list.
-        """
-        lists, forms = {}, {cut.blocks: cut.form for cut in self.cuts}
-        for attribute, first in firsts.items():
-            blocks = lists[attribute] = getattr(transformer, attribute)
-            setattr(transformer, attribute, Stage(blocks, forms[attribute], first, current_call))
-
-        def take_out(transformer: nn.Module) -> None:
-            for attribute, blocks in lists.items():
-                setattr(transformer, attribute, blocks)
-
-        return take_out
-
-    @abstractmethod
-    def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
-        """Read a forward call's arguments."""
-
-    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-        """The image tokens (B, I, C) in a block call's arguments after the block's first norm and modulation.
-
-        Only asked of engines that offer "modulated input"; the block itself does not run.
-        """
-        raise NotImplementedError(f"{self.name} does not offer it")
-
-    def modules(self, block: nn.Module) -> Modules:
-        """How `block` divides into modules. Only asked of engines that offer "modules"."""
-        raise NotImplementedError(f"{self.name} does not offer it")
-
-    def with_input(self, args: tuple, kwargs: dict[str, Any], stream: Stream) -> tuple[tuple, dict[str, Any]]:
-        """A block call's arguments with another stream. Only asked of engines that offer "modules"."""
-        raise NotImplementedError(f"{self.name} does not offer it")
-
-    def output_layer(self, transformer: nn.Module) -> nn.Module:
-        """The last layer, whose output is the model's. Only asked of engines that offer "output"."""
-        raise NotImplementedError(f"{self.name} does not offer it")
-
-    def own_steps(self, pipeline: Any, transformer: nn.Module, total: int | None) -> int | None:
-        """How many of a request's `total` steps `transformer` takes: all, unless a pipeline has several."""
-        return total
-
-
-def lay_out(
-    engine: Engine, transformer: nn.Module, split: int | float | None
-) -> tuple[tuple[Span, ...], dict[str, int]]:
-    """The stages of `transformer`, and the number of the first block of each of its lists.
-
-    split: how many blocks are structure, or their share in (0, 1); None: as the engine has it.
-    """
-    firsts, spans, end = {}, [], 0
-    for cut in engine.cuts:
-        count = engine.count(transformer, cut)
-        first = firsts.setdefault(cut.blocks, end)
-        start, end = end, first + (count if cut.share is None else _share(count, cut.share))
-        spans.append(Span(cut.name, start, end, cut.joint))
-    if split is not None:
-        at = _share(end, split) if isinstance(split, float) else split
-        structure, detail = spans
-        spans = [replace(structure, last=at), replace(detail, first=at)]
-    if any(not len(span.blocks) for span in spans):
-        sizes = " and ".join(f"{len(span.blocks)} {span.name}" for span in spans)
-        raise ValueError(
-            f"split={split!r} cuts the {end} blocks of this {type(transformer).__name__} into {sizes}: each "
-            "stage needs one at least"
-        )
-    return tuple(spans), firsts
-
-
-def _share(count: int, share: float) -> int:
-    """`share` of `count` blocks, at least one."""
-    return max(1, round(count * share))
+from h2cache.engines.base import Engine
 
 
 def engines() -> list[Engine]:
-    """An engine of each class that the files of this folder define, but for `*_subclass.py`: these are forms
-    of the models themselves, and import the library that these come from."""
-    package = "h2cache.engines"
-    names = [m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__)]
-    modules = [importlib.import_module(f"{package}.{n}") for n in names if not n.endswith("_subclass")]
+    """An engine of each class that the files of this folder define."""
+    names = [m.name for m in pkgutil.iter_modules(__path__)]
+    modules = [importlib.import_module(f"{__name__}.{name}") for name in names]
     classes = [(c, m.__name__) for m in modules for c in vars(m).values() if getattr(c, "serves", ())]
     return [c() for c, module in classes if c.__module__ == module]  # not those that a file imports
 
@@ -172,14 +29,3 @@ def find_engine(transformer: nn.Module) -> Engine:
         f"no engine for {type(transformer).__name__}: h2cache serves {', '.join(e.name for e in known)}. "
         "A new model is one file in h2cache/engines/, see the README.md there."
     )
-
-
-def class_names(obj: object) -> set[str]:
-    """Names of the class of `obj` and of all its bases."""
-    return {c.__name__ for c in type(obj).__mro__}
-
-
-def same_halves(latents: Tensor) -> bool:
-    """Whether a batch is the same latents twice, which is how [cond, uncond] look in one call."""
-    first, second = latents[: len(latents) // 2], latents[len(latents) // 2 :]
-    return len(latents) % 2 == 0 and torch.equal(first, second)  # a wait, once a request

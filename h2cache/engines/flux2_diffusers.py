@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from h2cache.engines import Cut, Engine, Inputs
+from h2cache.engines.base import Cut, Engine, Inputs
 from h2cache.engines.flux_diffusers import drawn_tokens
 from h2cache.engines.forms import Joined, TwoStreams, argument
 

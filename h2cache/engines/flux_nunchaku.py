@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from h2cache.engines import Cut, Inputs, class_names
+from h2cache.engines.base import Cut, Inputs, class_names
 from h2cache.engines.flux_diffusers import FluxDiffusers
 from h2cache.engines.forms import Joined, TwoStreams
-from h2cache.stages import Call, Stream
+from h2cache.program import Driver, Stream
 
 JOINED = Joined()
 
@@ -79,8 +79,8 @@ class FluxNunchakuV1(FluxDiffusers):
     def count(self, transformer: nn.Module, cut: Cut) -> int:
         return transformer.config[cut.blocks]
 
-    def attach(
-        self, transformer: nn.Module, firsts: dict[str, int], current_call: Callable[[], Call | None]
+    def take_over(
+        self, transformer: nn.Module, firsts: dict[str, int], current_call: Callable[[], Driver | None]
     ) -> Callable[[nn.Module], None]:
         double, single = (range(first, first + transformer.config[k]) for k, first in firsts.items())
         wrapper, handle = transformer.transformer_blocks[0], transformer.transformer_blocks[0].m
@@ -123,7 +123,7 @@ class DrivenHandle:
         wrapper: nn.Module,
         double: range,
         single: range,
-        current_call: Callable[[], Call | None],
+        current_call: Callable[[], Driver | None],
     ) -> None:
         self._handle, self._double, self._single = handle, double, single
         self._current_call = current_call

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from h2cache.stages import Stream
+from h2cache.program import Stream
 
 
 def argument(args: tuple, kwargs: dict[str, Any], position: int, name: str) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from h2cache.engines import Cut, Engine, Inputs
+from h2cache.engines.base import Cut, Engine, Inputs
 from h2cache.engines.divided import DividedBlocks
 from h2cache.engines.forms import TwoStreams, argument
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from h2cache.engines import Engine, Inputs, one_stack, same_halves
+from h2cache.engines.base import Engine, Inputs, one_stack, same_halves
 from h2cache.engines.forms import TwoStreams, argument
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from h2cache.engines import Engine, Inputs, one_stack
+from h2cache.engines.base import Engine, Inputs, one_stack
 from h2cache.engines.forms import OneStream, argument
 
 

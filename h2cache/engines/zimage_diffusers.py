@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from h2cache.engines import Engine, Inputs, one_stack
+from h2cache.engines.base import Engine, Inputs, one_stack
 from h2cache.engines.forms import OneStream, argument
 
 

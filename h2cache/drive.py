@@ -1,0 +1,288 @@
+"""How a method's step is carried out inside the model's own forward.
+
+The model's forward stays untouched: its block lists are replaced by `DrivenBlocks`, and iterating one of
+them inside a cached forward asks the method what to hand out: a real block with a tap on it, or a
+pass-through. So whatever the model does between its blocks (ControlNet residuals, for one) still happens, at
+every step, fresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+from h2cache.engines.base import Engine, Inputs
+from h2cache.engines.forms import Form
+from h2cache.memory import Memory
+from h2cache.offload import onload
+from h2cache.program import Command, Drive, Driven, Look, Output, Program, Ran, Run, Skip, Stream
+
+_RUNS, _NO_BLOCKS = (Run, Drive), (Look, Output)
+
+
+class Call:
+    """One forward call of the transformer: carries out a method's program while the model iterates.
+
+    stage_of: name of the stage of each block. entered: called once, with the stream before the first block
+    that runs.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        stage_of: tuple[str, ...],
+        inputs: Inputs,
+        memory: Memory,
+        program: Program,
+        entered: Callable[[Stream], None] | None = None,
+    ) -> None:
+        self.engine, self.inputs, self.memory, self.program = engine, inputs, memory, program
+        self.text_tokens = inputs.text_tokens
+        self._stage_of = stage_of
+        self.position = 0  # number of the next block, through the whole model
+        self.entered = entered
+        self.ran: Ran | None = None
+        self.driven: tuple[int, Drive] | None = None  # the block whose modules are answered for, right now
+        self.command: Command | None = next(program)
+
+    def _next_command(self) -> None:
+        """Hand the outcome to the program and take its next wish; a wish for no blocks is met at once."""
+        while True:
+            try:
+                self.command = self.program.send(self.ran)
+            except StopIteration:
+                self.command = None
+                return
+            if isinstance(self.command, _NO_BLOCKS) or len(self.command.blocks):
+                self.ran = None
+                return
+            self.ran = self.ran and Ran(self.ran.after, self.memory.targets)
+
+    @property
+    def finished(self) -> bool:
+        return self.command is None
+
+    def serve(self, blocks: DrivenBlocks) -> Iterator[Callable]:
+        """Yield what the model's own loop over `blocks` shall call."""
+        index = blocks.first
+        while index < blocks.last:
+            if isinstance(self.command, Skip) and not self.inputs.adds_between:
+                stop = self._command_at(index).blocks.stop
+                if stop > blocks.last:
+                    break
+                index = stop - 1  # the model need not see those before
+            yield self.turn(blocks, index)
+            index += 1
+            self.position = index
+            if index == self.command.blocks.stop:
+                self._next_command()
+        self.position = blocks.last
+
+    def turn(self, blocks: DrivenBlocks, index: int) -> Callable:
+        """What stands in the place of block `index`."""
+        if isinstance(self.command, Look):
+            return _Look(self, blocks, index)
+        command = self._command_at(index)
+        last = index == command.blocks.stop - 1
+        if isinstance(command, _RUNS):
+            self.memory.blocks_run[self._stage_of[index]] += isinstance(command, Run) or command.counts
+            return _Tap(self, blocks, index, command, last)
+        if last:
+            return _Add(self, blocks, index, command.stand_in)
+        return _Pass(self, blocks, index)
+
+    def _command_at(self, index: int) -> Run | Skip:
+        """The current command; RuntimeError unless it is for block `index`."""
+        command = self.command
+        if command is None or index not in command.blocks:
+            raise RuntimeError(
+                f"the model is at block {index}, the method asks for "
+                f"{'nothing more' if command is None else command.blocks}: its step must run or skip "
+                "every block once, in order"
+            )
+        return command
+
+    def begin_run(self, x: Stream) -> Ran:
+        """The next `Run` begins, with `x`."""
+        if self.entered is not None:
+            self.entered(x)
+            self.entered = None
+        self.ran = Ran(x, self.memory.targets)
+        return self.ran
+
+    def drive(self, x: Stream, blocks: Driven) -> Stream:
+        """Carry out the whole program where there is no list to iterate; returns the stream at its end."""
+        while self.position < len(self._stage_of):
+            if isinstance(self.command, Look):
+                self.look(blocks.modulated_input(x, self.position))
+                continue
+            command = self._command_at(self.position)
+            added = blocks.added(x, command.blocks)
+            if isinstance(command, Run):
+                for index in command.blocks:
+                    self.memory.blocks_run[self._stage_of[index]] += 1
+                self.begin_run(x).added = added
+                self.ran.after = x = blocks.run(x, command.blocks)
+                if command.kept is not None and any(command.kept):
+                    x = self.ran.replaced(command.kept, command.stand_in)
+            else:
+                x = x + command.stand_in
+                x = x if added is None else x + added
+            self.position = command.blocks.stop
+            self._next_command()
+        return x
+
+    def run_block(self, blocks: DrivenBlocks, index: int, command: Drive, args: tuple, kwargs: dict) -> Any:
+        """Call a block with its modules answered for."""
+        self.driven = (index, command)
+        try:
+            return blocks.block(index)(*args, **kwargs)
+        finally:
+            self.driven = None
+
+    def output(self, forward: Callable, args: tuple, kwargs: dict) -> Any:
+        """What the model's last layer gives, or what the program says instead."""
+        if not isinstance(self.command, Output):
+            return forward(*args, **kwargs)
+        answered = self.command.answer(forward, args, kwargs)
+        self._next_command()
+        return answered
+
+    def look(self, seen: Tensor) -> None:
+        """Hand the program what it wished to see, of the image tokens that are drawn."""
+        targets = self.memory.targets
+        self.command = self.program.send(seen if targets is None else seen[:, targets])
+
+
+class _Turn:
+    """Stands in the place of a block for one call; what it has not itself is the block's."""
+
+    def __init__(self, call: Call, blocks: DrivenBlocks, index: int) -> None:
+        self.call, self.blocks, self.index = call, blocks, index
+
+    @property
+    def block(self) -> nn.Module:
+        return self.blocks.block(self.index)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.block, name)  # SD3's forward reads an attribute of each block
+
+
+class _Tap(_Turn):
+    """Runs the block and notes what goes in and out."""
+
+    def __init__(
+        self, call: Call, blocks: DrivenBlocks, index: int, command: Run | Drive, ends: bool
+    ) -> None:
+        super().__init__(call, blocks, index)
+        self.command, self.ends = command, ends
+
+    def __call__(self, *args, **kwargs):
+        call, form = self.call, self.blocks.form
+        ran, x = call.ran, form.read_input(args, kwargs, call.text_tokens)
+        if ran is None:
+            ran = call.begin_run(x)
+        elif call.inputs.adds_between or not (form.joined and self.index == self.blocks.first):
+            ran.enter(x)
+        block = self.block
+        if self.index == self.command.blocks.start:
+            onload(block, unless_leader=True)
+        if isinstance(self.command, Drive):
+            return self._run_driven(args, kwargs)
+        out = block(*args, **kwargs)
+        ran.after = form.read_output(out, call.text_tokens)
+        if self.ends and self.command.kept is not None and any(self.command.kept):
+            return form.write_output(ran.replaced(self.command.kept, self.command.stand_in))
+        return out
+
+    def _run_driven(self, args: tuple, kwargs: dict) -> Any:
+        call = self.call
+        out = call.run_block(self.blocks, self.index, self.command, args, kwargs)
+        call.ran.after = self.blocks.form.read_output(out, call.text_tokens)
+        return out
+
+
+class _Look(_Turn):
+    """Shows the method the modulated input of a block, then does what the method says."""
+
+    def __call__(self, *args, **kwargs):
+        call = self.call
+        onload(self.block)
+        call.look(call.engine.modulated_input(self.block, args, kwargs))
+        return call.turn(self.blocks, self.index)(*args, **kwargs)
+
+
+class _Add(_Turn):
+    """Stands for the last of the skipped blocks: adds the stand-in, out of place."""
+
+    def __init__(self, call: Call, blocks: DrivenBlocks, index: int, stand_in: Stream) -> None:
+        super().__init__(call, blocks, index)
+        self.stand_in = stand_in
+
+    def __call__(self, *args, **kwargs):
+        form = self.blocks.form
+        return form.write_output(form.read_input(args, kwargs, self.call.text_tokens) + self.stand_in)
+
+
+class _Pass(_Turn):
+    """Stands for a skipped block whose index the model must see."""
+
+    def __call__(self, *args, **kwargs):
+        return self.blocks.form.pass_through(*args, **kwargs)
+
+
+class DrivenBlocks(nn.ModuleList):
+    """A model's block list that can be driven: the very same blocks, under the same names.
+
+    Outside a cached forward it is a plain `ModuleList`. It shares the dictionary of blocks with the list it
+    stands for, so that a block exchanged while it is in place is exchanged in the original too.
+    """
+
+    def __init__(
+        self, blocks: nn.ModuleList, form: Form, first: int, current_call: Callable[[], Call | None]
+    ) -> None:
+        super().__init__()
+        self._modules = blocks._modules
+        self.training = blocks.training
+        self.form = form
+        self.first, self.last = first, first + len(blocks)
+        self._current_call = current_call
+
+    def block(self, index: int) -> nn.Module:
+        """The block of this number through the whole model."""
+        return self._modules[str(index - self.first)]
+
+    def __getitem__(self, index: int | slice) -> nn.Module:
+        if isinstance(index, slice):  # a part is a plain list; group offloading asks for it
+            return nn.ModuleList(list(self._modules.values())[index])
+        return super().__getitem__(index)
+
+    def __iter__(self) -> Iterator[Callable]:
+        call = self._current_call()
+        if call is None or call.position != self.first:  # not a cached forward, or one that was broken off
+            return super().__iter__()
+        return call.serve(self)
+
+
+def take_over(
+    engine: Engine, transformer: nn.Module, firsts: dict[str, int], current_call: Callable[[], Call | None]
+) -> Callable[[nn.Module], None]:
+    """Let `current_call()` drive the blocks of `transformer` from now on; returns what undoes it.
+
+    firsts: number of the first block of each list.
+    """
+    undo = engine.take_over(transformer, firsts, current_call)
+    if undo is not None:
+        return undo
+    lists, forms = {}, {cut.blocks: cut.form for cut in engine.cuts}
+    for attribute, first in firsts.items():
+        blocks = lists[attribute] = getattr(transformer, attribute)
+        setattr(transformer, attribute, DrivenBlocks(blocks, forms[attribute], first, current_call))
+
+    def put_back(transformer: nn.Module) -> None:
+        for attribute, blocks in lists.items():
+            setattr(transformer, attribute, blocks)
+
+    return put_back

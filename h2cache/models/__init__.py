@@ -1,0 +1,1 @@
+"""Transformers of diffusers and nunchaku that load with a cache enabled."""

@@ -1,0 +1,220 @@
+"""Whose state a forward call belongs to: which request, which guidance branch, which step.
+
+A request is one pipeline call. Nothing outlives it: a new call, a step that does not come after the last one,
+or inputs of another shape, dtype, device, batch or prompt start afresh, and so does anything that leaves a
+doubt. Each thread has a request of its own. Where a pipeline runs the model, its scheduler says which step is
+at hand; in a loop of the user's own the timesteps must fall.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from h2cache.engines.base import Inputs
+from h2cache.memory import Memory, Request
+from h2cache.schedule import Schedule, calling_pipeline
+
+MOST_BRANCHES = 4  # calls at one step that a pipeline may make without naming them
+
+
+class _Thread(threading.local):
+    """What belongs to one thread."""
+
+    request: Request | None = None
+    branch: str | None = None  # as the pipeline names it
+    calls: tuple[Any, dict[str | None, int]] = (None, {})  # the step at hand, and its calls of each name
+    reason: str | None = None  # why the next request starts afresh
+
+
+class Requests:
+    """The requests of one transformer, a current one in each thread.
+
+    pipeline: gives the one that was enabled, or None. steps: of a request, as the caller said. own_steps:
+    how many of a request's steps are this transformer's, from (pipeline, their total). began: called when a
+    request begins, to free what others keep.
+    """
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        pipeline: Callable[[], Any],
+        steps: int | None,
+        own_steps: Callable[[Any, int | None], int | None],
+        began: Callable[[Any], None],
+    ) -> None:
+        self._transformer = weakref.ref(transformer)
+        self._pipeline, self._steps = pipeline, steps
+        self._own_steps, self._began = own_steps, began
+        self._local = _Thread()
+        self._newest = Request(None, None, "nothing has run yet")
+        self._all: weakref.WeakSet[Request] = weakref.WeakSet()
+
+    @property
+    def current(self) -> Request | None:
+        """This thread's request."""
+        return self._local.request
+
+    @property
+    def newest(self) -> Request:
+        """This thread's request, else the one that any thread began last."""
+        return self._local.request or self._newest
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes that are kept now, by the requests of all threads."""
+        return sum(request.bytes_held for request in list(self._all))
+
+    def forget(self, reason: str) -> None:
+        """The next call of this thread begins a new request."""
+        self._local.request, self._local.reason = None, reason
+
+    @contextmanager
+    def named_branch(self, name: str) -> Iterator[None]:
+        """Within it, calls of this thread belong to the guidance branch `name`."""
+        before, self._local.branch = self._local.branch, name
+        try:
+            yield
+        finally:
+            self._local.branch = before
+
+    def memory(self, inputs: Inputs) -> Memory:
+        """The memory of the branch that a call with `inputs` belongs to; new if in doubt."""
+        caller = calling_pipeline(self._transformer())
+        pipeline = caller if caller is not None else self._pipeline()
+        schedule = Schedule.of(pipeline)
+        if schedule is not None:
+            memory = self._in_schedule(inputs, pipeline, schedule, counted=caller is not None)
+            if memory is not None:
+                return memory
+        return self._in_own_loop(inputs)
+
+    def _in_schedule(self, inputs: Inputs, pipeline: Any, schedule: Schedule, counted: bool) -> Memory | None:
+        """Where a scheduler says which step this is; None if it does not know the timestep."""
+        local, request, reason = self._local, self._local.request, None
+        if request is not None and (request.schedule is None or request.schedule.token is not schedule.token):
+            request, reason = None, "the pipeline was called anew"
+        if request is not None:
+            schedule = request.schedule
+        last = None if request is None else request.position
+        position = schedule.position(inputs.timestep, last, counted)
+        if position is None:
+            return None
+        if request is not None and position < last:
+            request, reason = None, "the steps began again"
+        branch = self._branch(position, new=request is None)
+        if branch is None:
+            request, reason = None, f"step {position} came again and again"
+            branch = self._branch(position, new=True)
+        if request is None:
+            total = getattr(pipeline, "num_timesteps", None) if counted else None
+            left = len(schedule) - position
+            total = self._own_steps(pipeline, total if total and total <= left else left)
+            request = self._begin(Request(schedule, total, reason or local.reason or "it is the first"))
+            request.first = position
+            self._began(pipeline)
+        request.position = position
+        changed = self._changed(request, branch, inputs)
+        if changed:
+            request.reason = f"another {changed} came in"
+            request.memories.pop(branch).release()
+        memory = self._memory_of(request, branch, inputs)
+        memory.begin_known_step(position - request.first, inputs.conditions)
+        return memory
+
+    def _in_own_loop(self, inputs: Inputs) -> Memory:
+        """Where nothing but the timestep is known."""
+        local, request, reason = self._local, self._local.request, None
+        if request is not None and request.schedule is not None:
+            request, reason = None, "another loop began"
+        timestep: Tensor | float = inputs.timestep
+        branch = local.branch
+        if branch is None:
+            timestep = float(timestep.reshape(-1)[0])  # a wait: only for loops that do not name branches
+            branch = self._branch(timestep, new=request is None)
+            if branch is None:
+                request, reason = None, "the same timestep came again and again"
+                branch = self._branch(timestep, new=True)
+            elif request is not None and branch != "call 0" and self._returns(request, inputs):
+                request, reason = None, "the timestep did not fall"
+                branch = self._branch(timestep, new=True)
+        if request is not None and (changed := self._changed(request, branch, inputs)):
+            request, reason = None, f"another {changed} came in"
+        if request is None:
+            request = self._begin(Request(None, self._steps, reason or local.reason or "it is the first"))
+            self._began(self._pipeline())
+        memory = self._memory_of(request, branch, inputs)
+        memory.begin_step(timestep, inputs.conditions)
+        return memory
+
+    def _branch(self, here: Any, new: bool) -> str | None:
+        """The branch of the call at `here`: its name, or its number; None if there are too many."""
+        name = self._local.branch
+        step, calls = self._local.calls
+        if new or step != here:
+            calls = {}
+        count = calls[name] = calls.get(name, -1) + 1
+        self._local.calls = (here, calls)
+        if count >= MOST_BRANCHES:
+            return None
+        if name is None:
+            return f"call {count}"
+        return name if count == 0 else f"{name} {count}"
+
+    def _returns(self, request: Request, inputs: Inputs) -> bool:
+        """Whether a second call at one timestep is a known branch with other latents: Heun, or a new start.
+
+        Guidance gives each branch the same latents and a text of its own.
+        """
+        text = _text(inputs)
+        same = [b for b, signature in request.signatures.items() if dict(signature)["prompt"] == text]
+        return any(not _equal(request.latents[branch], inputs.latents) for branch in same)
+
+    def _begin(self, request: Request) -> Request:
+        if self._local.request is not None:
+            self._local.request.release()
+        self._local.request = self._newest = request
+        self._local.reason = None
+        self._all.add(request)
+        return request
+
+    def _changed(self, request: Request, branch: str, inputs: Inputs) -> str | None:
+        """What of the inputs is another than at the step before; None: nothing."""
+        signature = _signature(inputs)
+        known = request.signatures.get(branch, signature)
+        return next((a[0] for a, b in zip(known, signature, strict=True) if a != b), None)
+
+    def _memory_of(self, request: Request, branch: str, inputs: Inputs) -> Memory:
+        if branch not in request.memories:
+            batch = inputs.latents.shape[0]
+            request.memories[branch] = Memory(request, branch, batch, inputs.targets(), inputs.guided())
+            request.signatures[branch] = _signature(inputs)
+            request.texts[branch] = inputs.text
+        request.latents[branch] = inputs.latents if request.schedule is None else None
+        return request.memories[branch]
+
+
+def _text(inputs: Inputs) -> tuple | None:
+    text = inputs.text
+    return None if text is None else (text.data_ptr(), text.shape, text.dtype)
+
+
+def _signature(inputs: Inputs) -> tuple:
+    """What must stay the same from step to step, as (what, value) pairs."""
+    latents = inputs.latents
+    return (
+        ("shape", latents.shape),
+        ("dtype", latents.dtype),
+        ("device", latents.device),
+        ("prompt", _text(inputs)),
+    )
+
+
+def _equal(a: Tensor | None, b: Tensor) -> bool:
+    """Whether two latents are the same; a wait, unless they are one tensor."""
+    return a is b or (a is not None and a.shape == b.shape and bool((a == b).all()))

@@ -1,0 +1,90 @@
+"""The steps of one request, as its scheduler laid them out: noise levels, and which step is at hand."""
+
+from __future__ import annotations
+
+import sys
+from functools import cached_property
+from typing import Any
+
+from torch import Tensor, nn
+
+DENOISERS = ("transformer", "transformer_2", "unet")  # attributes of a pipeline
+
+
+def calling_pipeline(denoiser: nn.Module) -> Any:
+    """The pipeline whose call runs `denoiser` right now, found on the stack; None: somebody's own loop.
+
+    Several pipelines may share a denoiser, each with a scheduler of its own, and the one that was enabled
+    need not be the one that runs.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        for name in ("self", "components"):  # the latter in diffusers' modular pipelines
+            if name not in code.co_varnames and name not in code.co_freevars:
+                continue
+            owner = frame.f_locals.get(name)
+            if isinstance(owner, nn.Module) or not hasattr(owner, "scheduler"):
+                continue
+            parts = [getattr(owner, part, None) for part in DENOISERS]
+            if any(part is denoiser or getattr(part, "_orig_mod", None) is denoiser for part in parts):
+                return owner
+        frame = frame.f_back
+    return None
+
+
+class Schedule:
+    """The timesteps of a scheduler after its `set_timesteps`, and where in them a request is."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        # `set_timesteps` makes a new tensor at each call; it is held, so that its address is not used again.
+        self.token: Tensor = scheduler.timesteps
+
+    @classmethod
+    def of(cls, pipeline: Any) -> Schedule | None:
+        """That of a pipeline, if it has a scheduler and its steps are set."""
+        scheduler = getattr(pipeline, "scheduler", None)
+        return cls(scheduler) if isinstance(getattr(scheduler, "timesteps", None), Tensor) else None
+
+    @cached_property
+    def timesteps(self) -> list[float]:
+        """As the scheduler has them, falling; a wait, once a request."""
+        return self.token.detach().flatten().tolist()
+
+    def __len__(self) -> int:
+        return len(self.token)
+
+    def position(self, timestep: Tensor, last: int | None, counted: bool) -> int | None:
+        """Index of the step that is about to be computed; None: `timestep` is none of this schedule's.
+
+        last: where the request was before; None at its beginning. counted: whether the scheduler steps in
+        this very loop, so that its own count can be trusted: then nothing waits for the device.
+        """
+        if counted:
+            index = getattr(self.scheduler, "step_index", None)
+            if index is None and last is None:
+                index = getattr(self.scheduler, "begin_index", None)
+            if index is not None:
+                return index if index < len(self) else None
+        if timestep.numel() and _same_storage(timestep, self.token):  # a view of `timesteps[i]`
+            return timestep.storage_offset() - self.token.storage_offset()
+        return self.find(float(timestep.reshape(-1)[0]), last)  # a wait
+
+    def find(self, timestep: float, last: int | None = None) -> int | None:
+        """The index of `timestep`, which may be divided by 1000 and rounded to bfloat16; None if it is none.
+
+        Where two steps have one timestep (PNDM), the one after `last` is meant.
+        """
+        largest = max(map(abs, self.timesteps), default=0.0)
+        for scale in (1.0, 1000.0):
+            distances = [abs(known / scale - timestep) for known in self.timesteps]
+            nearest = min(distances, default=float("inf"))
+            if nearest <= 0.004 * largest / scale:
+                found = [index for index, distance in enumerate(distances) if distance == nearest]
+                return next((index for index in found if last is not None and index > last), found[0])
+        return None
+
+
+def _same_storage(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr() and a.dtype == b.dtype
