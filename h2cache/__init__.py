@@ -17,6 +17,7 @@ from h2cache.api import disable, enable, step_records, summary
 from h2cache.drop_in import apply_cache_on_pipe, apply_cache_on_transformer
 from h2cache.h2 import H2Cache, H2Config
 from h2cache.method import Method, MethodConfig
+from h2cache.plan import Plan, PlanConfig
 from h2cache.records import StepRecord, Summary
 from h2cache.registry import find_method, method_names
 
@@ -28,6 +29,8 @@ __all__ = [
     "H2NunchakuFluxTransformer2dModel",
     "Method",
     "MethodConfig",
+    "Plan",
+    "PlanConfig",
     "StepRecord",
     "Summary",
     "apply_cache_on_pipe",

@@ -16,11 +16,10 @@ from torch import Tensor
 from h2cache.predictors import Predictor
 from h2cache.program import Stage, Stream
 from h2cache.records import StepRecord
-from h2cache.schedule import Schedule
+from h2cache.schedule import TRAINED, Course, Schedule
 from h2cache.similarity import magnitude, relative_l1, sample_mask
 
 State = TypeVar("State")
-TRAINED = 1000.0  # timesteps of a scheduler at noise level 1
 
 
 class Slot:
@@ -157,6 +156,21 @@ class Memory:
         return self._step
 
     @property
+    def course(self) -> Course:
+        """The noise levels of the whole pipeline call; RuntimeError where no scheduler is known."""
+        if self._request.course is None:
+            raise RuntimeError(
+                "this method must know the noise levels of a request before it begins, and no scheduler is "
+                "known here: enable it on the pipeline, and take the timesteps from pipeline.scheduler"
+            )
+        return self._request.course
+
+    @property
+    def course_step(self) -> int:
+        """Index of the current step in `course`, from 0: it goes on from one denoiser to the next."""
+        return self.step + self._request.first - self._request.begun
+
+    @property
     def total_steps(self) -> int | None:
         """Number of steps of the request; None when neither a pipeline nor the caller has told it."""
         return self._request.total_steps
@@ -249,6 +263,17 @@ class Memory:
             )
         )
 
+    def record_whole(self, outcome: str, error: Tensor | None = None) -> None:
+        """Append the record of a step at which a method answered for the whole model, without a wait.
+
+        error: what the method now knows of the gap behind, squared, (B,): `step_records` reads it.
+        """
+        measure = None if error is None else error.amax().sqrt()
+        run = (int(outcome == "miss"), 1)
+        step, timestep = self._step, self._timestep
+        record = StepRecord(step, timestep, self.branch, "model", measure, None, outcome, *run)
+        self._request.records.append(record)
+
     def record_uncached(self, stages: tuple[Stage, ...]) -> None:
         """Append the records of a step about which nothing is decided: without a wait, for fair baselines."""
         step, timestep = self._step, self._timestep if self._pending is None else self._pending
@@ -276,7 +301,9 @@ class Request:
 
     def __init__(self, schedule: Schedule | None, total_steps: int | None, reason: str) -> None:
         self.schedule, self.total_steps = schedule, total_steps  # None: a loop of the user's own
-        self.first = self.position = 0  # in the schedule: of the first step, and of the newest
+        self.begun = self.first = self.position = 0  # in the schedule: of the pipeline's first step, of
+        # this denoiser's first step, and of the newest
+        self.course: Course | None = None
         self.began = time.monotonic_ns()
         self.reason = reason  # why it was started afresh, for the summary
         self.memories: dict[str, Memory] = {}

@@ -50,6 +50,7 @@ class MethodConfig(ABC):
 
     name: ClassVar[str]  # as written in records and tables
     requires: ClassVar[frozenset[str]] = frozenset()  # of an engine, beyond whole blocks: see `Engine.offers`
+    outputs_held: ClassVar[int] = 0  # of the model, in each branch, by a method that requires "whole"
     instead: ClassVar[str] = ""  # what to use of an engine that cannot give that, as the end of a sentence
 
     def for_checkpoint(self, checkpoint: str | None) -> MethodConfig:

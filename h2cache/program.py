@@ -135,6 +135,18 @@ class Look:
     """
 
 
+@dataclass(slots=True)
+class Forward:
+    """Run the whole model; gives back the tensors of its output. Only for methods that require "whole"."""
+
+
+@dataclass(slots=True)
+class Stand:
+    """Let `tensors` stand in the place of the model's output; nothing of it runs."""
+
+    tensors: list[Tensor]
+
+
 class Ran:
     """What a `Run` saw: the stream before and after it, and what the model added between its blocks."""
 
@@ -180,7 +192,9 @@ class Ran:
 
 
 Command = Run | Skip | Look | Drive | Output
-Program = Generator[Command, Any, None]  # a `Run` or `Drive` gives back a `Ran`, a `Look` what it shows
+Program = Generator[
+    Command | Forward | Stand, Any, None
+]  # a `Run` or `Drive` gives back a `Ran`, a `Look` what it shows
 
 
 class Driven(Protocol):

@@ -12,7 +12,7 @@ from typing import Any
 
 from h2cache.method import MethodConfig
 
-OWN = {"h2cache": "h2cache.h2"}  # methods that are no file of `baselines/`
+OWN = {"h2cache": "h2cache.h2", "plan": "h2cache.plan"}  # methods that are no file of `baselines/`
 BASELINES = "h2cache.baselines"
 
 

@@ -33,24 +33,24 @@ class _Thread(threading.local):
 
 
 class Requests:
-    """The requests of one transformer, a current one in each thread.
+    """The requests of one denoiser, a current one in each thread.
 
-    pipeline: gives the one that was enabled, or None. steps: of a request, as the caller said. own_steps:
-    how many of a request's steps are this transformer's, from (pipeline, their total). began: called when a
-    request begins, to free what others keep.
+    pipeline: gives the one that was enabled, or None. steps: of a request, as the caller said. starts: the
+    first steps of the pipeline's denoisers, see `Engine.starts`. began: called when a request begins, to free
+    what others keep.
     """
 
     def __init__(
         self,
-        transformer: nn.Module,
+        denoiser: nn.Module,
         pipeline: Callable[[], Any],
         steps: int | None,
-        own_steps: Callable[[Any, int | None], int | None],
+        starts: Callable[[Any, int, int], tuple[int, ...]],
         began: Callable[[Any], None],
     ) -> None:
-        self._transformer = weakref.ref(transformer)
+        self._denoiser = weakref.ref(denoiser)
         self._pipeline, self._steps = pipeline, steps
-        self._own_steps, self._began = own_steps, began
+        self._starts, self._began = starts, began
         self._local = _Thread()
         self._newest = Request(None, None, "nothing has run yet")
         self._all: weakref.WeakSet[Request] = weakref.WeakSet()
@@ -85,7 +85,7 @@ class Requests:
 
     def memory(self, inputs: Inputs) -> Memory:
         """The memory of the branch that a call with `inputs` belongs to; new if in doubt."""
-        caller = calling_pipeline(self._transformer())
+        caller = calling_pipeline(self._denoiser())
         pipeline = caller if caller is not None else self._pipeline()
         schedule = Schedule.of(pipeline)
         if schedule is not None:
@@ -112,11 +112,9 @@ class Requests:
             request, reason = None, f"step {position} came again and again"
             branch = self._branch(position, new=True)
         if request is None:
-            total = getattr(pipeline, "num_timesteps", None) if counted else None
-            left = len(schedule) - position
-            total = self._own_steps(pipeline, total if total and total <= left else left)
-            request = self._begin(Request(schedule, total, reason or local.reason or "it is the first"))
-            request.first = position
+            request = self._new_request(pipeline, schedule, position, counted)
+            request.reason = reason or local.reason or "it is the first"
+            self._begin(request)
             self._began(pipeline)
         request.position = position
         changed = self._changed(request, branch, inputs)
@@ -126,6 +124,21 @@ class Requests:
         memory = self._memory_of(request, branch, inputs)
         memory.begin_known_step(position - request.first, inputs.conditions)
         return memory
+
+    def _new_request(self, pipeline: Any, schedule: Schedule, position: int, counted: bool) -> Request:
+        """A request whose first call is at `position` of its schedule."""
+        second = getattr(pipeline, "transformer_2", None) is self._denoiser()
+        begun = getattr(schedule.scheduler, "begin_index", None) if counted else None
+        begun = (0 if second else position) if begun is None else min(begun, position)
+        said = getattr(pipeline, "num_timesteps", None) if counted else None
+        steps = len(schedule) - begun if not said else min(said, len(schedule) - begun)
+        starts = self._starts(pipeline, steps, begun)
+        own = 1 if second and len(starts) > 1 else 0
+        ends = [*starts[1:], steps]
+        request = Request(schedule, ends[own] - starts[own], "")
+        request.begun, request.first = begun, begun + starts[own]
+        request.course = schedule.course(begun, steps, starts)
+        return request
 
     def _in_own_loop(self, inputs: Inputs) -> Memory:
         """Where nothing but the timestep is known."""

@@ -24,11 +24,21 @@ def _size(count: int) -> str:
 def require_room(config: MethodConfig, shape: Shape, free: int) -> int:
     """Bytes that `config` keeps for a guidance branch of `shape`; MemoryError if it is more than `free`."""
     needed = config.bytes_needed(shape)
+    smaller = ["the order"] * hasattr(config, "order") + ["the image size"]
+    what = f"for {shape.img} image tokens (x {shape.batch})"
+    advice = f"lower {' or '.join(smaller)}"
+    if config.requires:
+        advice += config.instead.replace(":", ", or", 1)
+    return require_bytes(config, needed, free, what, advice)
+
+
+def require_bytes(
+    config: MethodConfig, needed: int, free: int, what: str = "", advice: str = "lower the image size"
+) -> int:
+    """`needed`, the bytes that `config` keeps; MemoryError if it is more than `free`."""
     if needed > free:
-        smaller = ["the order"] * hasattr(config, "order") + ["the image size"]
         raise MemoryError(
-            f"{config.name} keeps {_size(needed)} from step to step for {shape.img} image tokens (x "
-            f"{shape.batch}), and {_size(free)} are free: lower {' or '.join(smaller)}"
-            + (config.instead.replace(":", ", or", 1) if config.requires else "")
+            f"{config.name} keeps {_size(needed)} from step to step{what and ' ' + what}, and {_size(free)} "
+            f"are free: {advice}"
         )
     return needed

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
+TRAINED = 1000.0  # timesteps of a scheduler at noise level 1
 DENOISERS = ("transformer", "transformer_2", "unet")  # attributes of a pipeline
 
 
@@ -33,6 +36,19 @@ def calling_pipeline(denoiser: nn.Module) -> Any:
     return None
 
 
+@dataclass(frozen=True)
+class Course:
+    """The noise levels of one pipeline call, known before its first step."""
+
+    levels: tuple[float, ...]  # at each step and after the last, falling within [0, 1]: sigma of a flow
+    lengths: tuple[float, ...]  # what a step's output weighs in the final sample, up to a common factor
+    starts: tuple[int, ...]  # first step of each denoiser; (0,) where there is one
+
+    @property
+    def steps(self) -> int:
+        return len(self.lengths)
+
+
 class Schedule:
     """The timesteps of a scheduler after its `set_timesteps`, and where in them a request is."""
 
@@ -54,6 +70,35 @@ class Schedule:
 
     def __len__(self) -> int:
         return len(self.token)
+
+    @cached_property
+    def noise(self) -> list[float]:
+        """Noise at each step and after the last: sigma of a flow, else of the variance-exploding form."""
+        sigmas = getattr(self.scheduler, "sigmas", None)
+        if sigmas is not None and len(sigmas) == len(self) + 1:
+            return [float(s) for s in sigmas]
+        known = getattr(self.scheduler, "alphas_cumprod", None)
+        if known is None:
+            return [t / TRAINED for t in self.timesteps] + [0.0]
+        alphas = [float(known[min(max(round(t), 0), len(known) - 1)]) for t in self.timesteps]
+        return [((1 - a) / a) ** 0.5 for a in alphas] + [0.0]
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the model predicts a flow's velocity."""
+        config = self.scheduler.config
+        flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+        return bool(flow) or "FlowMatch" in type(self.scheduler).__name__
+
+    def course(self, begun: int, steps: int, starts: tuple[int, ...]) -> Course:
+        """The noise levels of `steps` steps from index `begun` on."""
+        noise = self.noise[begun : begun + steps + 1]
+        levels = noise if self.is_flow else [s / (1 + s) for s in noise]
+        lengths = [b - a for a, b in pairwise(noise)]
+        for n, length in enumerate(lengths):
+            if length == 0.0 and n:  # two evaluations share a step (Heun): each has half of it
+                lengths[n] = lengths[n - 1] = lengths[n - 1] / 2
+        return Course(tuple(levels), tuple(lengths), starts)
 
     def position(self, timestep: Tensor, last: int | None, counted: bool) -> int | None:
         """Index of the step that is about to be computed; None: `timestep` is none of this schedule's.

@@ -8,6 +8,7 @@ import pkgutil
 from torch import nn
 
 from h2cache.engines.base import Engine
+from h2cache.engines.whole import WholeModel
 
 
 def engines() -> list[Engine]:
@@ -22,6 +23,7 @@ def find_engine(transformer: nn.Module) -> Engine:
     """The engine that serves `transformer`; TypeError names the class and the known ones."""
     known = engines()
     serving = {served: engine for engine in known for served in engine.serves}
+    transformer = getattr(transformer, "_orig_mod", transformer)  # wrapped by torch.compile
     for base in type(transformer).__mro__:  # the nearest base: nunchaku's classes inherit diffusers'
         if base.__name__ in serving:
             return serving[base.__name__]
@@ -29,3 +31,11 @@ def find_engine(transformer: nn.Module) -> Engine:
         f"no engine for {type(transformer).__name__}: h2cache serves {', '.join(e.name for e in known)}. "
         "A new model is one file in h2cache/engines/, see the README.md there."
     )
+
+
+def whole_engine(denoiser: nn.Module) -> Engine:
+    """The engine that serves `denoiser`, else one that knows no more of it than its call."""
+    try:
+        return find_engine(denoiser)
+    except TypeError:
+        return WholeModel(denoiser)

@@ -112,9 +112,12 @@ class Engine(ABC):
         """The last layer, whose output is the model's. Only asked of engines that offer "output"."""
         raise NotImplementedError(f"{self.name} does not offer it")
 
-    def own_steps(self, pipeline: Any, transformer: nn.Module, total: int | None) -> int | None:
-        """How many of a request's `total` steps `transformer` takes: all, unless a pipeline has several."""
-        return total
+    def starts(self, pipeline: Any, steps: int, begun: int) -> tuple[int, ...]:
+        """The first step of each of the pipeline's denoisers, of a request of `steps` steps.
+
+        begun: index of its first step in the scheduler's timesteps. (0,) unless a pipeline has several.
+        """
+        return (0,)
 
 
 def lay_out(

@@ -39,10 +39,11 @@ class WanDiffusers(Engine):
         embedding = argument(args, kwargs, 2, "temb")
         return embedding.flatten(1, 2) if embedding.ndim == 4 else embedding  # 5B: (B, I * 6, C)
 
-    def own_steps(self, pipeline: Any, transformer: nn.Module, total: int | None) -> int | None:
-        ratio, second = pipeline.config.get("boundary_ratio"), getattr(pipeline, "transformer_2", None)
-        if ratio is None or second is None or pipeline.transformer is None or total is None:
-            return total
+    def starts(self, pipeline: Any, steps: int, begun: int) -> tuple[int, ...]:
+        ratio = pipeline.config.get("boundary_ratio")
+        if ratio is None or getattr(pipeline, "transformer_2", None) is None or pipeline.transformer is None:
+            return (0,)
         boundary = ratio * pipeline.scheduler.config.num_train_timesteps
-        high = int((pipeline.scheduler.timesteps >= boundary).sum())  # a wait, once a request
-        return total - high if transformer is second else high
+        own = pipeline.scheduler.timesteps[begun : begun + steps]
+        high = int((own >= boundary).sum())  # a wait, once a request
+        return (0, high) if 0 < high < steps else (0,)

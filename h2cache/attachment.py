@@ -1,0 +1,206 @@
+"""A method on a denoiser: what is put in place, and whose state a call belongs to.
+
+A method that decides about blocks has the model's block lists driven (`BlockAttachment`); one that answers
+for the whole model stands before its call (`gate.py`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from h2cache.drive import Call, take_over
+from h2cache.engines.base import Engine, lay_out
+from h2cache.memory import Memory
+from h2cache.method import Method, MethodConfig, Shape
+from h2cache.modules import DRIVEN, ModuleDriver
+from h2cache.program import Stream
+from h2cache.requests import Requests
+from h2cache.room import free_bytes, require_room
+from h2cache.schedule import DENOISERS
+
+ATTRIBUTE = "_h2cache"  # of a denoiser, where its attachment is kept
+
+
+def check_usable(transformer: nn.Module, engine: Engine) -> None:
+    """ValueError, with what to do, if `transformer` cannot be cached as it is now."""
+    if compiled_call(transformer) is not None:
+        raise ValueError(
+            "the transformer is compiled as a whole, which would freeze the decisions into the graph: "
+            "compile its blocks instead, with transformer.compile_repeated_blocks()"
+        )
+    refuse_other_caches(transformer)
+    engine.check(transformer)
+
+
+def refuse_other_caches(denoiser: nn.Module) -> None:
+    """ValueError if another library's cache is on `denoiser`."""
+    if getattr(denoiser, "is_cache_enabled", False):
+        raise ValueError(
+            "diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first"
+        )
+
+
+def compiled_call(denoiser: nn.Module) -> Callable | None:
+    """What a model compiled in place is called by, perhaps behind our gate; None: it is not compiled."""
+    attachment = getattr(denoiser, ATTRIBUTE, None)
+    own = getattr(denoiser, "_compiled_call_impl", None)
+    return own if attachment is None else attachment.behind(own)
+
+
+class Attachment:
+    """A method on one denoiser, and the requests of each thread."""
+
+    def __init__(
+        self, denoiser: nn.Module, engine: Engine, config: MethodConfig, pipeline: Any, steps: int | None
+    ) -> None:
+        self.engine, self.config = engine, config
+        self.method: Method = config.build()
+        self._denoiser = weakref.ref(denoiser)
+        self._pipeline: Callable[[], Any] = weakref.ref(pipeline) if pipeline is not None else lambda: None
+        self.requests = Requests(denoiser, self._pipeline, steps, engine.starts, self._release_others)
+
+    def attach(self) -> None:
+        """Put everything in place."""
+        raise NotImplementedError
+
+    def detach(self) -> None:
+        """Undo `attach`, exactly."""
+        raise NotImplementedError
+
+    def behind(self, call: Callable | None) -> Callable | None:
+        """What `call`, that of the denoiser, was before this attachment."""
+        return call
+
+    def _name_branches(self) -> None:
+        denoiser = self._denoiser()
+        if hasattr(denoiser, "cache_context"):
+            own = denoiser.cache_context
+
+            @contextmanager
+            def named(name: str, **kwargs: Any) -> Iterator[None]:
+                """The denoiser's own `cache_context`, with the name of the guidance branch noted."""
+                with own(name, **kwargs), self.requests.named_branch(name):
+                    yield
+
+            vars(denoiser)["cache_context"] = named
+
+    def _unname_branches(self) -> None:
+        vars(self._denoiser()).pop("cache_context", None)
+
+    def _release_others(self, pipeline: Any) -> None:
+        """Free what the pipeline's other denoiser keeps: its turn is over when this one's begins."""
+        for denoiser in [getattr(pipeline, name, None) for name in DENOISERS]:
+            other = getattr(denoiser, ATTRIBUTE, None)
+            if other not in (None, self) and other.requests.current is not None:
+                other.requests.current.release()
+
+
+class BlockAttachment(Attachment):
+    """A method that decides about blocks: the driven lists put in place, and the hooks."""
+
+    def __init__(
+        self,
+        transformer: nn.Module,
+        engine: Engine,
+        config: MethodConfig,
+        pipeline: Any,
+        steps: int | None,
+        split: int | float | None,
+    ) -> None:
+        super().__init__(transformer, engine, config, pipeline, steps)
+        self._calls = _CurrentCall()
+        self.stages, self._firsts = lay_out(engine, transformer, split)
+        self._stage_of = tuple(stage.name for stage in self.stages for _ in stage.blocks)
+        self._take_out: Callable[[nn.Module], None] = lambda transformer: None
+        self._handles: tuple = ()
+        self._driver = ModuleDriver(self._current_call)
+
+    def attach(self) -> None:
+        """Put the stages and hooks in place."""
+        transformer = self._denoiser()
+        self._take_out = take_over(self.engine, transformer, self._firsts, self._current_call)
+        self._driver.attach(self.engine, transformer, self.config.requires)
+        self._handles = (
+            transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
+            transformer.register_forward_hook(self._end, always_call=True),
+        )
+        self._name_branches()
+
+    def detach(self) -> None:
+        """Undo `attach`, exactly."""
+        transformer = self._denoiser()
+        self._driver.detach()
+        self._take_out(transformer)
+        for handle in self._handles:
+            handle.remove()
+        self._unname_branches()
+
+    # One forward call: `_begin`, the model's own forward over our stages, `_end`.
+
+    def _current_call(self) -> Call | None:
+        return self._calls.now
+
+    def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        check_usable(transformer, self.engine)  # something may have come since
+        if transformer.training and self.engine.trainable:
+            raise RuntimeError(
+                "a cache is for inference: call transformer.eval(), or h2cache.disable it to train"
+            )
+        if self._current_call() is not None:  # the last one never came to its end (Ctrl-C): void
+            self._forget("the call before was broken off")
+        inputs = self.engine.inputs(args, kwargs)
+        memory = self.requests.memory(inputs)
+        program = self.method.step(self.stages, memory)
+        entered = partial(self._reserve, memory) if memory.bytes_needed is None else None
+        call = Call(self.engine, self._stage_of, inputs, memory, program, entered)
+        if self.config.requires & DRIVEN and memory.step == 0:  # once a request: it goes over all blocks
+            self._driver.follow(self.engine, transformer, self.config.requires)
+        self._calls.now = call
+
+    def _reserve(self, memory: Memory, x: Stream) -> None:
+        """Refuse a request, before its first block, that would keep more than there is room for."""
+        tokens, width = x.img.shape[1:]
+        answers = "output" in self.engine.offers
+        out = self.engine.output_layer(self._denoiser()).out_features if answers else 0
+        starts = [*self._firsts.values(), self.stages[-1].last]
+        lists = tuple(b - a for a, b in itertools.pairwise(starts))
+        shape = Shape(
+            blocks=lists if len(lists) == 2 else tuple(len(stage.blocks) for stage in self.stages),
+            img=tokens,
+            txt=0 if x.txt is None else x.txt.shape[1],
+            width=width,
+            out=out,
+            itemsize=x.img.element_size(),
+            batch=memory.batch,
+            drawn=len(range(tokens)[memory.targets or slice(None)]),
+            text_compared=self.stages[-1].joint,
+        )
+        others = [m for m in self.requests.newest.memories.values() if m is not memory and m.bytes_needed]
+        promised = sum(max(0, m.bytes_needed - m.bytes_held) for m in others)
+        memory.bytes_needed = require_room(self.config, shape, free_bytes(x.img.device) - promised)
+
+    def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:
+        call, self._calls.now = self._calls.now, None
+        request = self.requests.current
+        if call is None or not call.finished or request is None:  # the forward raised
+            self._forget("the call before was broken off")
+        else:
+            request.end_step(call.memory)
+
+    def _forget(self, reason: str) -> None:
+        self._calls.now = None
+        self.requests.forget(reason)
+
+
+class _CurrentCall(threading.local):
+    """The forward call that is under way, of each thread."""
+
+    now: Call | None = None

@@ -1,0 +1,105 @@
+"""Where, at its coarsest: before the call of the whole denoiser. A skipped step runs nothing of it.
+
+The gate takes the place that PyTorch keeps for a compiled call of a module, before all of its hooks. So it
+stands outside of what accelerate and diffusers hook into a model, and outside of a compiled graph; weights
+that are offloaded stay where they are on a skipped step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from h2cache.attachment import Attachment
+from h2cache.memory import Memory
+from h2cache.program import Forward, Stand
+from h2cache.room import free_bytes, require_bytes
+
+_CALL = "_compiled_call_impl"  # looked at by `nn.Module.__call__` before hooks and forward
+
+
+class Gate(Attachment):
+    """A method that answers for a whole denoiser."""
+
+    def attach(self) -> None:
+        denoiser = self._denoiser()
+        self._own: Callable | None = vars(denoiser).get(_CALL)  # compiled in place
+        vars(denoiser)[_CALL] = self._gate = torch.compiler.disable(self._call, recursive=False)
+        own_compile = type(denoiser).compile
+
+        def compile_inside(*args: Any, **kwargs: Any) -> None:
+            """`Module.compile`, with the gate kept before what it compiles."""
+            vars(denoiser).pop(_CALL, None)
+            own_compile(denoiser, *args, **kwargs)
+            self._own = vars(denoiser).get(_CALL)
+            vars(denoiser)[_CALL] = self._gate
+
+        vars(denoiser)["compile"] = compile_inside
+        self._name_branches()
+
+    def detach(self) -> None:
+        denoiser = self._denoiser()
+        if vars(denoiser).get(_CALL) is self._gate:
+            if self._own is None:
+                del vars(denoiser)[_CALL]
+            else:
+                vars(denoiser)[_CALL] = self._own
+        vars(denoiser).pop("compile", None)
+        self._unname_branches()
+
+    def behind(self, call: Callable | None) -> Callable | None:
+        return self._own if call is self._gate else call
+
+    def _call(self, *args: Any, **kwargs: Any) -> Any:
+        denoiser = self._denoiser()
+        if denoiser.training and self.engine.trainable:
+            raise RuntimeError(
+                "a cache is for inference: call .eval() on the model, or h2cache.disable it to train"
+            )
+        memory = self.requests.memory(self.engine.inputs(args, kwargs))
+        program = self.method.step((), memory)
+        command = next(program)
+        try:
+            if isinstance(command, Stand):
+                output, answer = memory.state("form", Form).made_of(command.tensors), None
+            else:
+                assert isinstance(command, Forward)
+                output = (self._own or denoiser._call_impl)(*args, **kwargs)
+                answer = memory.state("form", Form).read(output)
+                if memory.bytes_needed is None:
+                    self._reserve(memory, answer)
+            program.send(answer)
+        except StopIteration:
+            self.requests.current.end_step(memory)
+            return output
+        except BaseException:
+            self.requests.forget("the call before was broken off")
+            raise
+        raise RuntimeError(f"{self.config.name} asks for more than one output of one call")
+
+    def _reserve(self, memory: Memory, output: list[torch.Tensor]) -> None:
+        needed = self.config.outputs_held * sum(part.nbytes for part in output)
+        memory.bytes_needed = require_bytes(self.config, needed, free_bytes(output[0].device))
+
+
+class Form:
+    """How a model gives its output: its own class, a tuple, and what in it is no tensor."""
+
+    def __init__(self) -> None:
+        self.spec: pytree.TreeSpec | None = None
+        self.others: list[Any] = []  # aligned with the leaves; None stands for a tensor's place
+
+    def read(self, output: Any) -> list[torch.Tensor]:
+        """The tensors of `output`."""
+        leaves, self.spec = pytree.tree_flatten(output)
+        self.others = [None if isinstance(leaf, torch.Tensor) else (leaf,) for leaf in leaves]
+        return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+    def made_of(self, tensors: list[torch.Tensor]) -> Any:
+        """An output of the same form with other tensors."""
+        given = iter(tensors)
+        leaves = [next(given) if other is None else other[0] for other in self.others]
+        return pytree.tree_unflatten(leaves, self.spec)

@@ -1,0 +1,200 @@
+"""The plan: ask for a speed, and get exactly that many evaluations of the model (ours).
+
+Which steps are evaluated is settled before the first one (`grid.py`, or a tuned file). At the others the
+model's **output** is forecast: a line through the last two outputs over the noise level. What a forecast got
+wrong is seen as soon as the next evaluation is there, and is paid back over the steps that follow it. No
+thresholds, no blocks, no wait for the device.
+
+This is a predictor and a corrector (Adams-Bashforth, Adams-Moulton) on a subset of the sampler's own steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from h2cache.grid import default_steps
+from h2cache.memory import Memory
+from h2cache.method import Method, MethodConfig, check
+from h2cache.predictors import combine
+from h2cache.program import Forward, Program, Stage, Stand
+from h2cache.schedule import Course
+from h2cache.weights import newton
+
+HELD = 3  # outputs that a branch keeps
+FEWEST_STEPS = 5  # below that a speed-up leaves too little to forecast from: nothing is skipped
+
+Weights = dict[int, float]  # step to weight of its output
+
+
+@dataclass(frozen=True)
+class PlanConfig(MethodConfig):
+    """Settings of the plan: say one of `speedup`, `evaluations` or `steps`."""
+
+    name = "plan"
+    requires = frozenset({"whole"})
+    outputs_held = HELD
+
+    speedup: float | None = None
+    """How many times fewer evaluations, >= 1. The number of evaluations is steps / speedup, rounded."""
+    evaluations: int | None = None
+    """Evaluations of the model in each guidance branch, >= 1. As many as there are steps: nothing changes."""
+    steps: tuple[int, ...] = ()
+    """The evaluated steps themselves, rising from 0; for a request of any length those below it count."""
+    target: str = "sampler"
+    """"sampler": as near as can be to the picture of all steps. "ode": to that of infinitely many steps; for
+    Euler samplers, whose own error at 50 steps is larger than the plan's."""
+
+    def __post_init__(self) -> None:
+        said = [self.speedup is not None, self.evaluations is not None, bool(self.steps)]
+        if sum(said) != 1:
+            raise ValueError(
+                f"speedup={self.speedup}, evaluations={self.evaluations}, steps={self.steps}: say one of them"
+            )
+        if self.speedup is not None:
+            check("speedup", self.speedup, 1.0, 1000.0, "it says how many times fewer evaluations")
+        if self.evaluations is not None:
+            check("evaluations", self.evaluations, 1, math.inf, "the first step is always evaluated")
+        if self.steps and (self.steps[0] != 0 or any(b <= a for a, b in pairwise(self.steps))):
+            raise ValueError(f"steps={self.steps}: they must rise, and begin with step 0")
+        if self.target not in ("sampler", "ode"):
+            raise ValueError(f"target={self.target!r} is unknown: choose 'sampler' or 'ode'")
+
+    @property
+    def needs_total_steps(self) -> bool:
+        return True
+
+    def evaluated(self, course: Course) -> tuple[int, ...]:
+        """The evaluated steps of a request."""
+        if self.steps:
+            return tuple(sorted({*(s for s in self.steps if s < course.steps), *course.starts}))
+        if self.evaluations is not None:
+            count = self.evaluations
+        else:
+            count = (
+                course.steps if course.steps < FEWEST_STEPS else max(1, round(course.steps / self.speedup))
+            )
+        return default_steps(course, max(count, len(course.starts)))
+
+    def build(self) -> Plan:
+        return Plan(self)
+
+
+@lru_cache(maxsize=64)
+def stand_ins(
+    course: Course, evaluated: tuple[int, ...], end: int, target: str
+) -> tuple[dict[int, Weights], dict[int, Weights]]:
+    """Weights of the last outputs: of each skipped step's stand-in, and of the error of each gap.
+
+    evaluated: the steps with an output of one denoiser; its steps end before `end`. A stand-in is a line
+    through the newest two outputs, plus what the gap before got wrong, spread over this gap. The error is
+    that of the gap behind an evaluated step, as the parabola through the newest three sees it.
+    """
+    levels, lengths = course.levels, course.lengths
+
+    def line(nodes: Sequence[int], step: int) -> Weights:
+        known = {levels[n]: n for n in nodes}  # of two outputs at one level (Heun) the newer counts
+        row = newton(list(known), levels[step], len(known) - 1)
+        return dict(zip(known.values(), row, strict=True))
+
+    def summed(nodes: Sequence[int], stretch: range) -> Weights:
+        """What the polynomial through `nodes` adds to the sample over `stretch`."""
+        if target == "sampler":
+            return total(*((lengths[q], line(nodes, q)) for q in stretch))
+        a, b = levels[stretch[0]], levels[stretch[-1] + 1]  # Simpson's rule: exact up to cubics
+        known = {levels[n]: n for n in nodes}
+        rows = [newton(list(known), x, len(known) - 1) for x in (a, (a + b) / 2, b)]
+        parts = [dict(zip(known.values(), row, strict=True)) for row in rows]
+        return total(*zip(((b - a) / 6, 4 * (b - a) / 6, (b - a) / 6), parts, strict=True))
+
+    table: dict[int, Weights] = {}
+    errors: dict[int, Weights] = {}
+    debt: Weights = {}
+    for k, here in enumerate(evaluated):
+        two, three = evaluated[max(0, k - 1) : k + 1], evaluated[max(0, k - HELD + 1) : k + 1]
+        if k:
+            behind, guessed = range(evaluated[k - 1], here), evaluated[max(0, k - 2) : k]
+            wrong = kept(total((1.0, summed(three, behind)), (-1.0, summed(guessed, behind))), three)
+            debt = kept(total((1.0, debt), (1.0, wrong)), three)
+            if any(wrong.values()):
+                errors[here] = wrong
+        stretch = range(here, evaluated[k + 1] if k + 1 < len(evaluated) else end)
+        gap, room = stretch[1:], math.fsum(lengths[q] for q in stretch[1:])
+        if not gap or not room:
+            continue  # the debt waits
+        straight = total(*((lengths[q], line(two, q)) for q in stretch))
+        owed = total((1.0, debt), (1.0, summed(two, stretch)), (-1.0, straight))
+        for q in gap:
+            table[q] = kept(total((1.0, line(two, q)), (1 / room, owed)), three)
+        debt = {}
+    return table, errors
+
+
+def total(*parts: tuple[float, Weights]) -> Weights:
+    """The weighted sum of weights."""
+    out: Weights = {}
+    for factor, weights in parts:
+        for step, weight in weights.items():
+            out[step] = out.get(step, 0.0) + factor * weight
+    return out
+
+
+def kept(weights: Weights, steps: Sequence[int]) -> Weights:
+    """`weights` on `steps` alone: what lies on forgotten outputs goes to the oldest, so that sums stay."""
+    out = {step: weights.get(step, 0.0) for step in steps}
+    out[steps[0]] += math.fsum(w for step, w in weights.items() if step not in out)
+    return out
+
+
+@dataclass
+class Outputs:
+    """What a branch keeps: the newest outputs, and the table that says how they are added up."""
+
+    table: dict[int, Weights]
+    errors: dict[int, Weights]
+    kept: dict[int, list[Tensor]] = field(default_factory=dict)  # by step, oldest first
+
+    def weighted(self, weights: Weights) -> list[Tensor]:
+        return combine([self.kept[step] for step in weights], list(weights.values()))
+
+
+class Plan(Method):
+    """Evaluate at the planned steps, forecast at the others."""
+
+    config: PlanConfig
+
+    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
+        """One denoising step of one branch."""
+        step, outputs = memory.course_step, memory.state("outputs", lambda: self._begin(memory))
+        if step in outputs.table and step - 1 >= min(outputs.kept, default=step):
+            yield Stand(outputs.weighted(outputs.table[step]))
+            memory.record_whole("hit")
+            return
+        result = yield Forward()
+        outputs.kept[step] = [part.detach().clone() for part in result]  # CUDA graphs use theirs again
+        for old in sorted(outputs.kept)[:-HELD]:
+            del outputs.kept[old]
+        weights = outputs.errors.get(step)
+        memory.record_whole("miss", squares(outputs.weighted(weights)) if weights else None)
+
+    def _begin(self, memory: Memory) -> Outputs:
+        """The plan from the current step on: the first, unless something changed in mid-run."""
+        course, now = memory.course, memory.course_step
+        steps = [s for s in self.config.evaluated(course) if s > now]
+        end = min([s for s in course.starts if s > now], default=course.steps)
+        own = (now, *(s for s in steps if s < end))
+        return Outputs(*stand_ins(course, own, end, self.config.target))
+
+
+def squares(parts: list[Tensor]) -> Tensor:
+    """Sum of squares over everything but the batch, in float32: (B,), or (1,) of unbatched parts."""
+    sums = [
+        p.float().square().flatten(1).sum(1) if p.ndim > 1 else p.float().square().sum()[None] for p in parts
+    ]
+    return torch.stack(sums).sum(0) if len({s.shape for s in sums}) == 1 else torch.cat(sums)
