@@ -20,6 +20,7 @@ from h2cache.method import Method, MethodConfig
 from h2cache.plan import Plan, PlanConfig
 from h2cache.records import StepRecord, Summary
 from h2cache.registry import find_method, method_names
+from h2cache.tuning import tune
 
 __all__ = [
     "H2Cache",
@@ -41,6 +42,7 @@ __all__ = [
     "method_names",
     "step_records",
     "summary",
+    "tune",
 ]
 
 

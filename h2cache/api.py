@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from h2cache.attachment import ATTRIBUTE, Attachment, BlockAttachment, check_usable, refuse_other_caches
@@ -23,7 +24,7 @@ from h2cache.method import MethodConfig
 from h2cache.modules import check_divisible
 from h2cache.plan import PlanConfig
 from h2cache.records import StepRecord, Summary, summarise
-from h2cache.schedule import DENOISERS
+from h2cache.schedule import DENOISERS, Course
 
 
 def enable(
@@ -32,26 +33,32 @@ def enable(
     *,
     speedup: float | None = None,
     evaluations: int | None = None,
+    psnr: float | None = None,
     steps: int | None = None,
     split: int | float | None = None,
 ) -> Any:
-    """Cache the transformer of `target`, a diffusers pipeline or a transformer; returns `target`.
+    """Cache the denoiser of `target`, a diffusers pipeline or its transformer or unet; returns `target`.
 
-    config: the settings of a method, by default `H2Config()` with the paper's thresholds for FLUX.1-dev.
-    steps: the number of steps of a request, for a bare transformer and methods that must know it (a pipeline
-    tells it by itself).
+    speedup, evaluations, psnr: ask for a speed or a quality, and get the plan (`PlanConfig`).
+    config: or the settings of another method, by default `H2Config()`, the paper's for FLUX.1-dev.
+    steps: the number of steps of a request, for a bare transformer and methods that must know it (of a
+    pipeline it is known).
     split: how many blocks are the structure stage, or their share in (0, 1); by default the model's own cut
     into two block lists, or a third of the only list. Enabling again replaces what was enabled before;
     `disable(target)` undoes it. A pipeline with two transformers (Wan 2.2) has both cached.
 
-    Raises TypeError for a model without an engine or a config that is none, ValueError for a transformer that
-    is compiled as a whole, has a cache of diffusers enabled, or lacks what the method needs: the step count,
-    constants fitted to the checkpoint, a finer cut than the engine offers, or a block for each stage.
+    Raises TypeError for a config that is none, or a model without an engine where the method needs one (the
+    plan does not); ValueError for settings out of range, a transformer that is compiled as a whole where the
+    method decides about blocks, that has another cache enabled, or that lacks what the method needs: the step
+    count, constants fitted to the checkpoint, a finer cut than the engine offers, a block for each stage.
     """
-    if speedup is not None or evaluations is not None:
+    if not speedup is evaluations is psnr is None:
         if config is not None:
-            raise ValueError("speedup and evaluations belong to the plan: give them or a config, not both")
-        config = PlanConfig(speedup=speedup, evaluations=evaluations)
+            raise ValueError(
+                f"speedup={speedup}, evaluations={evaluations}, psnr={psnr} are short for a PlanConfig: give "
+                f"them or a config, not both ({config})"
+            )
+        config = PlanConfig(speedup=speedup, evaluations=evaluations, psnr=psnr)
     config = H2Config() if config is None else config
     if not isinstance(config, MethodConfig):
         raise TypeError(
@@ -130,7 +137,32 @@ def summary(target: Any) -> Summary:
     name = _attachments_of(target)[0].config.name
     held = sum(request.most_bytes_held for request in requests)
     needed = sum(request.bytes_needed for request in requests)
-    return summarise(name, step_records(target), held, needed, requests[0].reason)
+    return summarise(
+        name,
+        step_records(target),
+        held,
+        needed,
+        requests[0].reason,
+        notes=tuple(dict.fromkeys(note for request in requests for note in request.notes)),
+        **_expectation(requests),
+    )
+
+
+def _expectation(requests: list[Request]) -> dict[str, Any]:
+    """The fidelity that the forecast errors of a pipeline call mean, for each picture."""
+    estimate, errors = requests[0].estimate, [e for request in requests for e in request.errors]
+    if estimate is None or not errors:
+        return {}
+    sums = torch.stack(errors).sum(0).tolist()  # a wait, when somebody asks
+    return {"expected_psnr": tuple(map(estimate.psnr, sums)), "expected_error": estimate.error}
+
+
+def last_course(target: Any) -> Course:
+    """The noise levels of the newest pipeline call; ValueError if none ran under a scheduler."""
+    course = _newest_requests(target)[0].course
+    if course is None:
+        raise ValueError("no pipeline call has run yet, or its scheduler is not known")
+    return course
 
 
 def step_records(target: Any) -> list[StepRecord]:

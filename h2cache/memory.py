@@ -170,6 +170,12 @@ class Memory:
         """Index of the current step in `course`, from 0: it goes on from one denoiser to the next."""
         return self.step + self._request.first - self._request.begun
 
+    def expect(self, estimate: Any, note: str) -> None:
+        """Note how the fidelity of this request is estimated, and what its user should know."""
+        self._request.estimate = estimate
+        if note and note not in self._request.notes:
+            self._request.notes.append(note)
+
     @property
     def total_steps(self) -> int | None:
         """Number of steps of the request; None when neither a pipeline nor the caller has told it."""
@@ -266,9 +272,11 @@ class Memory:
     def record_whole(self, outcome: str, error: Tensor | None = None) -> None:
         """Append the record of a step at which a method answered for the whole model, without a wait.
 
-        error: what the method now knows of the gap behind, squared, (B,): `step_records` reads it.
+        error: of the forecasts since the last computed step, (B,), as is known now: `step_records` reads it.
         """
-        measure = None if error is None else error.amax().sqrt()
+        measure = None if error is None else error.amax()
+        if error is not None:
+            self._request.errors.append(error)
         run = (int(outcome == "miss"), 1)
         step, timestep = self._step, self._timestep
         record = StepRecord(step, timestep, self.branch, "model", measure, None, outcome, *run)
@@ -304,6 +312,9 @@ class Request:
         self.begun = self.first = self.position = 0  # in the schedule: of the pipeline's first step, of
         # this denoiser's first step, and of the newest
         self.course: Course | None = None
+        self.errors: list[Tensor] = []  # of forecasts, (B,) each, on the device
+        self.estimate: Any = None  # of the fidelity that these errors mean
+        self.notes: list[str] = []  # what the user should know
         self.began = time.monotonic_ns()
         self.reason = reason  # why it was started afresh, for the summary
         self.memories: dict[str, Memory] = {}

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
+from h2cache import tuned
 from h2cache.grid import default_steps
 from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, check
@@ -35,7 +36,7 @@ Weights = dict[int, float]  # step to weight of its output
 
 @dataclass(frozen=True)
 class PlanConfig(MethodConfig):
-    """Settings of the plan: say one of `speedup`, `evaluations` or `steps`."""
+    """Settings of the plan: say one of `speedup`, `evaluations`, `psnr` or `steps`."""
 
     name = "plan"
     requires = frozenset({"whole"})
@@ -45,22 +46,33 @@ class PlanConfig(MethodConfig):
     """How many times fewer evaluations, >= 1. The number of evaluations is steps / speedup, rounded."""
     evaluations: int | None = None
     """Evaluations of the model in each guidance branch, >= 1. As many as there are steps: nothing changes."""
+    psnr: float | None = None
+    """Fidelity to the uncached picture that about nine pictures of ten shall reach, in dB; the fastest tuned
+    plan that does is taken. Needs tuned plans: see `tuning.py`."""
     steps: tuple[int, ...] = ()
-    """The evaluated steps themselves, rising from 0; for a request of any length those below it count."""
+    """The evaluated steps themselves, rising from 0."""
     target: str = "sampler"
     """"sampler": as near as can be to the picture of all steps. "ode": to that of infinitely many steps; for
     Euler samplers, whose own error at 50 steps is larger than the plan's."""
+    file: str = ""
+    """Tuned plans to use, a JSON file; empty: those of the model, the sampler and the number of steps, from
+    the user's cache or shipped with the package; "none": no tuned plan, always the default grid."""
+    model: str = ""
+    """Whose tuned plans to look for; empty: the name of the folder or hub id that the model came from."""
 
     def __post_init__(self) -> None:
-        said = [self.speedup is not None, self.evaluations is not None, bool(self.steps)]
-        if sum(said) != 1:
+        asked = (self.speedup, self.evaluations, self.psnr, self.steps or None)
+        if sum(wish is not None for wish in asked) != 1:
             raise ValueError(
-                f"speedup={self.speedup}, evaluations={self.evaluations}, steps={self.steps}: say one of them"
+                f"speedup={self.speedup}, evaluations={self.evaluations}, psnr={self.psnr}, "
+                f"steps={self.steps}: say one of them"
             )
         if self.speedup is not None:
             check("speedup", self.speedup, 1.0, 1000.0, "it says how many times fewer evaluations")
         if self.evaluations is not None:
             check("evaluations", self.evaluations, 1, math.inf, "the first step is always evaluated")
+        if self.psnr is not None:
+            check("psnr", self.psnr, 10.0, 100.0, "it is in dB; 30: alike, 50: hardly told apart")
         if self.steps and (self.steps[0] != 0 or any(b <= a for a, b in pairwise(self.steps))):
             raise ValueError(f"steps={self.steps}: they must rise, and begin with step 0")
         if self.target not in ("sampler", "ode"):
@@ -70,20 +82,65 @@ class PlanConfig(MethodConfig):
     def needs_total_steps(self) -> bool:
         return True
 
-    def evaluated(self, course: Course) -> tuple[int, ...]:
-        """The evaluated steps of a request."""
-        if self.steps:
-            return tuple(sorted({*(s for s in self.steps if s < course.steps), *course.starts}))
-        if self.evaluations is not None:
-            count = self.evaluations
-        else:
-            count = (
-                course.steps if course.steps < FEWEST_STEPS else max(1, round(course.steps / self.speedup))
+    def for_checkpoint(self, checkpoint: str | None) -> PlanConfig:
+        config = replace(self, model=self.model or checkpoint or "")
+        if self.file not in ("", "none"):
+            tuned.Tuned.load(self.file)  # refuses a file that is none
+        elif self.psnr is not None and not any(tuned.known(config.model)):
+            raise ValueError(
+                f"psnr={self.psnr}: no tuned plans of {config.model or 'this model, which has no name'} are "
+                f"known, so nobody knows what a speed costs there. Make them with {tuned.COMMAND}, or "
+                "h2cache.tune(pipe, prompts); without them ask for a speed, as in speedup=4"
             )
-        return default_steps(course, max(count, len(course.starts)))
+        return config
+
+    def choose(self, course: Course) -> Choice:
+        """The evaluated steps of a request, and what is known about them."""
+        if self.steps:
+            return Choice(tuple(sorted({*(s for s in self.steps if s < course.steps), *course.starts})))
+        table = None if self.file == "none" else self._table(course)
+        estimate = table and table.estimate
+        if self.psnr is not None:
+            if table is None:
+                raise RuntimeError(
+                    f"psnr={self.psnr}: there are tuned plans of {self.model}, but not for "
+                    f"{course.sampler}: make some with {tuned.COMMAND}"
+                )
+            best = table.reaching(self.psnr)
+            if best is None:
+                return Choice(tuple(range(course.steps)), estimate, f"no tuned plan keeps {self.psnr} dB")
+            count = best.evaluations
+        elif self.evaluations is not None:
+            count = self.evaluations
+        elif course.steps < FEWEST_STEPS:
+            return Choice(tuple(range(course.steps)), estimate, f"too few steps to skip any ({course.steps})")
+        else:
+            count = max(1, round(course.steps / self.speedup))
+        count = min(max(count, len(course.starts)), course.steps)
+        plan = table and table.plan(count)
+        if plan is None:
+            return Choice(default_steps(course, count), estimate)
+        if table.fits(course):
+            return Choice(plan.steps, estimate)
+        steps = table.transfer(plan, course)
+        if steps is None or not {*course.starts} <= {*steps}:
+            return Choice(default_steps(course, count), estimate)
+        return Choice(steps, estimate, f"tuned at {table.steps} steps, not measured at {course.steps}")
+
+    def _table(self, course: Course) -> tuned.Tuned | None:
+        return tuned.Tuned.load(self.file) if self.file else tuned.find(self.model, course)
 
     def build(self) -> Plan:
         return Plan(self)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The evaluated steps of a request."""
+
+    steps: tuple[int, ...]
+    estimate: tuned.Estimate | None = None  # of the picture's fidelity
+    note: str = ""  # what the user should know
 
 
 @lru_cache(maxsize=64)
@@ -181,20 +238,21 @@ class Plan(Method):
         for old in sorted(outputs.kept)[:-HELD]:
             del outputs.kept[old]
         weights = outputs.errors.get(step)
-        memory.record_whole("miss", squares(outputs.weighted(weights)) if weights else None)
+        memory.record_whole("miss", error_of(outputs.weighted(weights)) if weights else None)
 
     def _begin(self, memory: Memory) -> Outputs:
         """The plan from the current step on: the first, unless something changed in mid-run."""
         course, now = memory.course, memory.course_step
-        steps = [s for s in self.config.evaluated(course) if s > now]
+        choice = self.config.choose(course)
+        memory.expect(choice.estimate, choice.note)
         end = min([s for s in course.starts if s > now], default=course.steps)
-        own = (now, *(s for s in steps if s < end))
+        own = (now, *(s for s in choice.steps if now < s < end))
         return Outputs(*stand_ins(course, own, end, self.config.target))
 
 
-def squares(parts: list[Tensor]) -> Tensor:
-    """Sum of squares over everything but the batch, in float32: (B,), or (1,) of unbatched parts."""
-    sums = [
-        p.float().square().flatten(1).sum(1) if p.ndim > 1 else p.float().square().sum()[None] for p in parts
-    ]
-    return torch.stack(sums).sum(0) if len({s.shape for s in sums}) == 1 else torch.cat(sums)
+def error_of(parts: list[Tensor]) -> Tensor:
+    """Root mean square of each sample's values, in float32: (B,)."""
+    flat = [p.float().reshape(p.shape[0] if p.ndim > 2 else 1, -1) for p in parts]
+    if len({f.shape[0] for f in flat}) > 1 or (len(flat) > 1 and flat[0].shape[0] == 1):
+        return torch.stack([f.square().mean().sqrt() for f in flat])  # a list with a tensor for each sample
+    return torch.cat(flat, 1).square().mean(1).sqrt()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from dataclasses import asdict, dataclass
+from typing import Any
 
 HIT, FORCED, MISS = "hit", "forced", "miss"
 
@@ -54,6 +55,11 @@ class Summary:
     bytes_held: int  # now
     bytes_needed: int  # as reckoned before the first block ran, at most
     started_because: str
+    expected_psnr: tuple[float, ...] | None = None  # of each picture against the uncached one, dB
+    expected_error: float | None = None  # root mean square of that expectation, dB
+    notes: tuple[str, ...] = ()  # what the user should know
+    evaluated: tuple[int, ...] = ()  # steps at which some of the model ran
+    gap_errors: tuple[float, ...] = ()  # of a method that forecasts outputs, as each evaluation shows it
 
     @property
     def blocks_run(self) -> int:
@@ -79,6 +85,10 @@ class Summary:
             return "no step has been recorded: run the pipeline once, then ask for the summary"
         if any(s.hits for s in self.stages) or self.method == "none":
             return None
+        if self._whole:
+            return "nothing was skipped: every step was evaluated" + "".join(
+                f"; {note}" for note in self.notes
+            )
         measured = [s.percentiles[0] for s in self.stages if s.percentiles]
         if not measured:
             return (
@@ -90,9 +100,31 @@ class Summary:
             "raise the thresholds above that, see the last columns"
         )
 
+    @property
+    def _whole(self) -> bool:
+        """Whether the method answered for the whole model."""
+        return [s.stage for s in self.stages] == ["model"]
+
+    def _whole_lines(self) -> list[str]:
+        steps = self.evaluated
+        lines = [
+            f"{self.method}: {len(steps)} of {self.steps} steps evaluated, {self.block_ratio:.2f}x fewer; "
+            f"{len(self.branches)} branch(es); {self.bytes_held / 2**20:.2f} MiB held",
+            f"evaluated: {' '.join(map(str, steps))}",
+        ]
+        if self.gap_errors:
+            lines.append("error of each gap: " + " ".join(f"{e:.2g}" for e in self.gap_errors))
+        if self.expected_psnr:
+            each = ", ".join(f"{psnr:.1f}" for psnr in self.expected_psnr)
+            lines.append(f"expected PSNR {each} dB, +- {self.expected_error:.1f}")
+        lines += [f"note: {note}" for note in self.notes]
+        return lines + ([f"warning: {self.warning}"] if self.warning else [])
+
     def __str__(self) -> str:
         if not self.stages:
             return f"{self.method}: {self.warning}"
+        if self._whole:
+            return "\n".join(self._whole_lines())
         lines = [
             f"{'stage':<11}{'steps':>6}{'hits':>6}{'forced':>8}{'blocks run':>13}   change 5/25/50/75/95 %"
         ]
@@ -114,9 +146,14 @@ class Summary:
 
 
 def summarise(
-    method: str, records: list[StepRecord], bytes_held: int, bytes_needed: int, started_because: str
+    method: str,
+    records: list[StepRecord],
+    bytes_held: int,
+    bytes_needed: int,
+    started_because: str,
+    **further: Any,
 ) -> Summary:
-    """Sum up the records of one request."""
+    """Sum up the records of one request; `further` fields of `Summary` as they are."""
     names = list(dict.fromkeys(r.stage for r in records))
     return Summary(
         method=method,
@@ -126,6 +163,9 @@ def summarise(
         bytes_held=bytes_held,
         bytes_needed=bytes_needed,
         started_because=started_because,
+        evaluated=tuple(sorted({r.step for r in records if r.blocks_run})),
+        gap_errors=tuple(r.measure for r in records if r.stage == "model" and r.measure is not None),
+        **further,
     )
 
 

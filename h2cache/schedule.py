@@ -43,6 +43,7 @@ class Course:
     levels: tuple[float, ...]  # at each step and after the last, falling within [0, 1]: sigma of a flow
     lengths: tuple[float, ...]  # what a step's output weighs in the final sample, up to a common factor
     starts: tuple[int, ...]  # first step of each denoiser; (0,) where there is one
+    sampler: str = ""  # class of the scheduler
 
     @property
     def steps(self) -> int:
@@ -98,7 +99,7 @@ class Schedule:
         for n, length in enumerate(lengths):
             if length == 0.0 and n:  # two evaluations share a step (Heun): each has half of it
                 lengths[n] = lengths[n - 1] = lengths[n - 1] / 2
-        return Course(tuple(levels), tuple(lengths), starts)
+        return Course(tuple(levels), tuple(lengths), starts, type(self.scheduler).__name__)
 
     def position(self, timestep: Tensor, last: int | None, counted: bool) -> int | None:
         """Index of the step that is about to be computed; None: `timestep` is none of this schedule's.

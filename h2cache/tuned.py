@@ -1,0 +1,164 @@
+"""Tuned plans: which steps are best evaluated on a model with a sampler and a number of steps.
+
+A small JSON file, made by `tuning.py`. Those that are shipped lie in `h2cache/tuned_plans`, a user's own in
+the cache folder; a file can also be passed to somebody else and named in `PlanConfig(file=...)`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from h2cache.schedule import Course
+
+SHIPPED = Path(__file__).parent / "tuned_plans"
+NINE_IN_TEN = 1.4  # standard deviations below the mean; 1.28 would be that of a known normal distribution
+COMMAND = "python -m analysis.tune --model FOLDER --prompts FILE, in a checkout of the repository"
+
+
+@dataclass(frozen=True)
+class Quality:
+    """Fidelity of a plan to the uncached pictures, PSNR in dB of 8-bit pictures."""
+
+    pictures: int
+    mean: float
+    worst: float
+    deviation: float  # standard deviation over pictures
+
+    @property
+    def low(self) -> float:
+        """What about nine in ten pictures reach."""
+        return self.mean - NINE_IN_TEN * self.deviation
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Quality:
+        mean = math.fsum(values) / len(values)
+        spread = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
+        return cls(len(values), round(mean, 2), round(min(values), 2), round(spread, 2))
+
+
+@dataclass(frozen=True)
+class TunedPlan:
+    """The best steps found for one number of evaluations."""
+
+    steps: tuple[int, ...]
+    tuning: Quality  # on the pictures that the search has seen
+    held_out: Quality | None = None  # on others
+
+    @property
+    def evaluations(self) -> int:
+        return len(self.steps)
+
+    @property
+    def low(self) -> float:
+        return (self.held_out or self.tuning).low
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Expected PSNR = offset - slope * 20 log10(e), e: the forecast error that a run measures itself."""
+
+    slope: float
+    offset: float
+    error: float  # root mean square over the pictures it was fitted on, dB
+
+    def psnr(self, error: float) -> float:
+        return self.offset - self.slope * 20 * math.log10(error) if error > 0 else math.inf
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The plans of one model, sampler and number of steps."""
+
+    model: str  # last part of its folder or hub id
+    sampler: str  # class of the scheduler
+    levels: tuple[float, ...]  # noise at each step and after the last
+    plans: tuple[TunedPlan, ...]  # by rising number of evaluations
+    estimate: Estimate | None = None
+    size: str = ""
+    made: dict[str, Any] = field(default_factory=dict, hash=False)  # command, machine, versions, prompts
+
+    @property
+    def steps(self) -> int:
+        return len(self.levels) - 1
+
+    def fits(self, course: Course) -> bool:
+        """Whether the noise levels are those that were tuned."""
+        same = len(course.levels) == len(self.levels)
+        return same and max(abs(a - b) for a, b in zip(course.levels, self.levels, strict=True)) < 2e-3
+
+    def plan(self, evaluations: int) -> TunedPlan | None:
+        return next((plan for plan in self.plans if plan.evaluations == evaluations), None)
+
+    def reaching(self, psnr: float) -> TunedPlan | None:
+        """The fastest plan that keeps `psnr` in about nine pictures of ten; None: not one does."""
+        return next((plan for plan in self.plans if plan.low >= psnr), None)
+
+    def transfer(self, plan: TunedPlan, course: Course) -> tuple[int, ...] | None:
+        """The steps of `course` nearest to the plan's noise levels; None if two fall on one."""
+        own = course.levels[: course.steps]
+        near = [min(range(course.steps), key=lambda s: abs(own[s] - self.levels[t])) for t in plan.steps]
+        return tuple(near) if near[0] == 0 and len(set(near)) == len(near) else None
+
+    @property
+    def file_name(self) -> str:
+        return f"{self.model}-{self.sampler}-{self.steps}.json"
+
+    def save(self, path: Path) -> Path:
+        """Write the file, whole or not at all."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{os.getpid()}")
+        part.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        os.replace(part, path)
+        _read.cache_clear()
+        return path
+
+    @classmethod
+    def load(cls, path: Path | str) -> Tuned:
+        """Read a file; ValueError names it if it is none."""
+        try:
+            facts = json.loads(Path(path).read_text(encoding="utf-8"))
+            plans = tuple(_plan(plan) for plan in facts.pop("plans"))
+            estimate = facts.pop("estimate", None)
+            levels = tuple(facts.pop("levels"))
+            return cls(plans=plans, levels=levels, estimate=estimate and Estimate(**estimate), **facts)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} is no file of tuned plans ({error}): make one with {COMMAND}") from None
+
+
+def _plan(facts: dict[str, Any]) -> TunedPlan:
+    held_out = facts.get("held_out")
+    tuning = Quality(**facts["tuning"])
+    return TunedPlan(tuple(facts["steps"]), tuning, held_out and Quality(**held_out))
+
+
+def user_folder() -> Path:
+    """Where tuned plans of this user are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "h2cache" / "plans"
+
+
+@lru_cache(maxsize=128)
+def _read(path: Path, stamp: float) -> Tuned:
+    return Tuned.load(path)
+
+
+def known(model: str) -> Iterator[Tuned]:
+    """All tuned plans of `model`: the user's own first."""
+    for folder in (user_folder(), SHIPPED):
+        for path in sorted(folder.glob(f"{model}-*.json")) if model else ():
+            tuned = _read(path, path.stat().st_mtime)
+            if tuned.model == model:
+                yield tuned
+
+
+def find(model: str, course: Course) -> Tuned | None:
+    """The tuned plans of `model` for the sampler of `course`; of another number of steps if need be."""
+    found = [tuned for tuned in known(model) if tuned.sampler == course.sampler]
+    exact = [tuned for tuned in found if tuned.fits(course)]
+    return min(exact or found, key=lambda tuned: abs(tuned.steps - course.steps), default=None)

@@ -1,0 +1,334 @@
+"""Finding settings by measuring: the best steps of a plan, or the thresholds of a method, for a wanted speed.
+
+The search looks at the true loss: the PSNR of finished pictures against the uncached ones, on a few prompts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from h2cache.api import checkpoint_name, disable, enable, last_course, summary
+from h2cache.h2 import H2Config
+from h2cache.method import MethodConfig
+from h2cache.plan import PlanConfig
+from h2cache.registry import find_method
+from h2cache.tuned import Estimate, Quality, Tuned, TunedPlan, user_folder
+
+GAIN = 0.02  # dB that a move must bring to be kept
+HOPELESS = 1.5  # dB behind the best on the prompts so far: the rest of them is not drawn
+CLOSE = 0.03  # share by which a found threshold may miss the wanted speed
+RATIOS = (0.5, 1.0, 2.0, 4.0, 8.0)  # tau1 / tau2 that are tried
+
+Prompt = str | dict[str, Any]  # a text, or arguments of the pipeline's call
+
+
+def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of pictures with values in [0, 1], dB; at most 100."""
+    error = float(np.mean((picture.astype(np.float64) - reference) ** 2))
+    return 100.0 if error < 1e-10 else -10 * math.log10(error)
+
+
+def eight_bits(picture: np.ndarray) -> np.ndarray:
+    """As it is saved."""
+    return np.round(np.clip(picture, 0, 1) * 255) / 255
+
+
+class Studio:
+    """Draws prompts with a pipeline and compares with the uncached pictures, which it keeps.
+
+    call: arguments of every call of the pipeline, such as num_inference_steps. seed: of the first prompt.
+    """
+
+    def __init__(self, pipe: Any, prompts: Sequence[Prompt], call: dict[str, Any], seed: int) -> None:
+        self.pipe, self.prompts, self.call, self.seed = pipe, list(prompts), call, seed
+        self._references: dict[int, np.ndarray] = {}
+
+    def draw(self, number: int, config: MethodConfig | None) -> np.ndarray:
+        """The picture or video of a prompt, values in [0, 1]."""
+        prompt, device = self.prompts[number], getattr(self.pipe, "_execution_device", "cpu")
+        own = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
+        seed = own.pop("seed", self.seed + number)
+        disable(self.pipe) if config is None else enable(self.pipe, config)
+        generator = torch.Generator("cpu" if str(device) == "mps" else device).manual_seed(seed)
+        out = self.pipe(**self.call, **own, generator=generator, output_type="np")
+        return np.asarray(out[0][0], dtype=np.float32)
+
+    def reference(self, number: int) -> np.ndarray:
+        if number not in self._references:
+            self._references[number] = self.draw(number, None)
+        return self._references[number]
+
+    def fidelity(self, number: int, config: MethodConfig, saved: bool = False) -> float:
+        """PSNR of a prompt's picture; saved: of both as 8-bit pictures."""
+        reference, drawn = self.reference(number), self.draw(number, config)
+        return psnr(eight_bits(drawn), eight_bits(reference)) if saved else psnr(drawn, reference)
+
+
+def tune(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    *,
+    speedups: Sequence[float] = (2, 3, 4, 5, 6, 8),
+    held_out: Sequence[Prompt] = (),
+    method: str = "plan",
+    speedup: float | None = None,
+    seed: int = 0,
+    save: str | Path | None = None,
+    progress: bool = True,
+    **call: Any,
+) -> Tuned | Found:
+    """Find what gives the best pictures at a speed, by drawing `prompts` again and again.
+
+    prompts: two to eight are enough; a text each, or a dictionary of the pipeline's arguments (and "seed").
+    held_out: other prompts, on which the result is measured too. method="plan": the evaluated steps for each
+    of `speedups`; the result is kept in the user's cache folder (or `save`), where
+    `enable(pipe, speedup=5)` and `enable(pipe, psnr=40)` find it, and a search that was stopped goes on
+    there. Another method: its thresholds for `speedup`, returned as a `Found`. call: arguments of every call,
+    such as num_inference_steps, height and width.
+
+    Raises ValueError without a prompt or with a speed below 1. Ctrl-C ends the search and keeps the best.
+    """
+    if not prompts:
+        raise ValueError("prompts is empty: two to eight are needed")
+    if low := [s for s in (*speedups, speedup or 1.0) if not 1.0 <= s < 1000.0]:
+        raise ValueError(
+            f"speedup {low[0]} is out of range [1, 1000): it says how many times fewer evaluations"
+        )
+    try:
+        if method != "plan":
+            if speedup is None:
+                raise ValueError(f"method={method!r} needs a wanted speed, as in speedup=4")
+            return _tune_thresholds(Studio(pipe, prompts, call, seed), find_method(method), speedup, progress)
+        return _tune_plan(pipe, prompts, held_out, speedups, seed, save, progress, call)
+    finally:
+        disable(pipe)
+
+
+# The plan.
+
+
+def _tune_plan(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    held_out: Sequence[Prompt],
+    speedups: Sequence[float],
+    seed: int,
+    save: str | Path | None,
+    progress: bool,
+    call: dict[str, Any],
+) -> Tuned:
+    studio, others = Studio(pipe, prompts, call, seed), Studio(pipe, held_out, call, seed + len(prompts))
+    model = checkpoint_name(pipe)
+    if not model and save is None:
+        raise ValueError("the pipeline was loaded from no folder or hub id: say where to keep it, save=FILE")
+    size = "x".join(map(str, studio.draw(0, PlanConfig(speedup=1.0)).shape[:-1]))
+    course = last_course(pipe)
+    empty = Tuned(model or "", course.sampler, course.levels, (), None, size)
+    path = Path(save) if save else user_folder() / empty.file_name
+    log = _Log(path, f"{prompts}{sorted(call.items(), key=str)}{seed}{course}")
+    plans: list[TunedPlan] = []
+    rows: list[tuple[float, float]] = []  # (own error, PSNR) of every measured picture
+    counts = sorted({max(2, round(course.steps / s)) for s in speedups if s > 1})
+    bar = tqdm(total=len(counts), disable=not progress, unit="speed")
+    try:
+        for count in counts:
+            start = PlanConfig(evaluations=count, file="none").choose(course).steps
+            best = _search(studio, start, course.steps, course.starts, log, bar)
+            config = PlanConfig(steps=best)
+            quality, seen = _measure(studio, config)
+            further, unseen = _measure(others, config) if held_out else (None, [])
+            plans.append(TunedPlan(best, quality, further))
+            rows += unseen or seen
+            bar.update()
+            log.save(
+                replace(empty, plans=tuple(plans), estimate=fit(rows), made=_made(prompts, held_out, call))
+            )
+    except KeyboardInterrupt:
+        tqdm.write(f"stopped: {len(plans)} of {len(counts)} speeds are tuned; the same call goes on")
+        if not plans:
+            raise
+    else:
+        log.done()
+    finally:
+        bar.close()
+    return Tuned.load(path)
+
+
+def _search(
+    studio: Studio, start: tuple[int, ...], end: int, fixed: tuple[int, ...], log: _Log, bar: tqdm
+) -> tuple[int, ...]:
+    """Move each evaluated step by one or two as long as the mean PSNR gains."""
+    numbers = range(len(studio.prompts))
+
+    def loss(steps: tuple[int, ...], floor: float = -math.inf) -> float:
+        """Mean PSNR; -inf as soon as `floor` is out of reach."""
+        known = log.values(steps)
+        for n in numbers:
+            if n not in known:
+                known[n] = studio.fidelity(n, PlanConfig(steps=steps))
+                log.note(steps, n, known[n])
+            best = log.values(state["best"])
+            if len(known) < len(numbers) and len(best) == len(numbers):
+                behind = math.fsum(best[k] - v for k, v in known.items()) / len(known)
+                if behind > HOPELESS:
+                    return -math.inf
+        return math.fsum(known.values()) / len(known)
+
+    state = {"best": start}
+    value, moved = loss(start), True
+    while moved:
+        moved = False
+        for place in range(1, len(start)):
+            for change in (-1, 1, -2, 2):
+                steps = list(state["best"])
+                if steps[place] in fixed:
+                    continue
+                steps[place] += change
+                limit = steps[place + 1] if place + 1 < len(steps) else end
+                if not steps[place - 1] < steps[place] < limit:
+                    continue
+                tried = loss(tuple(steps))
+                if tried > value + GAIN:
+                    state["best"], value, moved = tuple(steps), tried, True
+                bar.set_postfix_str(f"{len(start)} evaluations: {value:.2f} dB")
+    return state["best"]
+
+
+def _measure(studio: Studio, config: PlanConfig) -> tuple[Quality, list[tuple[float, float]]]:
+    """The quality of 8-bit pictures, and of each picture its own error with its PSNR."""
+    values, rows = [], []
+    for number in range(len(studio.prompts)):
+        values.append(studio.fidelity(number, config, saved=True))
+        rows.append((math.fsum(summary(studio.pipe).gap_errors), values[-1]))
+    return Quality.of(values), rows
+
+
+def fit(rows: Iterable[tuple[float, float]]) -> Estimate | None:
+    """The line from log error to PSNR with the least squares; None where the rows allow none."""
+    usable = [(20 * math.log10(e), value) for e, value in rows if e > 0 and value < 100]
+    if len({x for x, _ in usable}) < 3:
+        return None
+    x, y = np.array(usable).T
+    slope, offset = np.polyfit(-x, y, 1)
+    error = float(np.sqrt(np.mean((offset - slope * x - y) ** 2)))
+    return Estimate(round(float(slope), 4), round(float(offset), 3), round(error, 3))
+
+
+def _made(prompts: Sequence[Prompt], held_out: Sequence[Prompt], call: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": platform.processor() or platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "diffusers")},
+        "prompts": len(prompts),
+        "held_out": len(held_out),
+        "call": {k: v for k, v in call.items() if isinstance(v, (int, float, str))},
+    }
+
+
+class _Log:
+    """What was measured so far, on disk: a search that was stopped goes on. `task` says what it is about."""
+
+    def __init__(self, path: Path, task: str) -> None:
+        self.path = path
+        key = hashlib.sha256(task.encode()).hexdigest()[:12]
+        self.part = path.with_name(f".{path.stem}-{key}.jsonl")
+        self.known: dict[tuple[int, ...], dict[int, float]] = {}
+        if self.part.is_file():
+            for line in self.part.read_text(encoding="utf-8").splitlines():
+                try:
+                    steps, number, value = json.loads(line)
+                except ValueError:
+                    continue  # the last line of a killed run
+                self.known.setdefault(tuple(steps), {})[number] = value
+
+    def values(self, steps: tuple[int, ...]) -> dict[int, float]:
+        return self.known.setdefault(steps, {})
+
+    def note(self, steps: tuple[int, ...], number: int, value: float) -> None:
+        self.part.parent.mkdir(parents=True, exist_ok=True)
+        with self.part.open("a", encoding="utf-8") as file:
+            file.write(json.dumps([steps, number, value]) + "\n")
+
+    def save(self, tuned: Tuned) -> None:
+        tuned.save(self.path)
+
+    def done(self) -> None:
+        self.part.unlink(missing_ok=True)
+
+
+# Thresholds.
+
+
+@dataclass(frozen=True)
+class Found:
+    """The settings of a method that give a wanted speed."""
+
+    config: MethodConfig
+    speedup: float  # measured: times fewer executed blocks, mean over the prompts
+    quality: Quality
+
+
+def _tune_thresholds(studio: Studio, kind: type[MethodConfig], speedup: float, progress: bool) -> Found:
+    names = {f.name for f in fields(kind)}
+    base = kind()
+    if kind is H2Config:
+        shapes = [lambda x, r=r: replace(base, tau1=x * math.sqrt(r), tau2=x / math.sqrt(r)) for r in RATIOS]
+    elif "threshold" in names:
+        shapes = [lambda x: replace(base, threshold=x)]
+    elif "interval" in names:
+        shapes = [lambda x: replace(base, interval=max(1, round(x * 10)))]
+    else:
+        raise ValueError(f"{kind.name} has neither thresholds nor an interval to tune")
+    bar = tqdm(total=len(shapes), disable=not progress, unit="shape")
+    found: list[Found] = []
+    try:
+        for shape in shapes:
+            found.append(_at_speed(studio, shape, speedup))
+            best = _best(found, speedup)
+            bar.set_postfix_str(f"{best.speedup:.2f}x, {best.quality.mean:.2f} dB")
+            bar.update()
+    except KeyboardInterrupt:
+        if not found:
+            raise
+    finally:
+        bar.close()
+    return _best(found, speedup)
+
+
+def _at_speed(studio: Studio, shape: Callable[[float], MethodConfig], speedup: float) -> Found:
+    """Bisection for the scale of `shape` that gives the speed."""
+    low, high, tried = 1e-3, 4.0, []
+    for _ in range(12):
+        middle = math.sqrt(low * high)
+        tried.append(_speed_and_quality(studio, shape(middle)))
+        if abs(tried[-1].speedup / speedup - 1) < CLOSE:
+            break
+        low, high = (middle, high) if tried[-1].speedup < speedup else (low, middle)
+    return min(tried, key=lambda f: abs(f.speedup / speedup - 1))
+
+
+def _speed_and_quality(studio: Studio, config: MethodConfig) -> Found:
+    values, ratios = [], []
+    for number in range(len(studio.prompts)):
+        values.append(studio.fidelity(number, config, saved=True))
+        ratios.append(summary(studio.pipe).block_ratio)
+    return Found(config, math.fsum(ratios) / len(ratios), Quality.of(values))
+
+
+def _best(found: Sequence[Found], speedup: float) -> Found:
+    """The best pictures among those that are near the speed; else the nearest speed."""
+    near = [f for f in found if f.speedup >= speedup * (1 - 2 * CLOSE)]
+    return max(near, key=lambda f: f.quality.mean) if near else max(found, key=lambda f: f.speedup)
