@@ -1,12 +1,14 @@
-"""Draw pictures with H2-Cache, and the same pictures without it to compare with.
+"""Draw pictures with H2-Cache and with the plan, and the same pictures without them to compare with.
 
     python run.py                                          # the FLUX that ships with the repository
     python run.py --prompt 'a blue oval badge that says "OPEN" on a dotted pink background' --seed 7
-    python run.py --prompts my.txt --preset tiny_flux-5x-ahead --set warmup_steps=3
+    python run.py --speedup 8                              # ask for a speed, or --psnr 45 for a quality
+    python run.py --prompts my.txt --method h2cache --tau1 0.2 --tau2 0.05
     python run.py --input-image assets/example.png --prompt "..."             # to begin with, edit or animate
     python run.py --model black-forest-labs/FLUX.1-dev     # needs the weights and a GPU; 4 bits with nunchaku
 
-Into --out go the images, a labelled side-by-side PNG of each pair (of videos all frames in a row, and MP4s),
+Without a method, both are drawn at 5x, H2-Cache by the paper's rule and the plan. Into --out go the images,
+a labelled PNG of them side by side (of videos all frames in a row, and MP4s),
 and records.jsonl: one line per image with its settings, seconds, blocks executed, hits, fidelity to the
 uncached image and the decision of every step. With --prompts, a stopped run goes on where it ended.
 """
@@ -37,7 +39,10 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     what.add_argument("--prompt", default=PROMPT, help="what to draw")
     what.add_argument("--prompts", type=Path, help=".txt, one a line; or .jsonl with prompt or image_caption")
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
-    parser.add_argument("--method", default="h2cache", choices=method_names(), help="default: %(default)s")
+    parser.add_argument("--method", choices=method_names(), help="default: h2cache and plan")
+    parser.add_argument("--speedup", help="the plan, with so many times fewer evaluations")
+    parser.add_argument("--evaluations", help="the plan, with so many evaluations")
+    parser.add_argument("--psnr", help="the plan, the fastest that keeps so many dB to the uncached picture")
     parser.add_argument("--preset", choices=PRESETS, help="settings by name (default: the model's)")
     parser.add_argument("--tau1", help="structure threshold, >= 0")
     parser.add_argument("--tau2", help="detail threshold, >= 0")
@@ -55,7 +60,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    (config, preset), uncached = chosen(args), find_method("none")()
+    contestants, uncached = chosen(args), find_method("none")()
     limits = Limits.of(args.model)
     limits.check_size(args.height, args.width)
     prompts = read_prompts(args.prompts) if args.prompts else [Prompt("picture", args.prompt)]
@@ -66,20 +71,22 @@ def run(args: argparse.Namespace) -> None:
     torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
     pipeline, name = load(args)
     pipeline, call, further = prepare(pipeline, limits, args)
-    if preset and (text := preset.mismatch(args.model, args.steps, size_of(call))):
-        warn(text)
+    for _, preset in contestants:
+        if preset and (text := preset.mismatch(args.model, args.steps, size_of(call))):
+            warn(text)
     pipeline.set_progress_bar_config(delay=3, leave=False)  # seen only where a picture takes longer
-    print(warm_up(pipeline, config, call | {"prompt": prompts[0].text}))
+    configs = [config for config, _ in contestants]
+    for config in configs:
+        print(warm_up(pipeline, config, call | {"prompt": prompts[0].text}))
     call["num_inference_steps"] = args.steps
     gallery = Gallery(args.out, pipeline, name, call, bool(args.prompts), further)
     print(HEADER)
     for prompt in tqdm(prompts, unit="picture", delay=3, leave=False, disable=len(prompts) == 1):
-        alone = args.no_compare or config == uncached
-        rows = gallery.pair(prompt, None if alone else uncached, config, args.seed)
-        for row in rows:
+        alone = args.no_compare or configs == [uncached]
+        for row in gallery.row(prompt, None if alone else uncached, configs, args.seed):
             tqdm.write(table_line(row))
-        if rows[-1]["warning"]:
-            warn(rows[-1]["warning"])
+            if row["warning"]:
+                warn(row["warning"])
     print(f"pictures and records.jsonl are in {args.out}/")
 
 

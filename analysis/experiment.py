@@ -26,6 +26,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from h2cache.presets import PRESETS, Preset, find_preset
 CUTE80 = Path(shipped("assets/prompts/cute80.jsonl"))
 CUTE80_TINY = Path(shipped("assets/prompts/cute80_tiny.jsonl"))  # in words that the embedded model knows
 PAPER = ("none", "block_cache", "teacache", "h2cache", "fewer_steps")  # the paper's four and the control
-OURS = ("tiny_flux-5x-ahead",)  # presets to compare with those on the embedded model
+OURS = ("plan", "plan:file=none")  # the plan, tuned and by its default grid
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -74,7 +75,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-words", action="store_true", help="do not read the words back (OCR)")
     parser.add_argument("--out", type=Path, default=Path("outputs/experiment"))
     args = parser.parse_args(argv)
-    args.methods = args.methods or [*PAPER, *(OURS if is_embedded(args.model) else ())]
+    args.methods = args.methods or [*PAPER, *OURS]
     if args.steps < 1 or (args.limit is not None and args.limit < 1):
         parser.error("--steps and --limit must be at least 1")
     return args
@@ -108,13 +109,13 @@ def contestants(texts: Sequence[str], model: str, checkpoint: str | None) -> lis
         name, *parts = text.split(":")
         kind = find_method(name)
         preset = find_preset(model, name)
-        base = preset.config if preset and not parts else kind()
+        base = partial(replace, preset.config) if preset and not parts else kind
         choices = []
         for part in parts:
             key, _, values = part.partition("=")
             choices.append([f"{key}={value}" for value in values.split(",")])
         for given in itertools.product(*choices):
-            config = replace(base, **parse_settings(kind, list(given))).for_checkpoint(checkpoint)
+            config = base(**parse_settings(kind, list(given))).for_checkpoint(checkpoint)
             found.append(Contestant(" ".join([name, *given]), config, None if parts else preset))
     return list(dict.fromkeys(found))
 

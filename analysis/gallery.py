@@ -97,22 +97,29 @@ class Gallery:
         keep.write_records(self.folder / "records.jsonl", self.rows)
         return image, row
 
-    def pair(
-        self, prompt: Prompt, uncached: MethodConfig | None, config: MethodConfig, seed: int
+    def row(
+        self, prompt: Prompt, uncached: MethodConfig | None, configs: list[MethodConfig], seed: int
     ) -> list[dict]:
-        """Draw `prompt` without and with the cache, and both side by side; returns the two records.
+        """Draw `prompt` without a cache and with each of `configs`, all side by side too: the records.
 
-        uncached: None draws the cached picture alone.
+        uncached: None leaves the picture to compare with out.
         """
         if uncached is None:
-            return [self.picture(prompt, config, seed)[1]]
+            return [self.picture(prompt, config, seed)[1] for config in configs]
         reference = self.picture(prompt, uncached, seed)
-        cached = self.picture(prompt, config, seed, reference)
-        images, rows = zip(reference, cached, strict=True)
-        labels = [f"{r['method']}  {r['seconds']:.2f} s\n{r['blocks_run']} blocks executed" for r in rows]
-        name = rows[1]["file"].replace(".png", "-compared.png")
+        cached = [self.picture(prompt, config, seed, reference) for config in configs]
+        images, rows = zip(reference, *cached, strict=True)
+        labels = [f"{r['method']}  {r['seconds']:.2f} s\n{label_of(r)}" for r in rows]
+        name = rows[-1]["file"].replace(".png", "-compared.png")
         keep.save_png(self.folder / name, side_by_side(list(images), labels))
         return list(rows)
+
+
+def label_of(row: dict) -> str:
+    """How much was computed, and how like the uncached picture it is."""
+    ratio = row["blocks"] / max(1, row["blocks_run"])
+    cost = f"{ratio:.2f}x fewer blocks" if ratio > 1 else "every block"
+    return cost if row["psnr"] is None else f"{cost}, {row['psnr']:.1f} dB"
 
 
 HEADER = (

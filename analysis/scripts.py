@@ -90,22 +90,41 @@ def figure_script(main: Callable[[list[str] | None], int]) -> Callable[[list[str
 # Settings.
 
 
-def chosen(args: argparse.Namespace) -> tuple[MethodConfig, Preset | None]:
-    """The method's settings: a preset's or the defaults, overridden by --tau1, --tau2 and --set.
+PLANNED, PAPER = ("speedup", "evaluations", "psnr"), ("tau1", "tau2")  # options that belong to one method
 
-    Returns the preset too, where something of it is left.
+
+def chosen(args: argparse.Namespace) -> list[tuple[MethodConfig, Preset | None]]:
+    """What to draw with: the method that the options name, or H2-Cache and the plan.
+
+    Each with its preset, where something of that is left.
     """
-    kind = find_method(args.method)
-    preset = PRESETS[args.preset] if args.preset else find_preset(args.model, args.method)
-    if preset and preset.config.name != args.method:
-        raise ValueError(f"--preset {args.preset} is one of {preset.config.name}, not of {args.method}")
-    given = [f"{k}={v}" for k, v in (("tau1", args.tau1), ("tau2", args.tau2)) if v is not None] + args.set
-    if not preset and not given and fields(kind):
-        hint = f"; measure: python -m analysis.calibrate --model {args.model}" * (args.method == "h2cache")
-        warn(f"nothing has been measured for {args.method} on {args.model}: its defaults are used{hint}")
+    plan = [f"--{name}" for name in PLANNED if getattr(args, name) is not None]
+    paper = [f"--{name}" for name in PAPER if getattr(args, name) is not None]
+    named = args.method or (PRESETS[args.preset].method if args.preset else None)
+    if named not in (None, "plan") and plan:
+        raise ValueError(f"{plan[0]} belongs to the plan, not to {named}")
+    if (named or "h2cache") != "h2cache" and paper:
+        raise ValueError(f"{paper[0]} belongs to h2cache, not to {named}")
+    if plan and paper:
+        raise ValueError(f"{plan[0]} belongs to the plan, {paper[0]} to h2cache: give one of them")
+    named = named or ("plan" if plan else "h2cache" if paper or args.set else None)
+    return [settings(args, name) for name in ([named] if named else ["h2cache", "plan"])]
+
+
+def settings(args: argparse.Namespace, method: str) -> tuple[MethodConfig, Preset | None]:
+    """The settings of `method`: a preset's or the defaults, overridden by its options and --set."""
+    kind = find_method(method)
+    preset = PRESETS[args.preset] if args.preset else find_preset(args.model, method)
+    if preset and preset.config.name != method:
+        raise ValueError(f"--preset {args.preset} is one of {preset.config.name}, not of {method}")
+    names = PLANNED if method == "plan" else PAPER
+    given = [f"{k}={getattr(args, k)}" for k in names if getattr(args, k) is not None] + args.set
+    if not preset and not given and fields(kind) and method != "plan":
+        hint = f"; measure: python -m analysis.calibrate --model {args.model}" * (method == "h2cache")
+        warn(f"nothing has been measured for {method} on {args.model}: its defaults are used{hint}")
     replaced = parse_settings(kind, given)
     left = preset if preset and not preset.settings.keys() <= replaced.keys() else None
-    return replace(preset.config if preset else kind(), **replaced), left
+    return replace(preset.config, **replaced) if preset else kind(**replaced), left
 
 
 def size_of(call: dict[str, Any]) -> str | None:

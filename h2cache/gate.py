@@ -26,6 +26,11 @@ class Gate(Attachment):
 
     def attach(self) -> None:
         denoiser = self._denoiser()
+        model = getattr(denoiser, "_orig_mod", denoiser)  # wrapped by torch.compile
+        self._blocks = sum(
+            self.engine.count(model, cut) for cut in {c.blocks: c for c in self.engine.cuts}.values()
+        )
+        self._blocks = self._blocks or 1  # of a model without an engine the whole is one
         self._own: Callable | None = vars(denoiser).get(_CALL)  # compiled in place
         vars(denoiser)[_CALL] = self._gate = torch.compiler.disable(self._call, recursive=False)
         own_compile = type(denoiser).compile
@@ -60,6 +65,7 @@ class Gate(Attachment):
                 "a cache is for inference: call .eval() on the model, or h2cache.disable it to train"
             )
         memory = self.requests.memory(self.engine.inputs(args, kwargs))
+        memory.blocks = self._blocks
         program = self.method.step((), memory)
         command = next(program)
         try:

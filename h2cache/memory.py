@@ -99,6 +99,7 @@ class Memory:
         self.slots: dict[str, Slot] = {}
         self._states: dict[str, Any] = {}
         self.blocks_run: defaultdict[str, int] = defaultdict(int)  # by stage, in the current step
+        self.blocks = 1  # of the whole model, for a method that answers for it
         self.bytes_needed: int | None = None  # what the method will keep, reckoned at the first block
         self._step = -1
         self._timestep: float | None = None  # of the newest step whose timestep has been read
@@ -277,7 +278,7 @@ class Memory:
         measure = None if error is None else error.amax()
         if error is not None:
             self._request.errors.append(error)
-        run = (int(outcome == "miss"), 1)
+        run = (self.blocks * (outcome == "miss"), self.blocks)
         step, timestep = self._step, self._timestep
         record = StepRecord(step, timestep, self.branch, "model", measure, None, outcome, *run)
         self._request.records.append(record)

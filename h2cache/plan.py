@@ -29,6 +29,7 @@ from h2cache.schedule import Course
 from h2cache.weights import newton
 
 HELD = 3  # outputs that a branch keeps
+USUAL_SPEEDUP = 5.0
 FEWEST_STEPS = 5  # below that a speed-up leaves too little to forecast from: nothing is skipped
 
 Weights = dict[int, float]  # step to weight of its output
@@ -36,7 +37,7 @@ Weights = dict[int, float]  # step to weight of its output
 
 @dataclass(frozen=True)
 class PlanConfig(MethodConfig):
-    """Settings of the plan: say one of `speedup`, `evaluations`, `psnr` or `steps`."""
+    """Settings of the plan: one of `speedup`, `evaluations`, `psnr` or `steps`; else a speed-up of 5."""
 
     name = "plan"
     requires = frozenset({"whole"})
@@ -61,8 +62,14 @@ class PlanConfig(MethodConfig):
     """Whose tuned plans to look for; empty: the name of the folder or hub id that the model came from."""
 
     def __post_init__(self) -> None:
-        asked = (self.speedup, self.evaluations, self.psnr, self.steps or None)
-        if sum(wish is not None for wish in asked) != 1:
+        asked = [
+            wish
+            for wish in (self.speedup, self.evaluations, self.psnr, self.steps or None)
+            if wish is not None
+        ]
+        if not asked:
+            object.__setattr__(self, "speedup", USUAL_SPEEDUP)
+        if len(asked) > 1:
             raise ValueError(
                 f"speedup={self.speedup}, evaluations={self.evaluations}, psnr={self.psnr}, "
                 f"steps={self.steps}: say one of them"

@@ -1,0 +1,73 @@
+"""Find the best evaluated steps of the plan, or a method's thresholds, for a model, by drawing and comparing.
+
+    python -m analysis.tune                                          # the embedded model at 50 steps
+    python -m analysis.tune --steps 28 --speedups 2 3 4
+    python -m analysis.tune --model black-forest-labs/FLUX.1-dev --prompts my.txt --limit 4 --held-out 4
+    python -m analysis.tune --method h2cache --speedups 4            # tau1 and tau2 for 4x
+
+The first --limit prompts are searched on, the --held-out after them only measured. A plan is kept in the
+user's cache folder, where `h2cache.enable(pipe, speedup=5)` and `run.py --speedup 5` find it; --save FILE
+writes it elsewhere. A search that was stopped goes on where it was; Ctrl-C keeps the best so far.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import h2cache
+from analysis.runs import Limits
+from analysis.scripts import add_measuring_arguments, at_least_one, guarded, start
+from h2cache import method_names
+from h2cache.tuned import Tuned
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_measuring_arguments(parser)
+    parser.add_argument("--method", default="plan", choices=method_names(), help="default: %(default)s")
+    parser.add_argument("--speedups", type=float, nargs="+", default=[2, 3, 4, 5, 6, 8])
+    parser.add_argument("--limit", type=at_least_one, default=8, help="prompts to search on (default: 8)")
+    parser.add_argument("--held-out", type=int, default=8, help="prompts to measure on (default: 8)")
+    parser.add_argument("--save", type=Path, help="file to write (default: in the user's cache folder)")
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> None:
+    pipeline, call, prompts = start(args)
+    asked = [{"prompt": p.text, "seed": args.seed if p.seed is None else p.seed} for p in prompts]
+    call["num_inference_steps"] = args.steps
+    for speedup in [None] if args.method == "plan" else args.speedups:
+        found = h2cache.tune(
+            pipeline,
+            asked[: args.limit],
+            held_out=asked[args.limit : args.limit + args.held_out],
+            speedups=args.speedups,
+            method=args.method,
+            speedup=speedup,
+            save=args.save,
+            **call,
+        )
+        if not isinstance(found, Tuned):
+            print(f"{found.speedup:.2f}x: {found.config}, PSNR {found.quality.mean:.1f} dB")
+            continue
+        print(f"{'evaluations':>12} {'speed-up':>9} {'PSNR':>6} {'held out':>9} {'worst':>6}  steps")
+        for plan in found.plans:
+            held = plan.held_out or plan.tuning
+            print(
+                f"{plan.evaluations:>12} {found.steps / plan.evaluations:>8.2f}x {plan.tuning.mean:>6.1f} "
+                f"{held.mean:>9.1f} {held.worst:>6.1f}  {' '.join(map(str, plan.steps))}"
+            )
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    Limits.of(args.model).check_size(args.height, args.width)
+    return guarded(lambda: run(args), "the best so far is kept, and the same command goes on from there")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
