@@ -43,7 +43,6 @@ VARIANTS = (  # what is proposed where a method is refused, and planning ahead
     "taylorseer_lite:lite_at=hidden",
     "hicache:granularity=stage",
     "speca:granularity=stage",
-    "h2cache:ahead=true:predictor=taylor:repay=true",
 )
 
 

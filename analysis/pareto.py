@@ -49,10 +49,9 @@ CONTESTANTS = [  # every method, from 2 to 6 times fewer blocks on the embedded 
     ),
     *(f"h2cache:tau1={a}:tau2={b}" for a, b in PAIRS),
     *(f"h2cache:tau1={a}:tau2={b}:predictor=taylor" for a, b in PAIRS),
-    *(
-        f"h2cache:ahead=true:predictor=taylor:repay=true:tau1={tau / 2}:tau2={tau}"
-        for tau in (0.01, 0.02, 0.04, 0.06, 0.09, 0.14)
-    ),
+    *(f"h2cache:tau1={a}:tau2={b}:predictor=dmd" for a, b in PAIRS),
+    "plan:speedup=2,3,4,5,6,7,8",
+    "plan:file=none:speedup=2,3,4,5,6,7,8",
 ]
 NEEDS = {
     "key": str, "id": str, "label": str, "method": str, "seconds": NUMBER, "blocks_run": int, "blocks": int,

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 import h2cache
-from analysis.runs import Limits
+from analysis.families import with_prompt
+from analysis.prompts import read_prompts
 from analysis.scripts import add_measuring_arguments, at_least_one, guarded, start
 from h2cache import method_names
 from h2cache.tuned import Tuned
@@ -37,14 +38,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(args: argparse.Namespace) -> None:
-    pipeline, call, prompts = start(args)
-    asked = [{"prompt": p.text, "seed": args.seed if p.seed is None else p.seed} for p in prompts]
-    call["num_inference_steps"] = args.steps
+    prompts = read_prompts(args.prompts)[: args.limit + args.held_out]
+    pipeline, _, call, _ = start(args, prompts)
+    asked = [
+        with_prompt(pipeline, {"prompt": p.text}) | {"seed": args.seed if p.seed is None else p.seed}
+        for p in prompts
+    ]
     for speedup in [None] if args.method == "plan" else args.speedups:
         found = h2cache.tune(
             pipeline,
             asked[: args.limit],
-            held_out=asked[args.limit : args.limit + args.held_out],
+            held_out=asked[args.limit :],
             speedups=args.speedups,
             method=args.method,
             speedup=speedup,
@@ -65,7 +69,6 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    Limits.of(args.model).check_size(args.height, args.width)
     return guarded(lambda: run(args), "the best so far is kept, and the same command goes on from there")
 
 

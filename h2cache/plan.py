@@ -22,7 +22,7 @@ from torch import Tensor
 from h2cache import tuned
 from h2cache.grid import default_steps
 from h2cache.memory import Memory
-from h2cache.method import Method, MethodConfig, check
+from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.predictors import combine
 from h2cache.program import Forward, Program, Stage, Stand
 from h2cache.schedule import Course
@@ -136,6 +136,9 @@ class PlanConfig(MethodConfig):
 
     def _table(self, course: Course) -> tuned.Tuned | None:
         return tuned.Tuned.load(self.file) if self.file else tuned.find(self.model, course)
+
+    def bytes_needed(self, shape: Shape) -> int:
+        return HELD * shape.tensor(shape.img, shape.out)
 
     def build(self) -> Plan:
         return Plan(self)

@@ -1,0 +1,157 @@
+"""The plan against solvers at the same number of evaluations, and against the converged picture too.
+
+    python -m analysis.solvers                     # from the shipped records
+    python -m analysis.solvers --run --limit 16    # the embedded model; some minutes on one core
+
+The plan is a predictor and corrector on a subset of the sampler's own steps, so its rivals are not only
+caches: plainly fewer Euler steps, DPM++ 2M and UniPC with as many evaluations. Two references: the uncached
+picture of --steps Euler steps, which a cache is to reproduce, and that of --converged steps, nearer to the
+true solution. Values are PSNR of float pictures, means over prompts with 95 % bootstrap intervals.
+
+Writes solvers.png/.pdf/.csv and solvers.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
+
+import h2cache
+from analysis import keep, plots
+from analysis.intervals import bootstrap
+from analysis.prompts import read_prompts
+from analysis.saved import NUMBER, read_saved
+from analysis.scripts import figure_script, shipped, start
+from analysis.trials import parser_of, source_of, write_about
+from h2cache import PlanConfig
+from h2cache.tuning import psnr
+
+SHIPPED = Path("assets/results/tiny_flux_solvers/rows.jsonl")
+COUNTS = (5, 7, 10, 12, 15, 20, 25)
+FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+NAMES = {
+    "plan": ("plan", "#B2182B", "s"),
+    "plan, default grid": ("plan, default grid", "#F4A582", "s"),
+    "plan, ode": ('plan, target="ode"', "#762A83", "D"),
+    "euler": ("fewer Euler steps", "#999999", "X"),
+    "dpm++ 2m": ("DPM++ 2M", "#0072B2", "^"),
+    "unipc": ("UniPC", "#009E73", "v"),
+}
+REFERENCES = ("uncached", "converged")
+NEEDS = {"key": str, "id": str, "solver": str, "evaluations": int, **dict.fromkeys(REFERENCES, NUMBER)}
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__, "solvers")
+    parser.add_argument("--records", type=Path, default=Path(shipped(str(SHIPPED))))
+    parser.add_argument("--converged", type=int, default=400, help="steps of the second reference")
+    return parser.parse_args(argv)
+
+
+def solvers(pipeline: Any, count: int, steps: int) -> Iterator[tuple[str, Any, PlanConfig | None, int]]:
+    """Each contestant with `count` evaluations: name, scheduler, plan, and the steps to ask for."""
+    euler = pipeline.scheduler
+    yield "plan", euler, PlanConfig(evaluations=count), steps
+    yield "plan, default grid", euler, PlanConfig(evaluations=count, file="none"), steps
+    yield "plan, ode", euler, PlanConfig(evaluations=count, file="none", target="ode"), steps
+    yield "euler", euler, None, count
+    yield "dpm++ 2m", DPMSolverMultistepScheduler.from_config(euler.config, **FLOW), None, count
+    yield "unipc", UniPCMultistepScheduler.from_config(euler.config, **FLOW), None, count
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Draw every prompt with every solver; the pictures are not kept. A stopped run goes on."""
+    prompts = read_prompts(args.prompts)[: args.limit]
+    pipeline, _, call, _ = start(args, prompts)
+    own = copy.deepcopy(pipeline.scheduler)
+
+    def draw(prompt: Any, scheduler: Any, plan: PlanConfig | None, steps: int) -> np.ndarray:
+        pipeline.scheduler = scheduler
+        h2cache.disable(pipeline) if plan is None else h2cache.enable(pipeline, plan)
+        seed = args.seed if prompt.seed is None else prompt.seed
+        given = call | {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
+        return pipeline(prompt.text, **given, output_type="np").images[0]
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "rows.jsonl"
+    rows = keep.read_records(path)
+    for prompt in prompts:
+        contestants = [(count, *each) for count in COUNTS for each in solvers(pipeline, count, args.steps)]
+        if all(f"{prompt.id} {name} {count}" in rows for count, name, *_ in contestants):
+            continue
+        references = [draw(prompt, own, None, args.steps), draw(prompt, own, None, args.converged)]
+        distance = psnr(references[0], references[1])
+        for count, name, scheduler, plan, steps in contestants:
+            picture = draw(prompt, scheduler, plan, steps)
+            values = dict(zip(REFERENCES, (psnr(picture, r) for r in references), strict=True))
+            row = {"key": f"{prompt.id} {name} {count}", "id": prompt.id, "solver": name}
+            rows[row["key"]] = row | {"evaluations": count, **values, "references": distance}
+        keep.write_records(path, rows)
+    write_about(args.out, "solvers", args)
+    return path
+
+
+def answer(rows: list[dict], source: str) -> str:
+    """Mean PSNR to both references, a line for each solver."""
+    counts = sorted({row["evaluations"] for row in rows})
+    gap = np.mean(list({row["id"]: row["references"] for row in rows}.values()))
+    lines = [
+        f"Source: {source}. PSNR in dB, to the uncached picture / to the converged one.",
+        f"The uncached picture itself lies at {gap:.1f} dB from the converged one.",
+        "",
+        f"| solver | {' | '.join(f'{c} evaluations' for c in counts)} |",
+        "|---" * (len(counts) + 1) + "|",
+    ]
+    for name, (label, *_) in NAMES.items():
+        cells = []
+        for count in counts:
+            mine = [row for row in rows if row["solver"] == name and row["evaluations"] == count]
+            cells.append(" / ".join(f"{np.mean([row[r] for row in mine]):.1f}" for r in REFERENCES))
+        lines.append(f"| {label} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw_figure(rows: list[dict], path: Path) -> None:
+    data = []
+    with plots.figure(plots.PAGE, 2.9) as figure:
+        for axes, reference, letter in zip(figure.subplots(1, 2), REFERENCES, "ab", strict=True):
+            for name, (label, colour, marker) in NAMES.items():
+                mine = [row for row in rows if row["solver"] == name]
+                counts = sorted({row["evaluations"] for row in mine})
+                groups = [[row[reference] for row in mine if row["evaluations"] == c] for c in counts]
+                ends = [bootstrap(group) for group in groups]
+                means = [end.mean for end in ends]
+                bars = np.transpose([(end.mean - end.low, end.high - end.mean) for end in ends])
+                axes.errorbar(counts, means, bars, label=label, color=colour, marker=marker)
+                data += [{"reference": reference, "solver": label, "evaluations": c, "psnr": m}
+                         for c, m in zip(counts, means, strict=True)]  # fmt: skip
+            if reference == "converged":
+                level = np.mean([row["references"] for row in rows])
+                axes.axhline(level, color="black", linestyle="--", linewidth=0.8)
+            axes.set(xlabel="evaluations", ylabel="PSNR, dB" if letter == "a" else "")
+            plots.letter(axes, f"{letter}  against the {reference} picture")
+        handles, labels = axes.get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
+        plots.save(figure, path, data)
+
+
+@figure_script
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    path = run(args) if args.run else args.records
+    saved = read_saved([path], NEEDS, unique=("key",))
+    draw_figure(saved.rows, args.out / "solvers")
+    plots.write_words(args.out / "solvers.md", answer(saved.rows, source_of(path.parent)))
+    return saved.exit_code()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
