@@ -189,7 +189,7 @@ def checkpoint_name(loaded: Any) -> str | None:
     """Last part of the folder or hub id that a pipeline or transformer was loaded from; None if made anew."""
     config = getattr(loaded, "config", None)
     path = config.get("_name_or_path") if isinstance(config, Mapping) else None
-    parts = [part for part in re.split(r"[/\\]", path or "") if part not in ("", "transformer")]
+    parts = [part for part in re.split(r"[/\\]", path or "") if part not in ("", *DENOISERS)]
     cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]  # the hub's cache
     return (cached or parts or [None])[-1]
 

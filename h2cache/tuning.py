@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from h2cache.api import checkpoint_name, disable, enable, last_course, summary
+from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_course, summary
 from h2cache.h2 import H2Config
 from h2cache.method import MethodConfig
 from h2cache.plan import PlanConfig
@@ -131,7 +131,7 @@ def _tune_plan(
     call: dict[str, Any],
 ) -> Tuned:
     studio, others = Studio(pipe, prompts, call, seed), Studio(pipe, held_out, call, seed + len(prompts))
-    model = checkpoint_name(pipe)
+    model = checkpoint_name(pipe) or checkpoint_name(denoisers_of(pipe)[0])
     if not model and save is None:
         raise ValueError("the pipeline was loaded from no folder or hub id: say where to keep it, save=FILE")
     size = "x".join(map(str, studio.draw(0, PlanConfig(speedup=1.0)).shape[:-1]))

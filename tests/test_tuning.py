@@ -1,0 +1,172 @@
+"""Tuned plans: found by measuring, kept in a file, found again by model, sampler and number of steps."""
+
+import json
+
+import pytest
+import torch
+
+import h2cache
+from h2cache import PlanConfig, tuned, tuning
+from h2cache.tuned import Estimate, Quality, Tuned, TunedPlan
+
+CALL = {"height": 128, "width": 128, "max_sequence_length": 24, "num_inference_steps": 10}
+PROMPTS = [
+    {"prompt": 'a red round sign that says "CAFE" on a striped green background', "seed": 3},
+    {"prompt": 'a blue oval badge that says "OPEN" on a dotted pink background', "seed": 4},
+]
+OTHER = [{"prompt": 'a black square sign that says "GO" on a white background', "seed": 5}]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    """No test reads or writes the plans of whoever runs it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tuned, "SHIPPED", tmp_path / "shipped")
+
+
+def draw(pipe, **further):
+    given = {k: v for k, v in PROMPTS[0].items() if k != "seed"} | CALL | {"output_type": "latent"} | further
+    return pipe(**given, generator=torch.Generator().manual_seed(0)).images
+
+
+@pytest.fixture
+def found(tiny):
+    return h2cache.tune(tiny, PROMPTS, held_out=OTHER, speedups=(2, 3.3), progress=False, **CALL)
+
+
+def test_a_search_never_ends_below_its_start(tiny, found):
+    studio = tuning.Studio(tiny, PROMPTS, CALL, 0)
+    for plan in found.plans:
+        both = PlanConfig(steps=plan.steps), PlanConfig(evaluations=plan.evaluations, file="none")
+        best, start = (sum(studio.fidelity(n, config) for n in (0, 1)) for config in both)
+        assert best >= start
+        assert plan.held_out.pictures == 1
+    assert [plan.evaluations for plan in found.plans] == [3, 5]
+
+
+def test_a_plan_is_found_again_by_its_speed(tiny, found):
+    plan = found.plan(5)
+    h2cache.enable(tiny, speedup=2)
+    draw(tiny)
+    assert h2cache.summary(tiny).evaluated == plan.steps
+    h2cache.enable(tiny, PlanConfig(speedup=2, file="none"))
+    draw(tiny)
+    assert len(h2cache.summary(tiny).evaluated) == 5
+
+
+def test_a_wanted_quality_takes_the_fastest_plan_that_keeps_it(tiny, found):
+    low, high = (plan.low for plan in found.plans)
+    assert low < high
+    h2cache.enable(tiny, psnr=(low + high) / 2)
+    draw(tiny)
+    summary = h2cache.summary(tiny)
+    assert summary.evaluated == found.plan(5).steps
+    h2cache.enable(tiny, psnr=99.0)
+    draw(tiny)
+    assert len(h2cache.summary(tiny).evaluated) == 10
+    assert "no tuned plan keeps 99.0 dB" in h2cache.summary(tiny).warning
+
+
+def test_a_wanted_quality_of_an_untuned_model_is_refused_with_the_command(tiny):
+    with pytest.raises(ValueError, match="analysis.tune"):
+        h2cache.enable(tiny, psnr=40)
+
+
+def test_other_steps_take_it_by_noise_level_and_say_so(tiny, found):
+    h2cache.enable(tiny, evaluations=5)
+    draw(tiny, num_inference_steps=20)
+    summary = h2cache.summary(tiny)
+    assert len(summary.evaluated) == 5
+    assert summary.notes == ("tuned at 10 steps, not measured at 20",)
+
+
+def test_a_stopped_search_goes_on(tiny, tmp_path, monkeypatch):
+    drawn, own = [], tuning.Studio.fidelity
+
+    def stopping(self, number, config, saved=False):
+        drawn.append(config)
+        if len(drawn) == 4:
+            raise KeyboardInterrupt
+        return own(self, number, config, saved)
+
+    path = tmp_path / "plans.json"
+    search = {"speedups": (3.3,), "save": path, "progress": False}
+    monkeypatch.setattr(tuning.Studio, "fidelity", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        h2cache.tune(tiny, PROMPTS, **search, **CALL)
+    assert "_h2cache" not in vars(tiny.transformer)
+    h2cache.tune(tiny, PROMPTS, **search, **CALL)
+    again = len(drawn)
+    drawn.clear()
+    monkeypatch.setattr(tuning.Studio, "fidelity", lambda *a, **k: drawn.append(a) or own(*a, **k))
+    path.unlink()
+    h2cache.tune(tiny, PROMPTS, **search, **CALL)
+    assert again - 4 < len(drawn)  # the second search found what the first had measured
+
+
+def test_a_file_is_passed_on(tiny, found, tmp_path):
+    path = found.save(tmp_path / "shared.json")
+    assert Tuned.load(path) == found
+    config = PlanConfig(evaluations=5, file=str(path))
+    h2cache.enable(tiny, config)
+    draw(tiny)
+    assert h2cache.summary(tiny).evaluated == found.plan(5).steps
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"plans": [{"steps": "x"}]}', '{"plans": 3}'])
+def test_a_broken_file_is_refused_by_name(tiny, tmp_path, text):
+    path = tmp_path / "broken.json"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"broken\.json is no file of tuned plans"):
+        h2cache.enable(tiny, PlanConfig(speedup=2, file=str(path)))
+
+
+def test_the_expectation_follows_the_error_of_each_picture(tiny, found, tmp_path):
+    estimate = Estimate(slope=1.0, offset=0.0, error=2.0)
+    facts = json.loads(found.save(tmp_path / "a.json").read_text())
+    facts["estimate"] = {"slope": estimate.slope, "offset": estimate.offset, "error": estimate.error}
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps(facts))
+    h2cache.enable(tiny, PlanConfig(evaluations=5, file=str(path)))
+    prompts = [p["prompt"] for p in PROMPTS]
+    generators = [torch.Generator().manual_seed(n) for n in (0, 1)]
+    tiny(prompts, **CALL, generator=generators, output_type="latent")
+    summary = h2cache.summary(tiny)
+    assert summary.expected_error == 2.0
+    assert len(summary.expected_psnr) == 2
+    draw(tiny)
+    alone = h2cache.summary(tiny).expected_psnr
+    assert alone == (pytest.approx(summary.expected_psnr[0], abs=1e-3),)
+
+
+def test_the_line_of_the_estimate_is_the_least_squares_one():
+    rows = [(10 ** (-(40 + n) / 20), 40.0 + n) for n in range(5)]  # PSNR = -20 log10(e)
+    assert tuning.fit(rows) == Estimate(1.0, 0.0, 0.0)
+    assert tuning.fit(rows[:2]) is None
+
+
+def test_quality_says_what_nine_in_ten_reach():
+    quality = Quality.of([50.0, 52.0, 48.0])
+    assert (quality.mean, quality.worst, quality.deviation) == (50.0, 48.0, 2.0)
+    assert TunedPlan((0, 3), quality).low == pytest.approx(47.2)
+
+
+@pytest.mark.parametrize(("method", "speedup"), [("h2cache", 2.0), ("block_cache", 2.5)])
+def test_thresholds_are_found_for_a_speed(tiny, method, speedup):
+    found = h2cache.tune(tiny, PROMPTS[:1], method=method, speedup=speedup, progress=False, **CALL)
+    assert found.config.name == method
+    assert found.speedup == pytest.approx(speedup, rel=0.25)  # ten steps allow few speeds
+    h2cache.enable(tiny, found.config)
+    draw(tiny)
+    assert h2cache.summary(tiny).block_ratio > 1.5
+
+
+def test_bad_requests_are_refused(tiny):
+    with pytest.raises(ValueError, match="prompts is empty"):
+        h2cache.tune(tiny, [])
+    with pytest.raises(ValueError, match=r"speedup 0\.5 is out of range"):
+        h2cache.tune(tiny, PROMPTS, speedups=(0.5,))
+    with pytest.raises(ValueError, match="needs a wanted speed"):
+        h2cache.tune(tiny, PROMPTS, method="h2cache")
+    with pytest.raises(ValueError, match="neither thresholds nor an interval"):
+        h2cache.tune(tiny, PROMPTS, method="none", speedup=2.0, progress=False, **CALL)
