@@ -22,6 +22,8 @@ from h2cache.records import StepRecord, Summary
 from h2cache.registry import find_method, method_names
 from h2cache.tuning import tune
 
+__version__ = "0.2.0"  # the one place: pyproject.toml reads it
+
 __all__ = [
     "H2Cache",
     "H2Config",
@@ -55,6 +57,7 @@ def _find_baselines() -> None:
         )
         module = sys.modules["h2cache.baselines"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        globals()["baselines"] = module  # as the import of a package below this one would
 
 
 _find_baselines()

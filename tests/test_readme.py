@@ -6,9 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from conftest import PROMPT
 
-import h2cache
 from analysis import pareto
 from analysis.table import narrow
 
@@ -30,26 +28,6 @@ def test_the_methods_table_is_that_of_the_shipped_rows():
     table = [line for line in pareto.at_once(measured) if line.startswith("|")]
     assert len(table) > 10
     assert "\n".join(table) in README
-
-
-def test_the_six_lines_run_as_they_stand(tiny):
-    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "summary(pipe)" in b)
-    given = {"guidance_scale": 3.5, "num_inference_steps": 4, "height": 128, "width": 128}
-    seen = []
-
-    class Pipe:
-        """The embedded pipeline, with its size and few steps."""
-
-        transformer = tiny.transformer
-
-        def __call__(self, prompt):
-            seen.append(prompt)
-            return tiny(PROMPT, max_sequence_length=24, **given)
-
-    exec(block, {"pipe": Pipe()})
-    assert seen
-    with pytest.raises(ValueError, match="no cache is enabled"):
-        h2cache.summary(tiny)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -110,7 +110,7 @@ def test_assembled_folder_draws(work, tmp_path):
     from diffusers import FluxPipeline
 
     assemble.assemble(work, tmp_path)
-    pipe = FluxPipeline.from_pretrained(tmp_path, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     pictures = pipe(
         assemble.EXAMPLE, height=128, width=128, num_inference_steps=2, max_sequence_length=24

@@ -68,6 +68,12 @@ def forget_origin(config: Path) -> None:
     config.write_text(json.dumps(kept, indent=2) + "\n")
 
 
+def load_in_float32(config: Path) -> None:
+    """By default transformers 5 takes the stored half precision, but diffusers float32: they must agree."""
+    kept = json.loads(config.read_text()) | {"dtype": "float32"}
+    config.write_text(json.dumps(kept, indent=2) + "\n")
+
+
 def limits(tokenizer: PreTrainedTokenizerFast) -> dict:
     """What the model can be asked for, in the form the command line reads."""
     words = sorted(
@@ -88,10 +94,10 @@ def assemble(work: Path, out: Path) -> None:
     tokenizer = PreTrainedTokenizerFast.from_pretrained(work / "tokenizer")
     pipe = FluxPipeline(
         scheduler=scheduler(),
-        vae=AutoencoderKL.from_pretrained(work / "vae", torch_dtype=half),
-        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder", torch_dtype=half),
+        vae=AutoencoderKL.from_pretrained(work / "vae").to(half),
+        text_encoder=CLIPTextModel.from_pretrained(work / "text_encoder", dtype=half),
         tokenizer=tokenizer,
-        text_encoder_2=T5EncoderModel.from_pretrained(work / "text_encoder_2", torch_dtype=half),
+        text_encoder_2=T5EncoderModel.from_pretrained(work / "text_encoder_2", dtype=half),
         tokenizer_2=PreTrainedTokenizerFast.from_pretrained(work / "tokenizer_2"),
         transformer=load_transformer(work / "checkpoint.pt").to(half),
     )
@@ -101,6 +107,8 @@ def assemble(work: Path, out: Path) -> None:
         portable_tokenizers(folder)
         portable_names(folder / "text_encoder/model.safetensors")
         forget_origin(folder / "vae/config.json")
+        for encoder in ("text_encoder", "text_encoder_2"):
+            load_in_float32(folder / encoder / "config.json")
         (folder / "limits.json").write_text(json.dumps(limits(tokenizer), indent=2) + "\n")
         shutil.copytree(folder, out, dirs_exist_ok=True)
 

@@ -174,7 +174,7 @@ def drawer(folder: str, steps: int):
     """A function (prompt, seed) -> picture."""
     from diffusers import FluxPipeline
 
-    pipe = FluxPipeline.from_pretrained(folder, torch_dtype=torch.float32)
+    pipe = FluxPipeline.from_pretrained(folder).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
     def draw(prompt: str, seed: int) -> Image.Image:

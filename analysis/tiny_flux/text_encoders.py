@@ -112,9 +112,8 @@ class FrozenEncoders(nn.Module):
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        load = {"torch_dtype": torch.float32}
-        self.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2", **load)
-        self.clip = CLIPTextModel.from_pretrained(folder / "text_encoder", **load)
+        self.t5 = T5EncoderModel.from_pretrained(folder / "text_encoder_2").float()
+        self.clip = CLIPTextModel.from_pretrained(folder / "text_encoder").float()
         self.t5_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer_2")
         self.clip_tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
         self.eval().requires_grad_(False)

@@ -93,7 +93,7 @@ def report(vae: AutoencoderKL, device: str) -> None:
 
 def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
-    vae = AutoencoderKL.from_pretrained(args.init, torch_dtype=torch.float32) if args.init else build_vae()
+    vae = AutoencoderKL.from_pretrained(args.init).float() if args.init else build_vae()
     vae = vae.to(args.device).train()
     named = list(vae.decoder.named_parameters())
     kernels = [p for name, p in named if is_kernel(name, p)]
