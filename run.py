@@ -2,7 +2,7 @@
 
     python run.py                                          # the FLUX that ships with the repository
     python run.py --prompt 'a blue oval badge that says "OPEN" on a dotted pink background' --seed 7
-    python run.py --prompts my.txt --preset tiny_flux-5x-ahead --set warmup_steps=3
+    python run.py --prompts my.txt --preset tiny_flux-5x --set warmup_steps=3
     python run.py --input-image assets/example.png --prompt "..."             # to begin with, edit or animate
     python run.py --model black-forest-labs/FLUX.1-dev     # needs the weights and a GPU; 4 bits with nunchaku
 

@@ -23,7 +23,7 @@ VARIANTS = (
     "speca:granularity=stage",
     "taylorseer_lite:lite_at=hidden",
     "h2cache:predictor=taylor",
-    "h2cache:predictor=taylor:repay=true:ahead=true",
+    "h2cache:predictor=taylor:repay=true",
     "h2cache:predictor=dmd",
 )
 

@@ -65,6 +65,7 @@ LOOKS = {
     "h2cache": Look("H2-Cache", "#D55E00", "o"),
     "h2cache predictor=taylor": Look("H2-Cache, Taylor", "#8C3D00", "o"),
     "h2cache ahead=true predictor=taylor repay=true": Look("H2-Cache, planned ahead", "#B2182B", "s"),
+    "h2cache predictor=dmd": Look("H2-Cache, dynamic modes", "#D4A373", "o"),
     "block_cache": Look("Block Cache", "#E69F00", "^"),
     "teacache": Look("TeaCache", "#0072B2", "D"),
     "fewer_steps": Look("fewer steps (control)", "#999999", "X"),

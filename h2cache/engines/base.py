@@ -113,7 +113,7 @@ class Engine(ABC):
         raise NotImplementedError(f"{self.name} does not offer it")
 
     def own_steps(self, pipeline: Any, transformer: nn.Module, total: int | None) -> int | None:
-        """How many of a request's `total` steps `transformer` takes: all, unless a pipeline has several."""
+        """How many of `total` steps to come `transformer` takes: all, unless a pipeline has several."""
         return total
 
 

@@ -44,5 +44,6 @@ class WanDiffusers(Engine):
         if ratio is None or second is None or pipeline.transformer is None or total is None:
             return total
         boundary = ratio * pipeline.scheduler.config.num_train_timesteps
-        high = int((pipeline.scheduler.timesteps >= boundary).sum())  # a wait, once a request
+        left = pipeline.scheduler.timesteps[-total:]  # where this transformer's turn comes
+        high = int((left >= boundary).sum())  # a wait, once a request
         return total - high if transformer is second else high

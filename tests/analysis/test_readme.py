@@ -1,0 +1,69 @@
+"""The README's tables, commands and links are those of the repository: nobody typed a figure."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import h2cache
+from analysis import pareto
+from analysis.table import narrow
+from tests.helpers.toys import PROMPT
+
+README = Path("README.md").read_text(encoding="utf-8")
+PAGES = [
+    "README.md", "baselines/README.md", "h2cache/engines/README.md", "assets/results/README.md",
+    "assets/tiny_flux/README.md",
+]  # fmt: skip
+
+
+def test_the_experiments_table_is_that_of_the_shipped_rows():
+    table = json.loads(Path("assets/results/experiment/table.json").read_text())["rows"]
+    assert narrow(table) in README
+
+
+def test_the_methods_table_is_that_of_the_shipped_rows():
+    rows = pareto.read(pareto.SHIPPED).rows
+    measured = {metric: pareto.points(rows, metric) for metric in ("psnr", "words_read")}
+    table = [line for line in pareto.at_once(measured) if line.startswith("|")]
+    assert len(table) > 10
+    assert "\n".join(table) in README
+
+
+def test_the_six_lines_run_as_they_stand(tiny):
+    block = next(b for b in re.findall(r"```python\n(.*?)```", README, re.S) if "summary(pipe)" in b)
+    given = {"guidance_scale": 3.5, "num_inference_steps": 4, "height": 128, "width": 128}
+    seen = []
+
+    class Pipe:
+        """The embedded pipeline, with its size and few steps."""
+
+        transformer = tiny.transformer
+
+        def __call__(self, prompt):
+            seen.append(prompt)
+            return tiny(PROMPT, max_sequence_length=24, **given)
+
+    exec(block, {"pipe": Pipe()})
+    assert seen
+    with pytest.raises(ValueError, match="no cache is enabled"):
+        h2cache.summary(tiny)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_modules_are_there(page):
+    text = Path(page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("http") or (Path(page).parent / target).exists(), target
+    for module in re.findall(r"python -m ((?:analysis|tests)[\w.]*)", text):
+        if not module.endswith("_METHOD") and "fit_METHOD" not in module:
+            assert importlib.util.find_spec(module.rstrip(".")), module
+    for file in re.findall(r"`((?:h2cache|analysis|baselines|assets|tests)/[\w/.]+\.\w+)`", text):
+        example = Path(file).stem in ("every_other", "sketch")  # files that the reader is shown how to add
+        assert example or Path(file).exists() or (Path(page).parent / file).exists(), file
+
+
+def test_there_are_four_figures_at_the_most():
+    assert len(re.findall(r"!\[", README)) <= 4
