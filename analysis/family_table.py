@@ -38,7 +38,7 @@ STAND_IN = {  # for constants fitted to a checkpoint
     "coefficients": (0.0, 0.0, 0.0, 1.0, 0.0),
     "ratios": (1.0, 1.0, 1.0),
 }
-VARIANTS = (  # what is proposed where a method is refused, and planning ahead
+VARIANTS = (  # what is proposed where a method is refused
     "taylorseer:granularity=stage",
     "taylorseer_lite:lite_at=hidden",
     "hicache:granularity=stage",

@@ -17,7 +17,8 @@ from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
 from analysis.families import with_prompt
-from h2cache.engines import find_engine, lay_out
+from h2cache.engines import find_engine
+from h2cache.engines.base import lay_out
 
 
 def _attention(query, key, value, *_, out_shape=None, **__) -> int:

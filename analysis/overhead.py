@@ -92,15 +92,21 @@ def run(args: argparse.Namespace) -> None:
     model = build(args)
     heads = only_heads(model)
     inputs = random_inputs(model.config, args.tokens, args.text, args.device, getattr(torch, args.dtype))
+    timesteps = torch.linspace(1.0, 0.5, args.burst + 1, device=args.device).split(
+        1
+    )  # they fall: one request
+
+    def step(transformer: torch.nn.Module, number: int) -> None:
+        with transformer.cache_context("cond"):
+            transformer(**inputs | {"timestep": timesteps[number]})
 
     def timed(transformer: torch.nn.Module) -> float:
         """Seconds of one step: the mean of a burst, since in a run hits follow hits."""
         synchronise()
         start = time.perf_counter()
         with torch.inference_mode():
-            for _ in range(args.burst):
-                with transformer.cache_context("cond"):
-                    transformer(**inputs)
+            for number in range(1, args.burst + 1):
+                step(transformer, number)
         synchronise()
         return (time.perf_counter() - start) / args.burst
 
@@ -109,8 +115,8 @@ def run(args: argparse.Namespace) -> None:
             torch.accelerator.synchronize()
 
     def first_step() -> None:
-        with torch.inference_mode(), model.cache_context("cond"):
-            model(**inputs)
+        with torch.inference_mode():
+            step(model, 0)
 
     contestants = ("uncached", "all hit", "structure miss", "disabled", "heads")
     times: dict[str, list[float]] = {name: [] for name in contestants}

@@ -126,7 +126,7 @@ def lines_of(labels: list[str]) -> dict[str, str]:
 
 
 def _spelt_out(label: str) -> str:
-    """A preset's label, `h2cache (tiny_flux-5x-ahead)`, as that of its settings; others as they are."""
+    """A preset's label, `h2cache (tiny_flux-5x)`, as that of its settings; others as they are."""
     method, _, rest = label.partition(" (")
     preset = PRESETS.get(rest.removesuffix(")"))
     if preset is None:
@@ -267,8 +267,8 @@ def answer(measured: dict[str, list[dict]], source: str) -> str:
             best = (max if higher else min)(caches, key=caches.get)
             text = f"- At {ratio:g}x the best cache is {plots.look(best).name} ({caches[best]:{form}})"
             if CONTROL in known:
-                ahead = (caches[best] - known[CONTROL]) * (1 if higher else -1)
-                word = "better" if ahead > 0 else "worse" if ahead < 0 else "the same"
+                gain = (caches[best] - known[CONTROL]) * (1 if higher else -1)
+                word = "better" if gain > 0 else "worse" if gain < 0 else "the same"
                 text += f"; taking fewer steps instead gives {known[CONTROL]:{form}}: the cache is {word}"
             lines.append(text + ".")
     return "\n".join(lines)

@@ -135,7 +135,7 @@ def summary(target: Any) -> Summary:
     """
     requests = _newest_requests(target)
     name = _attachments_of(target)[0].config.name
-    held = sum(request.most_bytes_held for request in requests)
+    held = max(request.most_bytes_held for request in requests)  # of two transformers one after the other
     needed = sum(request.bytes_needed for request in requests)
     return summarise(
         name,

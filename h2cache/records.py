@@ -15,7 +15,7 @@ class StepRecord:
     """One stage at one step of one branch."""
 
     step: int  # from 0, within the request
-    timestep: float  # as the transformer gets it (FLUX: 1 .. 0)
+    timestep: float  # noise level as the scheduler has it, 1 .. 0; in a loop of the user's own as it came
     branch: str  # guidance branch: "cond", "uncond", or "call 0", "call 1" where the pipeline gives no names
     stage: str
     measure: float | None  # relative change; the largest of a batch; None: nothing to compare, or forced

@@ -153,7 +153,7 @@ class Requests:
             if branch is None:
                 request, reason = None, "the same timestep came again and again"
                 branch = self._branch(timestep, new=True)
-            elif request is not None and branch != "call 0" and self._returns(request, inputs):
+            elif request is not None and branch != "call 0" and self._returns(request, branch, inputs):
                 request, reason = None, "the timestep did not fall"
                 branch = self._branch(timestep, new=True)
         if request is not None and (changed := self._changed(request, branch, inputs)):
@@ -179,14 +179,15 @@ class Requests:
             return f"call {count}"
         return name if count == 0 else f"{name} {count}"
 
-    def _returns(self, request: Request, inputs: Inputs) -> bool:
-        """Whether a second call at one timestep is a known branch with other latents: Heun, or a new start.
+    def _returns(self, request: Request, branch: str, inputs: Inputs) -> bool:
+        """Whether a further call at one timestep is an earlier one of them again, with other latents.
 
-        Guidance gives each branch the same latents and a text of its own.
+        That is Heun's second look, or a new start. Guidance gives each branch the same latents and a text of
+        its own.
         """
-        text = _text(inputs)
-        same = [b for b, signature in request.signatures.items() if dict(signature)["prompt"] == text]
-        return any(not _equal(request.latents[branch], inputs.latents) for branch in same)
+        text, earlier = _text(inputs), (f"call {n}" for n in range(int(branch.removeprefix("call "))))
+        same = [name for name in earlier if dict(request.signatures[name])["prompt"] == text]
+        return any(not _equal(request.latents[name], inputs.latents) for name in same)
 
     def _begin(self, request: Request) -> Request:
         if self._local.request is not None:

@@ -1,70 +1,18 @@
-"""Small models that every test can afford: a FLUX of random weights, and the embedded trained one."""
+"""What any test may ask for."""
 
 import copy
+from collections.abc import Iterator
 
 import pytest
 import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
-from nunchaku_env import checkpoint, nunchaku  # noqa: F401  fixtures
 
+import h2cache
 from analysis.runs import load_pipeline
+from tests.helpers.nunchaku_env import checkpoint, nunchaku  # noqa: F401  fixtures
+from tests.helpers.toys import TINY, make_flux
 
 torch.set_num_threads(1)  # two threads starve each other on a busy machine
-
-TINY = "assets/tiny_flux"
-PROMPT = 'a red round sign that says "CAFE" on a striped green background'
-
-
-def make_flux(double: int = 3, single: int = 4, seed: int = 0) -> FluxTransformer2DModel:
-    """A FLUX transformer of random weights, 32 wide."""
-    torch.manual_seed(seed)
-    model = FluxTransformer2DModel(
-        in_channels=8,
-        num_layers=double,
-        num_single_layers=single,
-        attention_head_dim=16,
-        num_attention_heads=2,
-        joint_attention_dim=12,
-        pooled_projection_dim=10,
-        guidance_embeds=True,
-        axes_dims_rope=(4, 6, 6),
-    )
-    return model.eval()
-
-
-def make_inputs(
-    batch: int = 1, tokens: int = 16, text: int = 5, seed: int = 0, timestep: float = 1.0
-) -> dict:
-    """Arguments of one forward call of `make_flux`'s model."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.zeros(tokens, 3)
-    ids[:, 2] = torch.arange(tokens)
-    return {
-        "hidden_states": torch.randn(batch, tokens, 8, generator=g),
-        "encoder_hidden_states": torch.randn(batch, text, 12, generator=g),
-        "pooled_projections": torch.randn(batch, 10, generator=g),
-        "timestep": torch.full((batch,), timestep),
-        "guidance": torch.full((batch,), 3.5),
-        "img_ids": ids,
-        "txt_ids": torch.zeros(text, 3),
-    }
-
-
-def denoise(model, steps: int = 6, branch: str | None = "cond", inputs: dict | None = None, **extra) -> list:
-    """A denoising loop as a pipeline drives it; returns the transformer's output at every step."""
-    inputs = dict(inputs or make_inputs())
-    latents, outputs = inputs.pop("hidden_states"), []
-    for n in range(steps):
-        call = inputs | extra | {"timestep": torch.full((latents.shape[0],), 1 - n / steps)}
-        with torch.no_grad():
-            if branch is None:
-                out = model(hidden_states=latents, **call).sample
-            else:
-                with model.cache_context(branch):
-                    out = model(hidden_states=latents, **call).sample
-        outputs.append(out)
-        latents = latents - out / steps
-    return outputs
 
 
 @pytest.fixture
@@ -80,7 +28,7 @@ def _tiny_pipeline() -> FluxPipeline:
 
 
 @pytest.fixture
-def tiny(_tiny_pipeline) -> FluxPipeline:
+def tiny(_tiny_pipeline) -> Iterator[FluxPipeline]:
     """The embedded model; components are shared, the pipeline and its scheduler are the test's own."""
     parts = dict(_tiny_pipeline.components, scheduler=copy.deepcopy(_tiny_pipeline.scheduler))
     pipeline = FluxPipeline(
@@ -88,16 +36,4 @@ def tiny(_tiny_pipeline) -> FluxPipeline:
     )
     pipeline.set_progress_bar_config(disable=True)
     yield pipeline
-    import h2cache
-
     h2cache.disable(pipeline)
-
-
-def generate(pipeline, prompt=PROMPT, steps: int = 8, seed: int = 0, **kwargs) -> torch.Tensor:
-    """Latents of `prompt` (a string, or a list: the n-th sample then has seed + n)."""
-    many = isinstance(prompt, list)
-    generators = [torch.Generator().manual_seed(seed + n) for n in range(len(prompt) if many else 1)]
-    settings = {"height": 128, "width": 128, "max_sequence_length": 24, "output_type": "latent"} | kwargs
-    return pipeline(
-        prompt, num_inference_steps=steps, generator=generators if many else generators[0], **settings
-    ).images

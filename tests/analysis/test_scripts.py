@@ -1,0 +1,230 @@
+"""What the command-line scripts share: settings, messages in place of tracebacks, files, machine names."""
+
+import gzip
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from analysis import bench_step, calibrate, family_table, fit_magcache, fit_teacache, keep, ocr, table
+from analysis.peak import PeakMemory
+from analysis.scripts import guarded, is_embedded, shard, shipped
+from analysis.sheets import fitted, grid
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ValueError("which"), 2),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2),
+        (MemoryError("too much"), 2),
+        (KeyboardInterrupt(), 130),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(capsys, error, code):
+    def work():
+        raise error
+
+    assert guarded(work, "the rest is kept") == code
+    told = capsys.readouterr().err
+    assert told == ("stopped: the rest is kept\n" if code == 130 else f"error: {error}\n")
+
+
+def test_a_reader_that_leaves_is_no_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "analysis.table", "assets/results/tiny_flux_ahead"]
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_a_fault_of_ours_keeps_its_traceback():
+    def work():
+        raise KeyError("ours")
+
+    with pytest.raises(KeyError):
+        guarded(work, "")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (table.main, ["MISSING"], "MISSING/table.json is not there"),
+        (bench_step.main, ["--model", "MISSING"], "no model folder 'MISSING'"),
+        (family_table.main, ["--table", "--out", "MISSING"], "families.json is not there"),
+        (calibrate.main, ["--table", "--out", "MISSING"], "MISSING holds no records"),
+        (calibrate.main, ["--pairs", "0.3"], "--pairs 0.3: the form is TAU1/TAU2"),
+        (ocr.main, ["MISSING.png"], "MISSING.png"),
+        (fit_teacache.main, ["--model", "MISSING/"], "no model folder"),
+        (fit_magcache.main, ["--prompts", "MISSING.jsonl"], "MISSING.jsonl"),
+    ],
+)
+def test_a_script_names_what_is_wrong(capsys, main, arguments, message):
+    assert main(arguments) == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.startswith("error: ")
+
+
+@pytest.mark.parametrize(
+    ("main", "arguments", "message"),
+    [
+        (family_table.main, ["--methods", "nosuch", "--out", "X"], "unknown method 'nosuch'"),
+        (family_table.main, ["--families", "flux"], "give --out DIR"),
+        (family_table.main, ["--methods", "h2cache"], "give --out DIR"),
+        (calibrate.main, ["--shard", "3/2"], "'3/2' is not I/N"),
+        (calibrate.main, ["--dtype", "fp16"], "invalid choice: 'fp16'"),
+        (fit_teacache.main, ["--dtype", "fp16"], "invalid choice: 'fp16'"),
+        (fit_magcache.main, ["--dtype", "fp16"], "invalid choice: 'fp16'"),
+    ],
+)
+def test_a_broken_option_is_a_usage_error(capsys, main, arguments, message):
+    with pytest.raises(SystemExit) as error:
+        main(arguments)
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_overhead_refuses_an_unknown_dtype():
+    command = [sys.executable, "-m", "analysis.overhead", "--dtype", "fp16"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "invalid choice: 'fp16'" in done.stderr
+
+
+@pytest.mark.parametrize("module", ["calibrate", "fit_teacache", "fit_magcache"])
+def test_ctrl_c_is_no_traceback(tmp_path, module):
+    out = [] if module == "fit_magcache" else ["--out", str(tmp_path)]
+    process = subprocess.Popen(
+        [sys.executable, "-u", "-m", f"analysis.{module}", *out],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    told = ""
+    while "prompt/s" not in told:  # the progress bar: it is drawing
+        told += process.stderr.read(1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    told += process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert "stopped: " in told
+    assert "Traceback" not in told
+
+
+def test_the_shell_script_needs_no_command_named_python(tmp_path):
+    """On many machines there is python3 only."""
+    for name in ("bash", "dirname"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    path = tmp_path / "python3"
+    path.write_text(f'#!{shutil.which("bash")}\nexec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    command = ["bash", "run_exper.sh", "--quick", "--help"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PATH": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "usage: " in done.stdout
+    path.unlink()
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PATH": str(tmp_path)}
+    )
+    assert (done.returncode, done.stderr) == (2, "error: neither python nor python3 is on the PATH\n")
+
+
+def test_a_shard_is_one_of_n():
+    assert shard("1/2") == (1, 2)
+
+
+@pytest.mark.parametrize("model", ["assets/tiny_flux", "./assets/tiny_flux", "/x/assets/tiny_flux/"])
+def test_the_embedded_model_is_known_by_its_name(model):
+    assert is_embedded(model)
+    assert not is_embedded("black-forest-labs/FLUX.1-dev")
+
+
+def test_files_of_the_checkout_are_found_from_anywhere(monkeypatch, tmp_path):
+    assert shipped("assets/tiny_flux") == "assets/tiny_flux"
+    monkeypatch.chdir(tmp_path)
+    assert shipped("assets/tiny_flux") == str(CHECKOUT / "assets/tiny_flux")
+
+
+# Files.
+
+
+def test_sweeping_leaves_what_is_not_surely_dead(tmp_path, monkeypatch):
+    dead, own = keep.temporary(tmp_path / "a.json", 999999999), keep.temporary(tmp_path / "b.json")
+    elsewhere = tmp_path / ".a.json.another-machine.999999999.tmp"
+    strange = tmp_path / ".x.tmp"
+    for path in (dead, own, elsewhere, strange):
+        path.write_text("{")
+    keep.sweep(tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {own.name, elsewhere.name, strange.name}
+
+    def forbidden(process: int, number: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", forbidden)  # of another user
+    keep.sweep(tmp_path)
+    assert own.exists()
+
+
+def test_a_broken_line_is_told_plainly_and_kept(tmp_path, capsys):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"key": "a"}\n{broken\n')
+    for _ in range(2):  # kept once
+        assert guarded(lambda: keep.write_records(path, keep.read_records(path)), "") == 0
+    assert capsys.readouterr().err == f"warning: {path} line 2 is broken and left out\n"
+    assert path.read_text() == '{"key": "a"}\n'
+    path.write_text('{"key": "a"}\n{broken\n[]\n')
+    guarded(lambda: keep.read_records(path), "")
+    assert (tmp_path / "records.jsonl.broken").read_text() == "{broken\n[]\n"
+
+
+def test_packed_records_are_read(tmp_path):
+    path = tmp_path / "records-0-of-1.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"key": "a"}\n'))
+    assert keep.read_records(path) == {"a": {"key": "a"}}
+    assert calibrate.read(tmp_path) == [{"key": "a"}]
+
+
+def test_the_machine_is_what_was_computed_on(monkeypatch):
+    monkeypatch.setattr(keep, "device_name", lambda: "an accelerator")
+    assert keep.machine("cpu")["device_name"] == keep.cpu_name()
+    assert keep.machine("cuda:1")["device_name"] == keep.machine()["device_name"] == "an accelerator"
+
+
+def test_a_sandbox_without_peaks_tells_none(monkeypatch, tmp_path):
+    monkeypatch.setattr("analysis.peak.RESET", tmp_path)  # it is there, and cannot be written
+    peak = PeakMemory(torch.device("cpu"))
+    peak.start()
+    assert (peak.kind, peak.bytes()) == ("unknown", None)
+
+
+def test_a_missing_reader_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    assert "reading words needs onnxruntime: pip install" in ocr.problem()
+
+
+# Sheets.
+
+
+@pytest.mark.parametrize("heading", ["h2cache (tiny_flux-5x-nearest)", "block_cache threshold=0.2", "x" * 90])
+def test_headings_fit_their_column(heading):
+    text, face = fitted(heading, 192)
+    assert all(face.getlength(line) <= 192 for line in text.split("\n"))
+    if "x" * 90 not in heading:
+        assert text.replace("\n", " ") == heading
+    picture = Image.new("RGB", (64, 64), "red")
+    sheet = grid([[picture, picture]], [heading, "none"], [["a", "b"]])
+    assert sheet.getpixel((8 + 192, sheet.height - 24 - 96)) == (255, 255, 255)
+    assert sheet.getpixel((8 + 96, sheet.height - 24 - 96)) == (255, 0, 0)

@@ -1,0 +1,168 @@
+"""The models that every method is tried on: one list, for the contract tests.
+
+A `Case` has a target (pipeline or transformer) and runs a number of steps on it. Of a family's pipeline the
+calls of its transformers are recorded once and played back, so that a test takes milliseconds and sees what
+the real pipeline passes: names of branches, keywords, lists, masks.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from copy import copy
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from analysis.tiny_families import FAMILIES
+from tests.helpers.nunchaku_double import make_v1, make_v2
+from tests.helpers.toys import denoise, make_flux, make_inputs
+
+STEPS = 5
+# One of each kind that differs in what its transformer is given; all are run as a whole in test_families.py.
+RECORDED = (
+    "flux_kontext",
+    "flux_controlnet",
+    "flux2",
+    "flux2_klein_kv",
+    "qwen_image_edit",
+    "hunyuan_image",
+    "hunyuan_video",
+    "dit",
+    "sd3",
+    "z_image",
+    "wan22",
+    "wan_vace",
+)
+TRANSFORMERS = ("transformer", "transformer_2")
+
+
+def transformers_of(pipeline) -> list[nn.Module]:
+    return [t for name in TRANSFORMERS if (t := getattr(pipeline, name, None)) is not None]
+
+
+@dataclass(eq=False)
+class Case:
+    """A FLUX transformer alone, denoising as a pipeline would."""
+
+    target: nn.Module
+    inputs: dict
+    branches: int = 1
+    sizes: tuple[int, int] | None = None  # of the stages, where the model has no lists to tell
+
+    @property
+    def transformers(self) -> list[nn.Module]:
+        return [self.target]
+
+    @property
+    def fresh_starts(self) -> int:
+        """Steps of a branch that have nothing to reuse."""
+        return len(self.transformers)
+
+    def run(self, branch: int | None = None) -> list[Tensor]:
+        """The output of every call of a transformer."""
+        return denoise(self.target, STEPS, inputs=self.inputs)
+
+    def uncached(self) -> list[Tensor]:
+        """`run` before any method is enabled."""
+        return self.run()
+
+    @property
+    def stage_sizes(self) -> tuple[int, int]:
+        """Blocks of the two stages as they should be: by list, or a third of the only list and the rest."""
+        if self.sizes:
+            return self.sizes
+        model = self.transformers[0]
+        if hasattr(model, "single_transformer_blocks"):
+            return len(model.transformer_blocks), len(model.single_transformer_blocks)
+        lists = [getattr(model, name, None) for name in ("transformer_blocks", "blocks", "layers")]
+        total = next(len(blocks) for blocks in lists if blocks is not None)
+        return round(total / 3), total - round(total / 3)
+
+
+class Recorded(Case):
+    """The calls of a real pipeline's transformers, played back."""
+
+    def __init__(self, family: str) -> None:
+        pipeline, call = FAMILIES[family]()
+        self.calls = record(pipeline, call)
+        super().__init__(pipeline, {}, branches=len(self.calls) // STEPS)
+
+    @property
+    def transformers(self) -> list[nn.Module]:
+        return transformers_of(self.target)
+
+    @property
+    def fresh_starts(self) -> int:
+        """Klein KV starts afresh once more, when the tokens of the reference are gone."""
+        modes = {kwargs.get("kv_cache_mode") for *_, kwargs in self.calls}
+        return len(self.transformers) + len(modes) - 1
+
+    @cache  # noqa: B019  one object a family lives as long as the tests
+    def uncached(self) -> list[Tensor]:
+        return self.run()
+
+    def run(self, branch: int | None = None) -> list[Tensor]:
+        """The output of all calls, or of those of one guidance branch."""
+        calls = self.calls if branch is None else self.calls[branch :: self.branches]
+        outputs, further = [], {}
+        for model, name, args, kwargs in calls:
+            output = _play(model, name, args, kwargs | {k: v for k, v in further.items() if k in kwargs})
+            sample = output[0] if isinstance(output, tuple) else output.sample
+            outputs.append(torch.stack(sample) if isinstance(sample, list) else sample)  # Z-Image: a list
+            if isinstance(output, tuple) and len(output) == 2:  # FLUX.2 Klein KV: keys and values for later
+                further["kv_cache"] = output[1]
+        return outputs
+
+
+def record(pipeline, call: dict) -> list[tuple]:
+    """(transformer, name of the branch, positional and keyword arguments) of each call of a transformer."""
+    calls, names = [], [None]
+
+    def note(model: nn.Module, args: tuple, kwargs: dict) -> None:
+        calls.append((model, names[-1], *_kept(args, kwargs)))
+
+    @contextmanager
+    def named(name: str, **_) -> Iterator[None]:
+        names.append(name)
+        yield
+        names.pop()
+
+    with ExitStack() as stack, torch.no_grad():
+        for model in transformers_of(pipeline):
+            stack.callback(model.register_forward_pre_hook(note, with_kwargs=True).remove)
+            if hasattr(model, "cache_context"):
+                model.cache_context = named
+                stack.callback(delattr, model, "cache_context")
+        pipeline(**call, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
+    return calls
+
+
+def _kept(args: tuple, kwargs: dict) -> tuple[list, dict]:
+    """The arguments with what a pipeline or model may change later copied, and text states as they are."""
+    first = [a.clone() if isinstance(a, Tensor) else copy(a) for a in args[:1]]
+    latents = {k: v.clone() for k, v in kwargs.items() if k == "hidden_states"}
+    dicts = {k: copy(v) for k, v in kwargs.items() if isinstance(v, dict)}
+    return first + list(args[1:]), kwargs | latents | dicts
+
+
+def _play(model: nn.Module, name: str | None, args: list, kwargs: dict):
+    with ExitStack() as stack, torch.no_grad():
+        if name is not None:
+            stack.enter_context(model.cache_context(name))
+        return model(*args, **{k: copy(v) if isinstance(v, dict) else v for k, v in kwargs.items()})
+
+
+@cache
+def recorded(family: str) -> Recorded:
+    return Recorded(family)
+
+
+def flux_cases() -> dict[str, Case]:
+    """FLUX of random weights: of several blocks, of one in each list, and as nunchaku's classes have it."""
+    return {
+        "random": Case(make_flux(), make_inputs()),
+        "one block each": Case(make_flux(1, 1), make_inputs()),
+        "nunchaku V1": Case(make_v1(), make_inputs(), sizes=(3, 4)),
+        "nunchaku V2": Case(make_v2(), make_inputs()),
+    }
