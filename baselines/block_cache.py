@@ -56,7 +56,8 @@ class BlockCache(Method):
         if all(hit):
             yield Skip(rest, slot.predictor.predict())
         else:
-            ran = yield Run(rest, kept=hit, stand_in=slot.predictor.predict())
+            stand_in = slot.predictor.predict() if any(hit) else None
+            ran = yield Run(rest, kept=hit, stand_in=stand_in)
             slot.predictor.learn(ran.residual, kept=hit)  # from after the first block to the end of the last
             slot.refer(residual, kept=hit)
         memory.record_stack(stages, change, self.config.threshold, all(hit))

@@ -108,7 +108,7 @@ def cluster(x: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cdist(x, centres, p=1).argmin(-1), centres
 
 
-def pick(labels: Tensor, count: int, generator: torch.Generator) -> Tensor:
+def pick(labels: Tensor, count: int, generator: torch.Generator | None) -> Tensor:
     """A random member of each cluster, uniformly: (B, K) token numbers; token 0 for an empty cluster."""
     chance = torch.rand(labels.shape, generator=generator, device=labels.device)
     member = labels[:, None, :] == torch.arange(count, device=labels.device)[None, :, None]  # (B, K, n)

@@ -8,6 +8,7 @@ far the stored residual has drifted, so the whole schedule follows from a table 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape, check
@@ -60,30 +61,35 @@ class MagCacheConfig(MethodConfig):
         if self.ratios:
             return self._settled({})
         table = fitted_constants("magcache", self.checkpoint or checkpoint)
-        fitted = {key: tuple(table.get(key, ())) for key in ("ratios", "ratios_uncond", "always_compute")}
-        cut = {"round_retention": False} if table.get("round_retention") is False else {}
-        return replace(self._settled(table.get("authors_setting", {})), **fitted, **cut)
+        return replace(
+            self._settled(table.get("authors_setting", {})),
+            ratios=tuple(table["ratios"]),
+            ratios_uncond=tuple(table.get("ratios_uncond", ())),
+            always_compute=tuple(table.get("always_compute", ())),
+            round_retention=self.round_retention and table.get("round_retention", True),
+        )
 
     def _settled(self, authors: dict[str, float]) -> MagCacheConfig:
         """With the authors' values, else those of FLUX.1-dev, for what is left open."""
-        usual = USUAL | authors
+        usual: dict[str, Any] = USUAL | authors
         return replace(self, **{key: usual[key] for key in USUAL if getattr(self, key) is None})
 
     def schedule(self, total: int, uncond: bool = False) -> list[bool]:
         """Which of `total` steps are computed: a pure function of the table and the settings."""
-        if None in (self.threshold, self.max_consecutive_hits, self.retention):
+        threshold, most, retention = self.threshold, self.max_consecutive_hits, self.retention
+        if threshold is None or most is None or retention is None:
             return self._settled({}).schedule(total, uncond)
         ratios = resample(self.ratios_uncond if uncond and self.ratios_uncond else self.ratios, total)
         last = len(self.ratios) - 1
-        retained = max(1, int(self.retention * total + (0.5 if self.round_retention else 0.0)))
+        retained = max(1, int(retention * total + (0.5 if self.round_retention else 0.0)))
         product, skipped, error, computed = 1.0, 0, 0.0, []
         for step, ratio in enumerate(ratios):
             forced = step < retained or round(step * last / max(total - 1, 1)) in self.always_compute
             if step >= retained:
                 product, skipped = product * ratio, skipped + 1
                 error += abs(1.0 - product)
-                within = error <= self.threshold and skipped <= self.max_consecutive_hits
-                forced = forced or not within or self.threshold == 0
+                within = error <= threshold and skipped <= most
+                forced = forced or not within or threshold == 0
             if forced:
                 product, skipped, error = 1.0, 0, 0.0
             computed.append(forced)

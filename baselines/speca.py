@@ -153,8 +153,8 @@ class SpeCa(Method):
         def compare(index: int, name: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
             guess = modules.predict(index, name, forward, args, kwargs)
             real = forward(*args, **kwargs)
-            first = [x if isinstance(x, Tensor) else x[0] for x in (guess, real)]
-            draft.error = error_of(*first, cfg.measure)  # of the last module, whose output ends the block
+            first, truth = (x if isinstance(x, Tensor) else x[0] for x in (guess, real))
+            draft.error = error_of(first, truth, cfg.measure)  # of the last module: the block's end
             return guess
 
         yield Drive(range(end - 1, end), compare, counts=True)

@@ -57,8 +57,8 @@ class TeaCacheConfig(MethodConfig):
         if self.coefficients:
             return self
         constants = fitted_constants("teacache", self.checkpoint or checkpoint)
-        fitted = {key: tuple(constants.get(key, ())) for key in ("coefficients", "fitted_range")}
-        return replace(self, **fitted)
+        coefficients, fitted_range = (tuple(constants.get(k, ())) for k in ("coefficients", "fitted_range"))
+        return replace(self, coefficients=coefficients, fitted_range=fitted_range)
 
     def bytes_needed(self, shape: Shape) -> int:
         return shape.tensor(shape.img) + shape.tensor(shape.compared[0])  # residual, and modulated input
@@ -89,7 +89,8 @@ class TeaCache(Method):
         if all(hit):
             yield Skip(blocks, slot.predictor.predict())  # 4
         else:
-            ran = yield Run(blocks, kept=hit, stand_in=slot.predictor.predict())
+            stand_in = slot.predictor.predict() if any(hit) else None
+            ran = yield Run(blocks, kept=hit, stand_in=stand_in)
             # From the embedded input to the end of the last block, which no text leaves.
             slot.predictor.learn(Stream(ran.residual.img), kept=hit)
         slot.count_hits(hit)

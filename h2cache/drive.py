@@ -17,9 +17,22 @@ from h2cache.engines.base import Engine, Inputs
 from h2cache.engines.forms import Form
 from h2cache.memory import Memory
 from h2cache.offload import onload
-from h2cache.program import Command, Drive, Driven, Look, Output, Program, Ran, Run, Skip, Stream
+from h2cache.program import (
+    Command,
+    Drive,
+    Driven,
+    Forward,
+    Look,
+    Output,
+    Program,
+    Ran,
+    Run,
+    Skip,
+    Stand,
+    Stream,
+)
 
-_RUNS, _NO_BLOCKS = (Run, Drive), (Look, Output)
+_RUNS, _WITH_BLOCKS = (Run, Drive), (Run, Skip, Drive)
 
 
 class Call:
@@ -45,17 +58,17 @@ class Call:
         self.entered = entered
         self.ran: Ran | None = None
         self.driven: tuple[int, Drive] | None = None  # the block whose modules are answered for, right now
-        self.command: Command | None = next(program)
+        self.command: Command | None = _of_blocks(next(program))
 
     def _next_command(self) -> None:
         """Hand the outcome to the program and take its next wish; a wish for no blocks is met at once."""
         while True:
             try:
-                self.command = self.program.send(self.ran)
+                self.command = _of_blocks(self.program.send(self.ran))
             except StopIteration:
                 self.command = None
                 return
-            if isinstance(self.command, _NO_BLOCKS) or len(self.command.blocks):
+            if not isinstance(self.command, _WITH_BLOCKS) or len(self.command.blocks):
                 self.ran = None
                 return
             self.ran = self.ran and Ran(self.ran.after, self.memory.targets)
@@ -76,7 +89,7 @@ class Call:
             yield self.turn(blocks, index)
             index += 1
             self.position = index
-            if index == self.command.blocks.stop:
+            if isinstance(self.command, _WITH_BLOCKS) and index == self.command.blocks.stop:
                 self._next_command()
         self.position = blocks.last
 
@@ -93,16 +106,16 @@ class Call:
             return _Add(self, blocks, index, command.stand_in)
         return _Pass(self, blocks, index)
 
-    def _command_at(self, index: int) -> Run | Skip:
+    def _command_at(self, index: int) -> Run | Skip | Drive:
         """The current command; RuntimeError unless it is for block `index`."""
         command = self.command
-        if command is None or index not in command.blocks:
-            raise RuntimeError(
-                f"the model is at block {index}, the method asks for "
-                f"{'nothing more' if command is None else command.blocks}: its step must run or skip "
-                "every block once, in order"
-            )
-        return command
+        if isinstance(command, _WITH_BLOCKS) and index in command.blocks:
+            return command
+        raise RuntimeError(
+            f"the model is at block {index}, the method asks for "
+            f"{'nothing more' if command is None else getattr(command, 'blocks', 'a look')}: its step must "
+            "run or skip every block once, in order"
+        )
 
     def begin_run(self, x: Stream) -> Ran:
         """The next `Run` begins, with `x`."""
@@ -123,10 +136,13 @@ class Call:
             if isinstance(command, Run):
                 for index in command.blocks:
                     self.memory.blocks_run[self._stage_of[index]] += 1
-                self.begin_run(x).added = added
-                self.ran.after = x = blocks.run(x, command.blocks)
+                ran = self.begin_run(x)
+                ran.added = added
+                ran.after = x = blocks.run(x, command.blocks)
                 if command.kept is not None and any(command.kept):
-                    x = self.ran.replaced(command.kept, command.stand_in)
+                    x = ran.replaced(command.kept, command.stand_in)
+            elif isinstance(command, Drive):
+                raise RuntimeError("these blocks have no modules that a method could answer for")
             else:
                 x = x + command.stand_in
                 x = x if added is None else x + added
@@ -153,7 +169,14 @@ class Call:
     def look(self, seen: Tensor) -> None:
         """Hand the program what it wished to see, of the image tokens that are drawn."""
         targets = self.memory.targets
-        self.command = self.program.send(seen if targets is None else seen[:, targets])
+        self.command = _of_blocks(self.program.send(seen if targets is None else seen[:, targets]))
+
+
+def _of_blocks(wish: Command | Forward | Stand) -> Command:
+    """A method's wish; RuntimeError for what only a method without stages may ask."""
+    if isinstance(wish, (Forward, Stand)):
+        raise RuntimeError(f"{type(wish).__name__} is for methods that require 'whole' of a model")
+    return wish
 
 
 class _Turn:
@@ -190,17 +213,13 @@ class _Tap(_Turn):
         if self.index == self.command.blocks.start:
             onload(block, unless_leader=True)
         if isinstance(self.command, Drive):
-            return self._run_driven(args, kwargs)
+            out = call.run_block(self.blocks, self.index, self.command, args, kwargs)
+            ran.after = form.read_output(out, call.text_tokens)
+            return out
         out = block(*args, **kwargs)
         ran.after = form.read_output(out, call.text_tokens)
         if self.ends and self.command.kept is not None and any(self.command.kept):
             return form.write_output(ran.replaced(self.command.kept, self.command.stand_in))
-        return out
-
-    def _run_driven(self, args: tuple, kwargs: dict) -> Any:
-        call = self.call
-        out = call.run_block(self.blocks, self.index, self.command, args, kwargs)
-        call.ran.after = self.blocks.form.read_output(out, call.text_tokens)
         return out
 
 
@@ -254,12 +273,12 @@ class DrivenBlocks(nn.ModuleList):
         """The block of this number through the whole model."""
         return self._modules[str(index - self.first)]
 
-    def __getitem__(self, index: int | slice) -> nn.Module:
+    def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):  # a part is a plain list; group offloading asks for it
             return nn.ModuleList(list(self._modules.values())[index])
         return super().__getitem__(index)
 
-    def __iter__(self) -> Iterator[Callable]:
+    def __iter__(self) -> Iterator[Any]:
         call = self._current_call()
         if call is None or call.position != self.first:  # not a cached forward, or one that was broken off
             return super().__iter__()

@@ -41,7 +41,8 @@ def apply_cache_on_pipe(
     elif use_double_fb_cache:
         config = H2Config(tau1=first, tau2=max(second, 0.0))
     else:
-        config = find_method("block_cache")(threshold=first)
+        block_cache: Any = find_method("block_cache")
+        config = block_cache(threshold=first)
     return enable(pipe, config)
 
 

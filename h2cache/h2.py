@@ -9,6 +9,7 @@ is at least 1, and a non-finite measure computes.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 from h2cache import predictors
 from h2cache.memory import Memory, Slot
@@ -135,13 +136,12 @@ class H2Cache(Method):
                 change = slot.compare(summary, per_sample=cfg.reduce == "sample")
                 thresholds = self._thresholds(tau, stage, memory)
                 hit = self._hits(hit, change, thresholds, slot, stage, memory)
-            at, stand_in = memory.time(cfg.clock), None
-            if any(hit):
-                stand_in = slot.predictor.predict(at, kept=hit, step_length=memory.step_length)
+            at = memory.time(cfg.clock)
+            guess = partial(slot.predictor.predict, at, hit, memory.step_length)
             if all(hit):
-                yield Skip(stage.rest, stand_in)  # 3: the head's fresh output + the stored residual
+                yield Skip(stage.rest, guess())  # 3: the head's fresh output + the stored residual
             else:
-                rest = yield Run(stage.rest, kept=hit, stand_in=stand_in)
+                rest = yield Run(stage.rest, kept=hit, stand_in=guess() if any(hit) else None)
                 slot.predictor.learn(rest.residual, at, kept=hit)  # 4: from the head's output to the end
                 slot.refer(summary, kept=hit)  # the reference is written on a miss only
             slot.count_hits(hit)

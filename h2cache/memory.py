@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,12 +20,13 @@ from h2cache.schedule import TRAINED, Course, Schedule
 from h2cache.similarity import magnitude, relative_l1, sample_mask
 
 State = TypeVar("State")
+Kept = TypeVar("Kept", bound=Predictor)
 
 
-class Slot:
+class Slot(Generic[Kept]):
     """The memory of one stage: what was compared last and what the predictor has learnt."""
 
-    def __init__(self, memory: Memory, new_predictor: Callable[[], Predictor]) -> None:
+    def __init__(self, memory: Memory, new_predictor: Callable[[], Kept]) -> None:
         self._memory, self._new_predictor = memory, new_predictor
         self.clear()
 
@@ -96,7 +97,7 @@ class Memory:
         self._request, self.branch, self.batch = request, branch, batch
         self.targets = targets  # the image tokens that are drawn and compared; None: all
         self._guided = guided  # the batch is [cond, uncond], and both halves share each decision
-        self.slots: dict[str, Slot] = {}
+        self.slots: dict[str, Slot[Any]] = {}
         self._states: dict[str, Any] = {}
         self.blocks_run: defaultdict[str, int] = defaultdict(int)  # by stage, in the current step
         self.blocks = 1  # of the whole model, for a method that answers for it
@@ -113,7 +114,7 @@ class Memory:
             self._states[name] = new()
         return self._states[name]
 
-    def slot(self, stage: str, new_predictor: Callable[[], Predictor]) -> Slot:
+    def slot(self, stage: str, new_predictor: Callable[[], Kept]) -> Slot[Kept]:
         """The slot of `stage`, made with an empty `new_predictor()` at the first step."""
         if stage not in self.slots:
             self.slots[stage] = Slot(self, new_predictor)
@@ -144,7 +145,9 @@ class Memory:
             self.clear_slots()
         self._conditions = conditions
         self.blocks_run.clear()
-        times, now = self._request.schedule.timesteps, step + self._request.first
+        schedule = self._request.schedule
+        assert schedule is not None
+        times, now = schedule.timesteps, step + self._request.first
         after = times[now + 1] if now + 1 < len(times) else 0.0
         self._step, self._timestep = step, times[now] / TRAINED
         self._step_length = (times[now] - after) / TRAINED or self._step_length
@@ -178,8 +181,13 @@ class Memory:
             self._request.notes.append(note)
 
     @property
-    def total_steps(self) -> int | None:
+    def total_steps(self) -> int:
         """Number of steps of the request; None when neither a pipeline nor the caller has told it."""
+        if self._request.total_steps is None:
+            raise RuntimeError(
+                "this method must know the number of steps of a request, and neither a pipeline nor the "
+                "caller has told it: pass enable(..., steps=N)"
+            )
         return self._request.total_steps
 
     @property
@@ -193,7 +201,13 @@ class Memory:
         FLUX and other flow models get sigma for a timestep, up to a factor.
         """
         step = self.step
-        return float(step) if clock == "step" else -self._timestep
+        return float(step) if clock == "step" else -self.timestep
+
+    @property
+    def timestep(self) -> float:
+        """That of the newest step whose timestep has been read."""
+        assert self._timestep is not None, "no step has begun"
+        return self._timestep
 
     def in_warmup(self, steps: int) -> bool:
         """Whether the current step is among the first `steps`."""
@@ -259,7 +273,7 @@ class Memory:
         self._request.records.append(
             StepRecord(
                 step=self.step,
-                timestep=self._timestep,
+                timestep=self.timestep,
                 branch=self.branch,
                 stage=stage.name,
                 measure=None if changes is None else max(changes),
@@ -279,25 +293,26 @@ class Memory:
         if error is not None:
             self._request.errors.append(error)
         run = (self.blocks * (outcome == "miss"), self.blocks)
-        step, timestep = self._step, self._timestep
-        record = StepRecord(step, timestep, self.branch, "model", measure, None, outcome, *run)
+        record = StepRecord(self._step, self.timestep, self.branch, "model", None, None, outcome, *run)
+        record.measure = measure  # type: ignore[assignment]  # a tensor until `step_records` reads it
         self._request.records.append(record)
 
     def record_uncached(self, stages: tuple[Stage, ...]) -> None:
         """Append the records of a step about which nothing is decided: without a wait, for fair baselines."""
-        step, timestep = self._step, self._timestep if self._pending is None else self._pending
+        timestep: Any = self.timestep if self._pending is None else self._pending  # `step_records` reads it
         for stage in stages:
             run = self.blocks_run[stage.name], len(stage.blocks)
-            record = StepRecord(step, timestep, self.branch, stage.name, None, None, "miss", *run)
-            self._request.records.append(record)  # `step_records` reads the timestep
+            record = StepRecord(self._step, timestep, self.branch, stage.name, None, None, "miss", *run)
+            self._request.records.append(record)
 
     def record_stack(
         self, stages: tuple[Stage, ...], changes: list[float] | None, threshold: float, hit: bool
     ) -> None:
         """Append the records of one decision for all `stages`; the first has the measure."""
         for n, stage in enumerate(stages):
-            measure = (changes, [threshold]) if n == 0 and changes is not None else (None, None)
-            self.record(stage, *measure, ("forced" if n else "hit") if hit else "miss")
+            measured = n == 0 and changes is not None
+            outcome = ("forced" if n else "hit") if hit else "miss"
+            self.record(stage, changes if measured else None, [threshold] if measured else None, outcome)
 
     @property
     def bytes_held(self) -> int:

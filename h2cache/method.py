@@ -49,9 +49,13 @@ class MethodConfig(ABC):
     """Settings of one method. Subclasses are frozen dataclasses that validate in `__post_init__`."""
 
     name: ClassVar[str]  # as written in records and tables
-    requires: ClassVar[frozenset[str]] = frozenset()  # of an engine, beyond whole blocks: see `Engine.offers`
     outputs_held: ClassVar[int] = 0  # of the model, in each branch, by a method that requires "whole"
     instead: ClassVar[str] = ""  # what to use of an engine that cannot give that, as the end of a sentence
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """What is needed of an engine beyond whole blocks: see `Engine.offers`."""
+        return frozenset()
 
     def for_checkpoint(self, checkpoint: str | None) -> MethodConfig:
         """These settings with the constants fitted to `checkpoint` (last part of its folder or hub id).

@@ -54,6 +54,7 @@ class LastResidual:
 
     def predict(self, at: float = 0.0, kept: Sequence[bool] = (), step_length: float = 1.0) -> Stream:
         """The stand-in for the skipped blocks, to be added to the head's fresh output."""
+        assert self.residual is not None, "nothing has been learnt"
         return self.residual
 
 
@@ -175,6 +176,8 @@ def combine(snapshots: Sequence[Sequence[Tensor]], factors: Sequence[float | Ten
             torch._foreach_add_(total, wide, alpha=factor)
         else:
             torch._foreach_add_(total, [p * factor for p in wide])
+    if total is None:
+        return [torch.zeros_like(p) for p in snapshots[-1]]
     return [t.to(p.dtype) for t, p in zip(total, snapshots[-1], strict=True)]
 
 
@@ -228,8 +231,10 @@ class Modes(Forecast):
 
 def _dots(a: Stream, b: Stream) -> Tensor:
     """<a, b> of each sample, (B,) float64: the Gram matrix squares the spread."""
-    pairs = [(a.img, b.img)] + ([(a.txt, b.txt)] if a.txt is not None else [])
-    return sum((x.float() * y.float()).sum(-1, dtype=torch.float64).sum(-1) for x, y in pairs)
+    total = (a.img.float() * b.img.float()).sum(-1, dtype=torch.float64).sum(-1)
+    if a.txt is None or b.txt is None:
+        return total
+    return total + (a.txt.float() * b.txt.float()).sum(-1, dtype=torch.float64).sum(-1)
 
 
 NAMES = ("last", "taylor", "newton", "hermite", "taylor_scaled", "dmd")

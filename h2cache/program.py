@@ -30,12 +30,14 @@ class Stream:
 
     def __add__(self, change: Stream) -> Stream:
         """A change without text leaves the text alone: the last block of SD3 returns none."""
-        changes_text = self.txt is not None and change.txt is not None
-        return Stream(self.img + change.img, self.txt + change.txt if changes_text else self.txt)
+        text = self.txt
+        if text is not None and change.txt is not None:
+            text = text + change.txt
+        return Stream(self.img + change.img, text)
 
     def __sub__(self, other: Stream) -> Stream:
-        both = self.txt is not None and other.txt is not None
-        return Stream(self.img - other.img, self.txt - other.txt if both else None)
+        text = None if self.txt is None or other.txt is None else self.txt - other.txt
+        return Stream(self.img - other.img, text)
 
     def is_at(self, other: Stream) -> bool:
         """Whether both are the same memory, if perhaps cut anew out of a joined tensor."""
@@ -183,8 +185,9 @@ class Ran:
         change = self.after - self.before
         return change if self.added is None else change - self.added
 
-    def replaced(self, kept: list[bool], stand_in: Stream) -> Stream:
+    def replaced(self, kept: list[bool], stand_in: Stream | None) -> Stream:
         """`after`, except that the samples in `kept` are as if the blocks had been skipped."""
+        assert stand_in is not None, "samples are kept, and nothing stands in"
         skipped = self.before + stand_in
         if self.added is not None:
             skipped = skipped + self.added

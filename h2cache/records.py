@@ -88,9 +88,8 @@ class Summary:
         if any(s.hits for s in self.stages) or self.method in UNCACHED:
             return None
         if self._whole:
-            return "nothing was skipped: every step was evaluated" + "".join(
-                f"; {note}" for note in self.notes
-            )
+            why = "; ".join(self.notes) or "the settings ask for as many evaluations as there are steps"
+            return f"nothing was skipped: every step was evaluated; {why}"
         if self.steps < 2:
             return (
                 f"nothing was reused: every step began a new request (last reason: {self.started_because}); "
@@ -182,7 +181,7 @@ def _stage_summary(name: str, records: list[StepRecord]) -> StageSummary:
     given = [r.measure for r in records if r.measure is not None]
     measures = [measure for measure in given if math.isfinite(measure)]
     many = len(measures) >= 2
-    grid = statistics.quantiles(measures, n=20, method="inclusive") if many else None  # 5 %, 10 %, ... 95 %
+    grid = statistics.quantiles(measures, n=20, method="inclusive") if many else []  # 5 %, 10 %, ... 95 %
     return StageSummary(
         stage=name,
         steps=len(records),

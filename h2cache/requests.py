@@ -85,7 +85,8 @@ class Requests:
 
     def memory(self, inputs: Inputs) -> Memory:
         """The memory of the branch that a call with `inputs` belongs to; new if in doubt."""
-        caller = calling_pipeline(self._denoiser())
+        denoiser = self._denoiser()
+        caller = None if denoiser is None else calling_pipeline(denoiser)
         pipeline = caller if caller is not None else self._pipeline()
         schedule = Schedule.of(pipeline)
         if schedule is not None:
@@ -99,18 +100,18 @@ class Requests:
         local, request, reason = self._local, self._local.request, None
         if request is not None and (request.schedule is None or request.schedule.token is not schedule.token):
             request, reason = None, "the pipeline was called anew"
-        if request is not None:
+        if request is not None and request.schedule is not None:
             schedule = request.schedule
         last = None if request is None else request.position
         position = schedule.position(inputs.timestep, last, counted)
         if position is None:
             return None
-        if request is not None and position < last:
+        if last is not None and position < last:
             request, reason = None, "the steps began again"
         branch = self._branch(position, new=request is None)
         if branch is None:
             request, reason = None, f"step {position} came again and again"
-            branch = self._branch(position, new=True)
+            branch = self._first_branch(position)
         if request is None:
             request = self._new_request(pipeline, schedule, position, counted)
             request.reason = reason or local.reason or "it is the first"
@@ -148,14 +149,14 @@ class Requests:
         timestep: Tensor | float = inputs.timestep
         branch = local.branch
         if branch is None:
-            timestep = float(timestep.reshape(-1)[0])  # a wait: only for loops that do not name branches
+            timestep = float(inputs.timestep.reshape(-1)[0])  # a wait, where branches have no names
             branch = self._branch(timestep, new=request is None)
             if branch is None:
                 request, reason = None, "the same timestep came again and again"
-                branch = self._branch(timestep, new=True)
+                branch = self._first_branch(timestep)
             elif request is not None and branch != "call 0" and self._returns(request, branch, inputs):
                 request, reason = None, "the timestep did not fall"
-                branch = self._branch(timestep, new=True)
+                branch = self._first_branch(timestep)
         if request is not None and (changed := self._changed(request, branch, inputs)):
             request, reason = None, f"another {changed} came in"
         if request is None:
@@ -178,6 +179,12 @@ class Requests:
         if name is None:
             return f"call {count}"
         return name if count == 0 else f"{name} {count}"
+
+    def _first_branch(self, here: Any) -> str:
+        """The branch of the first call of a request."""
+        branch = self._branch(here, new=True)
+        assert branch is not None
+        return branch
 
     def _returns(self, request: Request, branch: str, inputs: Inputs) -> bool:
         """Whether a further call at one timestep is an earlier one of them again, with other latents.

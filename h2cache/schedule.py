@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from types import FrameType
 from typing import Any
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ def calling_pipeline(denoiser: nn.Module) -> Any:
     Several pipelines may share a denoiser, each with a scheduler of its own, and the one that was enabled
     need not be the one that runs.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         for name in ("self", "components"):  # the latter in diffusers' modular pipelines
@@ -114,7 +115,7 @@ class Schedule:
             if index is not None:
                 return index if index < len(self) else None
         if timestep.numel() and _same_storage(timestep, self.token):  # a view of `timesteps[i]`
-            return timestep.storage_offset() - self.token.storage_offset()
+            return int(timestep.storage_offset() - self.token.storage_offset())
         return self.find(float(timestep.reshape(-1)[0]), last)  # a wait
 
     def find(self, timestep: float, last: int | None = None) -> int | None:

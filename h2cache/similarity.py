@@ -4,6 +4,8 @@ Source: specs of H2-Cache (arXiv 2510.27171) as in the authors' code, with one c
 is at least 1, so that images of fewer than `target` tokens (512x512) work.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,6 +44,6 @@ def relative_l1(
     return magnitude(reference.float() - current.float(), per_sample) / scale
 
 
-def sample_mask(hits: list[bool], like: Tensor) -> Tensor:
+def sample_mask(hits: Sequence[bool], like: Tensor) -> Tensor:
     """(B, 1, 1) boolean mask of the samples that hit, on the device of `like`."""
-    return torch.tensor(hits, device=like.device).view(-1, *[1] * (like.ndim - 1))
+    return torch.tensor(list(hits), device=like.device).view(-1, *[1] * (like.ndim - 1))

@@ -76,16 +76,16 @@ class Engine(ABC):
     offers: frozenset[str] = frozenset()  # beyond whole blocks: "modulated input", "modules", "output"
     trainable = True  # its models are trained too: a cache refuses them in training mode
 
-    def check(self, transformer: nn.Module) -> None:
+    def check(self, transformer: Any) -> None:
         """Raise ValueError, with what to do, if `transformer` cannot be cached as it is now."""
         return None
 
-    def count(self, transformer: nn.Module, cut: Cut) -> int:
+    def count(self, transformer: Any, cut: Cut) -> int:
         """How many blocks are in the list of `cut`."""
         return len(getattr(transformer, cut.blocks))
 
     def take_over(
-        self, transformer: nn.Module, firsts: dict[str, int], current_call: Callable[[], Driver | None]
+        self, transformer: Any, firsts: dict[str, int], current_call: Callable[[], Driver | None]
     ) -> Callable[[nn.Module], None] | None:
         """Let `current_call()` drive blocks that are no list; returns what undoes it. None: they are lists.
 
@@ -97,18 +97,18 @@ class Engine(ABC):
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         """Read a forward call's arguments."""
 
-    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """The image tokens (B, I, C) in a block call's arguments after the block's first norm and modulation.
 
         Only asked of engines that offer "modulated input"; the block itself does not run.
         """
         raise NotImplementedError(f"{self.name} does not offer it")
 
-    def modules(self, block: nn.Module) -> Modules:
+    def modules(self, block: Any) -> Modules:
         """How `block` divides into modules. Only asked of engines that offer "modules"."""
         raise NotImplementedError(f"{self.name} does not offer it")
 
-    def output_layer(self, transformer: nn.Module) -> nn.Module:
+    def output_layer(self, transformer: Any) -> nn.Module:
         """The last layer, whose output is the model's. Only asked of engines that offer "output"."""
         raise NotImplementedError(f"{self.name} does not offer it")
 

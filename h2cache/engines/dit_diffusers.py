@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from h2cache.engines.base import Engine, Inputs, one_stack, same_halves
 from h2cache.engines.forms import OneStream, argument
@@ -34,6 +34,6 @@ class DiTDiffusers(Engine):
             guided=lambda: same_halves(latents),
         )
 
-    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         x = argument(args, kwargs, 0, "hidden_states")
         return block.norm1(x, kwargs["timestep"], kwargs["class_labels"], hidden_dtype=x.dtype)[0]

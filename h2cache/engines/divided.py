@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from typing import Any
 
 from h2cache.engines.base import Modules
 
@@ -10,7 +10,7 @@ from h2cache.engines.base import Modules
 class DividedBlocks:
     """What an engine that offers "modules" must describe: double blocks by name, single ones fused."""
 
-    def modules(self, block: nn.Module) -> Modules:
+    def modules(self, block: Any) -> Modules:
         """How `block` divides into modules; see `Engine.modules`."""
         if hasattr(block, "ff"):  # a double block
             return Modules({"attn": block.attn, "ff": block.ff, "ff_context": block.ff_context})

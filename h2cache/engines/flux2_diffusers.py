@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from h2cache.engines.base import Cut, Engine, Inputs
 from h2cache.engines.flux_diffusers import drawn_tokens
@@ -42,7 +42,7 @@ class Flux2Diffusers(Engine):
             targets=lambda: None if mode else drawn_tokens(argument(args, kwargs, 3, "img_ids")),
         )
 
-    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         img = argument(args, kwargs, 0, "hidden_states")
         modulation = argument(args, kwargs, 2, "temb_mod_img")  # (B, 6 * C), or (B, 1 or I, 6 * C)
         modulation = modulation.unsqueeze(1) if modulation.ndim == 2 else modulation

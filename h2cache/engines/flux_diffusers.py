@@ -44,11 +44,11 @@ class FluxDiffusers(DividedBlocks, Engine):
             targets=lambda: drawn_tokens(argument(args, kwargs, 4, "img_ids")),
         )
 
-    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         img, temb = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 2, "temb")
         return block.norm1(img, emb=temb)[0]
 
-    def output_layer(self, transformer: nn.Module) -> nn.Module:
+    def output_layer(self, transformer: Any) -> nn.Module:
         return transformer.proj_out
 
 

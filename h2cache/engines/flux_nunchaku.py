@@ -49,7 +49,7 @@ class FluxNunchakuV2(FluxDiffusers):
     offers = frozenset({"modulated input", "output"})  # its modules are fused
     trainable = False  # nunchaku's loader leaves its models in training mode; 4-bit weights cannot be trained
 
-    def check(self, transformer: nn.Module) -> None:
+    def check(self, transformer: Any) -> None:
         _refuse_nunchaku_cache(transformer)
 
 
@@ -65,7 +65,7 @@ class FluxNunchakuV1(FluxDiffusers):
     offers = frozenset({"modulated input", "output"})
     trainable = False
 
-    def check(self, transformer: nn.Module) -> None:
+    def check(self, transformer: Any) -> None:
         wrapper = transformer.transformer_blocks[0]
         if "IPA_TransformerBlocks" in class_names(wrapper):
             raise ValueError(
@@ -76,11 +76,11 @@ class FluxNunchakuV1(FluxDiffusers):
         if "NunchakuFluxTransformerBlocks" not in class_names(wrapper):
             raise ValueError("the transformer has no quantized blocks: load it with its from_pretrained")
 
-    def count(self, transformer: nn.Module, cut: Cut) -> int:
+    def count(self, transformer: Any, cut: Cut) -> int:
         return transformer.config[cut.blocks]
 
     def take_over(
-        self, transformer: nn.Module, firsts: dict[str, int], current_call: Callable[[], Driver | None]
+        self, transformer: Any, firsts: dict[str, int], current_call: Callable[[], Driver | None]
     ) -> Callable[[nn.Module], None]:
         double, single = (range(first, first + transformer.config[k]) for k, first in firsts.items())
         wrapper, handle = transformer.transformer_blocks[0], transformer.transformer_blocks[0].m
@@ -110,6 +110,12 @@ def _identity_weight(timestep: Tensor, kwargs: dict[str, Any]) -> Any:
     return kwargs.get("id_weight")
 
 
+def _text(x: Stream) -> Tensor:
+    """The text tokens, which FLUX always has."""
+    assert x.txt is not None
+    return x.txt
+
+
 class DrivenHandle:
     """Stands before nunchaku's handle in the wrapper: its whole-stack call does what a caching method asks.
 
@@ -120,7 +126,7 @@ class DrivenHandle:
     def __init__(
         self,
         handle: Any,
-        wrapper: nn.Module,
+        wrapper: Any,
         double: range,
         single: range,
         current_call: Callable[[], Driver | None],
@@ -160,7 +166,7 @@ class _Stack:
     def __init__(
         self,
         handle: Any,
-        wrapper: nn.Module,
+        wrapper: Any,
         double: range,
         single: range,
         temb: Tensor,
@@ -176,7 +182,7 @@ class _Stack:
     def run(self, x: Stream, blocks: range) -> Stream:
         if blocks.stop == self.single.stop and blocks.start <= 1:
             return self._split(self._fused(x, skip_first=blocks.start == 1), x)
-        img, txt = x.img, x.txt
+        img, txt = x.img, _text(x)
         double = range(blocks.start, min(blocks.stop, self.double.stop))
         for index in double:
             img, txt = self.handle.forward_layer(
@@ -228,13 +234,13 @@ class _Stack:
             for number, times in uses.items():
                 term = samples[number].to(x.img.dtype) * times
                 total = term if total is None else total + term
-        return None if total is None else Stream(total, x.txt.new_zeros(()))
+        return None if total is None else Stream(total, _text(x).new_zeros(()))
 
     def modulated_input(self, x: Stream, block: int) -> Tensor:
         return self.handle.norm_one_forward(block, x.img.contiguous(), self.temb.contiguous())[0].clone()
 
     def _split(self, joint: Tensor, like: Stream) -> Stream:
-        stream = JOINED.read_output(joint, like.txt.shape[1])
+        stream = JOINED.read_output(joint, _text(like).shape[1])
         self._newest = (stream, joint)
         return stream
 

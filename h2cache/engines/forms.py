@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from h2cache.program import Stream
@@ -95,7 +94,7 @@ class Joined:
         return Stream(output[:, text_tokens:], output[:, :text_tokens])
 
     def write_output(self, stream: Stream) -> Tensor:
-        return torch.cat([stream.txt, stream.img], dim=1)  # (B, S + I, C)
+        return stream.joint  # (B, S + I, C)
 
     def pass_through(self, *args: Any, **kwargs: Any) -> Tensor:
         return argument(args, kwargs, 0, "hidden_states")

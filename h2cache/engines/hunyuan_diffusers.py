@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from h2cache.engines.base import Cut, Engine, Inputs
 from h2cache.engines.divided import DividedBlocks
@@ -38,7 +38,7 @@ class HunyuanDiffusers(DividedBlocks, Engine):
             adds_between=False,
         )
 
-    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         img, _, temb, *rest = args
         first_frame = rest[2:]  # (embedding, tokens), of video: another embedding where a picture was given
         if first_frame and first_frame[0] is not None:

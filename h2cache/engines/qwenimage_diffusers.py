@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from h2cache.engines.base import Engine, Inputs, one_stack
 from h2cache.engines.forms import TwoStreams, argument
@@ -38,7 +38,7 @@ class QwenImageDiffusers(Engine):
             targets=lambda: None if layered else _drawn(shapes),
         )
 
-    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         img, temb = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 3, "temb")
         modulation, _ = block.img_mod(temb).chunk(2, dim=-1)  # of attention and of the mlp
         return block._modulate(block.img_norm1(img), modulation, argument(args, kwargs, 6, "modulate_index"))[

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from h2cache.engines.base import Engine, Inputs, one_stack, same_halves
 from h2cache.engines.forms import TwoStreams, argument
@@ -41,6 +41,6 @@ class SD3Diffusers(Engine):
             guided=lambda: same_halves(latents),
         )
 
-    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         img, temb = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 2, "temb")
         return block.norm1(img, emb=temb)[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from h2cache.engines.base import Engine, Inputs, one_stack
 from h2cache.engines.forms import OneStream, argument
@@ -34,7 +34,7 @@ class WanDiffusers(Engine):
             adds_between=kwargs.get("control_hidden_states") is not None,
         )
 
-    def modulated_input(self, block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         """Not the tokens but the projected time embedding, (B, 6, C), as TeaCache's authors do here."""
         embedding = argument(args, kwargs, 2, "temb")
         return embedding.flatten(1, 2) if embedding.ndim == 4 else embedding  # 5B: (B, I * 6, C)

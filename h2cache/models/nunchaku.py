@@ -22,7 +22,7 @@ class _LoadsWithCache:
     @classmethod
     def from_pretrained(cls, *args: Any, cache_config: MethodConfig | None = None, **kwargs: Any) -> Any:
         """As the parent's, with `cache_config`: the settings of the method, by default `H2Config()`."""
-        loaded = super().from_pretrained(*args, **kwargs)
+        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]  # nunchaku's, behind this one
         with_metadata = isinstance(loaded, tuple)  # return_metadata=True
         enable(loaded[0] if with_metadata else loaded, cache_config)
         return loaded

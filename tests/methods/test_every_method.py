@@ -217,7 +217,7 @@ def test_the_second_branch_finds_what_is_promised_to_the_first(flux, monkeypatch
     h2cache.enable(flux, config, steps=4)
     denoise(flux, 4)
     needed = h2cache.summary(flux).bytes_needed
-    monkeypatch.setattr("h2cache.api.free_bytes", lambda device: int(1.4 * needed))
+    monkeypatch.setattr("h2cache.attachment.free_bytes", lambda device: int(1.4 * needed))
     h2cache.enable(flux, config, steps=4)
     call(flux)
     with torch.no_grad(), flux.cache_context("uncond"), pytest.raises(MemoryError, match="keeps"):
