@@ -116,6 +116,8 @@ class PlanConfig(MethodConfig):
             best = table.reaching(self.psnr)
             if best is None:
                 return Choice(tuple(range(course.steps)), estimate, f"no tuned plan keeps {self.psnr} dB")
+            if table.fits(course) and len(course.starts) == 1:
+                return Choice(best.steps, estimate, chase=Chase(table, best, self.psnr))
             count = best.evaluations
         elif self.evaluations is not None:
             count = self.evaluations
@@ -151,6 +153,27 @@ class Choice:
     steps: tuple[int, ...]
     estimate: tuned.Estimate | None = None  # of the picture's fidelity
     note: str = ""  # what the user should know
+    chase: Chase | None = None
+
+
+@dataclass
+class Chase:
+    """A wanted quality: in mid-run another tuned plan is taken where a picture's errors are not the usual."""
+
+    table: tuned.Tuned
+    plan: tuned.TunedPlan
+    psnr: float
+    error: float = 0.0  # sum over the gaps so far, of the worst picture of a batch
+    usual: float = 0.0  # the same as it usually is
+    step: int = 0  # of the newest evaluation
+
+    def next_steps(self, step: int, error: Tensor) -> tuple[int, ...] | None:
+        """The steps to evaluate after `step`, where they are others than before; a wait."""
+        self.error += max(error.tolist())  # the one wait of an evaluated step
+        self.usual += self.plan.usual(step) - self.plan.usual(self.step)
+        self.step, before = step, self.plan
+        self.plan = self.table.corrected(self.plan, self.psnr, self.error, self.usual)
+        return None if self.plan is before else tuple(s for s in self.plan.steps if s > step)
 
 
 @lru_cache(maxsize=64)
@@ -225,7 +248,9 @@ class Outputs:
 
     table: dict[int, Weights]
     errors: dict[int, Weights]
+    chase: Chase | None = None
     kept: dict[int, list[Tensor]] = field(default_factory=dict)  # by step, oldest first
+    evaluated: list[int] = field(default_factory=list)
 
     def weighted(self, weights: Weights) -> list[Tensor]:
         return combine([self.kept[step] for step in weights], list(weights.values()))
@@ -247,8 +272,17 @@ class Plan(Method):
         outputs.kept[step] = [part.detach().clone() for part in result]  # CUDA graphs use theirs again
         for old in sorted(outputs.kept)[:-HELD]:
             del outputs.kept[old]
+        outputs.evaluated.append(step)
         weights = outputs.errors.get(step)
-        memory.record_whole("miss", error_of(outputs.weighted(weights)) if weights else None)
+        error = error_of(outputs.weighted(weights)) if weights else None
+        memory.record_whole("miss", error)
+        if outputs.chase is not None and error is not None:
+            steps = outputs.chase.next_steps(step, error)
+            if steps is not None:
+                own = (*outputs.evaluated, *steps)
+                outputs.table, outputs.errors = stand_ins(
+                    memory.course, own, memory.course.steps, self.config.target
+                )
 
     def _begin(self, memory: Memory) -> Outputs:
         """The plan from the current step on: the first, unless something changed in mid-run."""
@@ -257,7 +291,7 @@ class Plan(Method):
         memory.expect(choice.estimate, choice.note)
         end = min([s for s in course.starts if s > now], default=course.steps)
         own = (now, *(s for s in choice.steps if now < s < end))
-        return Outputs(*stand_ins(course, own, end, self.config.target))
+        return Outputs(*stand_ins(course, own, end, self.config.target), choice.chase if now == 0 else None)
 
 
 def error_of(parts: list[Tensor]) -> Tensor:
