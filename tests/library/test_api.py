@@ -383,7 +383,7 @@ def test_refusals_say_what_to_do(flux):
                 block_out_channels=(32,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",)
             )
         )
-    with pytest.raises(TypeError, match="str is no transformer"):
+    with pytest.raises(TypeError, match="str is no model"):
         h2cache.enable("flux")
     with pytest.raises(TypeError, match=r"dict.*H2Config\(tau1=0.1\)"):
         h2cache.enable(flux, {"tau1": 0.1})
