@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from h2cache.drive import Call, take_over
@@ -67,9 +68,31 @@ class Attachment:
         self._pipeline: Callable[[], Any] = weakref.ref(pipeline) if pipeline is not None else lambda: None
         self.requests = Requests(denoiser, self._pipeline, steps, engine.starts, self._release_others)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copied or pickled model would carry the state of another: refused, with what to do."""
+        raise TypeError(
+            f"the model has a cache enabled ({self.config.name}), which cannot be copied or saved with it: "
+            "call h2cache.disable(model) first, and h2cache.enable on the copy"
+        )
+
     def attach(self) -> None:
         """Put everything in place."""
         raise NotImplementedError
+
+    def check_call(self) -> None:
+        """RuntimeError if the model is called to be trained: a skipped step would cut the gradient."""
+        denoiser = self._denoiser()
+        if denoiser.training and self.engine.trainable:
+            raise RuntimeError(
+                "a cache is for inference: call .eval() on the model, or h2cache.disable it to train"
+            )
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            recorded = any(p.requires_grad for p in denoiser.parameters())
+            if recorded:
+                raise RuntimeError(
+                    "gradients are being recorded, and a skipped step would cut them: call the model under "
+                    "torch.no_grad(), or h2cache.disable it"
+                )
 
     def detach(self) -> None:
         """Undo `attach`, exactly."""
@@ -150,10 +173,7 @@ class BlockAttachment(Attachment):
 
     def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         check_usable(transformer, self.engine)  # something may have come since
-        if transformer.training and self.engine.trainable:
-            raise RuntimeError(
-                "a cache is for inference: call transformer.eval(), or h2cache.disable it to train"
-            )
+        self.check_call()
         if self._current_call() is not None:  # the last one never came to its end (Ctrl-C): void
             self._forget("the call before was broken off")
         inputs = self.engine.inputs(args, kwargs)

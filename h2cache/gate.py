@@ -60,10 +60,7 @@ class Gate(Attachment):
 
     def _call(self, *args: Any, **kwargs: Any) -> Any:
         denoiser = self._denoiser()
-        if denoiser.training and self.engine.trainable:
-            raise RuntimeError(
-                "a cache is for inference: call .eval() on the model, or h2cache.disable it to train"
-            )
+        self.check_call()
         memory = self.requests.memory(self.engine.inputs(args, kwargs))
         memory.blocks = self._blocks
         program = self.method.step((), memory)
