@@ -17,6 +17,7 @@ Writes trace.png/.pdf/.csv, trace_all.png/.pdf/.csv and the counts in trace.md.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -119,7 +120,7 @@ def settings_told(row: dict) -> str:
     if not isinstance(config, dict):
         return "no settings"
     known = row["method"] in method_names()
-    usual = {} if not known else keep.settings_of(find_method(row["method"])())
+    usual = {} if not known else json.loads(json.dumps(keep.settings_of(find_method(row["method"])())))
     told = {k: v for k, v in config.items() if k in ("tau1", "tau2") or v != usual.get(k)}
     return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
 
