@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+_LEAST_ALPHA = 2.0**-24  # as diffusers has it where the last step is pure noise
+_LEAST_NOISE = 1e-2
+_STOCHASTIC = ("Ancestral", "LCM", "DDPM", "SDE", "TCD", "SASolver", "CogVideoXDPM", "Stochastic")
 TRAINED = 1000.0  # timesteps of a scheduler at noise level 1
 DENOISERS = ("transformer", "transformer_2", "unet")  # attributes of a pipeline
 
@@ -77,12 +82,16 @@ class Schedule:
         """Noise at each step and after the last: sigma of a flow, else of the variance-exploding form."""
         sigmas = getattr(self.scheduler, "sigmas", None)
         if sigmas is not None and len(sigmas) == len(self) + 1:
-            return [float(s) for s in sigmas]
+            return torch.as_tensor(sigmas).tolist()
         known = getattr(self.scheduler, "alphas_cumprod", None)
         if known is None:
-            return [t / TRAINED for t in self.timesteps] + [0.0]
-        alphas = [float(known[min(max(round(t), 0), len(known) - 1)]) for t in self.timesteps]
-        return [((1 - a) / a) ** 0.5 for a in alphas] + [0.0]
+            levels = [t / TRAINED for t in self.timesteps]
+        else:
+            alphas = torch.as_tensor(known).clamp(min=_LEAST_ALPHA).tolist()
+            alphas = [alphas[min(max(round(t), 0), len(alphas) - 1)] for t in self.timesteps]
+            levels = [((1 - a) / a) ** 0.5 for a in alphas]
+        rises = levels[-1] > levels[0]  # inversion
+        return [*levels, levels[-1] if rises else 0.0]
 
     @property
     def is_flow(self) -> bool:
@@ -91,14 +100,41 @@ class Schedule:
         flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
         return bool(flow) or "FlowMatch" in type(self.scheduler).__name__
 
+    def _time(self, noise: float) -> float:
+        """What the sampler advances in at this noise, so that outputs add up by its differences.
+
+        A flow's velocity and a predicted noise add up over sigma. A v-prediction is the velocity on a circle,
+        and so is the raw output of EDM's networks; of predicted pictures the late ones count.
+        """
+        config = self.scheduler.config
+        if self.is_flow:
+            return noise
+        if config.get("sigma_data") is not None:
+            return math.atan(noise / config["sigma_data"])
+        if config.get("prediction_type") == "v_prediction":
+            return math.atan(noise)
+        return -1 / max(noise, _LEAST_NOISE) if config.get("prediction_type") == "sample" else noise
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether the sampler draws fresh noise at its steps."""
+        config, name = self.scheduler.config, type(self.scheduler).__name__
+        drawn = str(config.get("algorithm_type", "")).startswith("sde") or config.get("stochastic_sampling")
+        return bool(drawn) or any(part in name for part in _STOCHASTIC)
+
     def course(self, begun: int, steps: int, starts: tuple[int, ...]) -> Course:
         """The noise levels of `steps` steps from index `begun` on."""
         noise = self.noise[begun : begun + steps + 1]
         levels = noise if self.is_flow else [s / (1 + s) for s in noise]
-        lengths = [b - a for a, b in pairwise(noise)]
-        for n, length in enumerate(lengths):
-            if length == 0.0 and n:  # two evaluations share a step (Heun): each has half of it
-                lengths[n] = lengths[n - 1] = lengths[n - 1] / 2
+        times = [self._time(s) for s in noise]
+        lengths = [b - a for a, b in pairwise(times)]
+        if hasattr(self.scheduler, "sigmas_interpol"):  # KDPM2: the second evaluation of a step counts alone
+            for n in range(begun % 2, len(lengths) - 1, 2):
+                lengths[n : n + 2] = 0.0, lengths[n] + lengths[n + 1]
+        else:
+            for n, length in enumerate(lengths):
+                if length == 0.0 and n:  # Heun: the two evaluations of a step have half of it each
+                    lengths[n] = lengths[n - 1] = lengths[n - 1] / 2
         return Course(tuple(levels), tuple(lengths), starts, type(self.scheduler).__name__)
 
     def position(self, timestep: Tensor, last: int | None, counted: bool) -> int | None:
