@@ -11,6 +11,7 @@ This is a predictor and a corrector (Adams-Bashforth, Adams-Moulton) on a subset
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -31,6 +32,7 @@ from h2cache.weights import newton
 HELD = 3  # outputs that a branch keeps
 USUAL_SPEEDUP = 5.0
 LEAST = 1 / 20  # distance of two outputs, of the way to where they are asked for, that still makes a line
+STOCHASTIC = "the sampler draws fresh noise at its steps, so what a forecast gets wrong is paid back in part"
 FEWEST_STEPS = 5  # below that a speed-up leaves too little to forecast from: nothing is skipped
 
 Weights = dict[int, float]  # step to weight of its output
@@ -252,22 +254,32 @@ class Plan(Method):
     def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         step, outputs = memory.course_step, memory.state("outputs", lambda: self._begin(memory))
-        if step in outputs.table and step - 1 >= min(outputs.kept, default=step):
-            yield Stand(outputs.weighted(outputs.table[step]))
+        row = outputs.table.get(step)
+        if row is not None and row.keys() <= outputs.kept.keys():
+            yield Stand(outputs.weighted(row))
             memory.record_whole("hit")
             return
+        if row is not None:  # guidance was off when this branch should have been evaluated
+            memory.clear_slots()
+            outputs = memory.state("outputs", lambda: self._begin(memory))
         result = yield Forward()
         outputs.kept[step] = [part.detach().clone() for part in result]  # CUDA graphs use theirs again
         for old in sorted(outputs.kept)[:-HELD]:
             del outputs.kept[old]
-        weights = outputs.errors.get(step)
-        memory.record_whole("miss", error_of(outputs.weighted(weights)) if weights else None)
+        weights = outputs.errors.get(step, {})
+        seen = bool(weights) and weights.keys() <= outputs.kept.keys()
+        memory.record_whole("miss", error_of(outputs.weighted(weights)) if seen else None)
 
     def _begin(self, memory: Memory) -> Outputs:
         """The plan from the current step on: the first, unless something changed in mid-run."""
         course, now = memory.course, memory.course_step
         choice = self.config.choose(course)
-        memory.expect(choice.estimate, choice.note)
+        skips = len(choice.steps) < course.steps
+        drawn = course.stochastic and skips
+        note = "; ".join(filter(None, [choice.note, drawn * STOCHASTIC]))
+        memory.expect(choice.estimate, note)
+        if note and (drawn or not skips):
+            warnings.warn(f"h2cache, plan: {note}", stacklevel=2)  # Python shows it once
         end = min([s for s in course.starts if s > now], default=course.steps)
         own = (now, *(s for s in choice.steps if now < s < end))
         return Outputs(*stand_ins(course, own, end, self.config.target))

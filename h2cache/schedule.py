@@ -41,14 +41,26 @@ def calling_pipeline(denoiser: nn.Module) -> Any:
     return None
 
 
+def local_of(pipeline: Any, name: str) -> Any:
+    """The local variable `name` of the call of `pipeline` that is under way; None: it has none."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if name in frame.f_code.co_varnames and frame.f_locals.get("self") is pipeline:
+            return frame.f_locals.get(name)
+        frame = frame.f_back
+    return None
+
+
 @dataclass(frozen=True)
 class Course:
     """The noise levels of one pipeline call, known before its first step."""
 
     levels: tuple[float, ...]  # at each step and after the last, falling within [0, 1]: sigma of a flow
     lengths: tuple[float, ...]  # what a step's output weighs in the final sample, up to a common factor
-    starts: tuple[int, ...]  # first step of each denoiser; (0,) where there is one
+    starts: tuple[int, ...]  # steps at which the history starts afresh: 0, and those where another denoiser
+    # begins or a ControlNet is switched on or off
     sampler: str = ""  # class of the scheduler
+    stochastic: bool = False  # it draws fresh noise at its steps
 
     @property
     def steps(self) -> int:
@@ -135,7 +147,7 @@ class Schedule:
             for n, length in enumerate(lengths):
                 if length == 0.0 and n:  # Heun: the two evaluations of a step have half of it each
                     lengths[n] = lengths[n - 1] = lengths[n - 1] / 2
-        return Course(tuple(levels), tuple(lengths), starts, type(self.scheduler).__name__)
+        return Course(tuple(levels), tuple(lengths), starts, type(self.scheduler).__name__, self.is_stochastic)
 
     def position(self, timestep: Tensor, last: int | None, counted: bool) -> int | None:
         """Index of the step that is about to be computed; None: `timestep` is none of this schedule's.
@@ -151,7 +163,9 @@ class Schedule:
                 return index if index < len(self) else None
         if timestep.numel() and _same_storage(timestep, self.token):  # a view of `timesteps[i]`
             return timestep.storage_offset() - self.token.storage_offset()
-        return self.find(float(timestep.reshape(-1)[0]), last)  # a wait
+        found = self.find(float(timestep.reshape(-1)[0]), last)  # a wait
+        # A model may be given another time (1 - t): the scheduler will count once it has stepped.
+        return 0 if found is None and counted and last is None and hasattr(self.scheduler, "step_index") else found
 
     def find(self, timestep: float, last: int | None = None) -> int | None:
         """The index of `timestep`, which may be divided by 1000 and rounded to bfloat16; None if it is none.
