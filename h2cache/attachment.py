@@ -27,6 +27,7 @@ from h2cache.requests import Requests
 from h2cache.room import free_bytes, require_room
 from h2cache.schedule import DENOISERS
 
+_NOTHING = object()
 ATTRIBUTE = "_h2cache"  # of a denoiser, where its attachment is kept
 
 
@@ -66,6 +67,9 @@ class Attachment:
         self.method: Method = config.build()
         self._denoiser = weakref.ref(denoiser)
         self._pipeline: Callable[[], Any] = weakref.ref(pipeline) if pipeline is not None else lambda: None
+        self._placed: dict[
+            str, tuple[Any, Any]
+        ] = {}  # by name: what stands on the denoiser, and stood before
         self.requests = Requests(denoiser, self._pipeline, steps, engine.starts, self._release_others)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -113,10 +117,23 @@ class Attachment:
                 with own(name, **kwargs), self.requests.named_branch(name):
                     yield
 
-            vars(denoiser)["cache_context"] = named
+            self._place("cache_context", named)
 
-    def _unname_branches(self) -> None:
-        vars(self._denoiser()).pop("cache_context", None)
+    def _place(self, name: str, value: Any) -> None:
+        """Put `value` on the denoiser itself, before what its class has."""
+        own = vars(self._denoiser())
+        self._placed[name] = value, own.get(name, _NOTHING)
+        own[name] = value
+
+    def _take_away(self) -> None:
+        """Undo `_place`, except where somebody else has put something over it since."""
+        own = vars(self._denoiser())
+        for name, (value, before) in self._placed.items():
+            if own.get(name) is value:
+                del own[name]
+                if before is not _NOTHING:
+                    own[name] = before
+        self._placed.clear()
 
     def _release_others(self, pipeline: Any) -> None:
         """Free what the pipeline's other denoiser keeps: its turn is over when this one's begins."""
@@ -164,7 +181,7 @@ class BlockAttachment(Attachment):
         self._take_out(transformer)
         for handle in self._handles:
             handle.remove()
-        self._unname_branches()
+        self._take_away()
 
     # One forward call: `_begin`, the model's own forward over our stages, `_end`.
 
