@@ -124,7 +124,9 @@ class Requests:
         if changed:
             request.reason = f"another {changed} came in"
             request.memories.pop(branch).release()
-        memory = self._memory_of(request, branch, inputs)
+        # Two prompts of one seed look like [cond, uncond]: the pipeline knows whether it guides.
+        guides = getattr(pipeline, "do_classifier_free_guidance", None) if counted else None
+        memory = self._memory_of(request, branch, inputs, guides is not False)
         conditions = inputs.conditions
         if request.controls:
             conditions = (*conditions, request.controls[position - request.begun])
@@ -213,10 +215,10 @@ class Requests:
         known = request.signatures.get(branch, signature)
         return next((a[0] for a, b in zip(known, signature, strict=True) if a != b), None)
 
-    def _memory_of(self, request: Request, branch: str, inputs: Inputs) -> Memory:
+    def _memory_of(self, request: Request, branch: str, inputs: Inputs, guides: bool = True) -> Memory:
         if branch not in request.memories:
-            batch = inputs.latents.shape[0]
-            request.memories[branch] = Memory(request, branch, batch, inputs.targets(), inputs.guided())
+            batch, guided = inputs.latents.shape[0], guides and inputs.guided()
+            request.memories[branch] = Memory(request, branch, batch, inputs.targets(), guided)
             request.signatures[branch] = _signature(inputs)
             request.texts[branch] = inputs.text
         request.latents[branch] = inputs.latents if request.schedule is None else None
