@@ -120,11 +120,12 @@ def _blocks(
 
 def disable(target: Any) -> Any:
     """Put everything back as it was before `enable`; returns `target`. Harmless where none is on."""
-    for transformer in denoisers_of(target):
-        attachment = vars(transformer).get(ATTRIBUTE)
-        if attachment is not None:
-            attachment.detach()
-            del vars(transformer)[ATTRIBUTE]
+    for denoiser in denoisers_of(target):
+        for holder in _layers(denoiser):
+            attachment = vars(holder).get(ATTRIBUTE)
+            if attachment is not None:
+                attachment.detach()
+                del vars(holder)[ATTRIBUTE]
     return target
 
 
@@ -208,8 +209,17 @@ def denoisers_of(target: Any) -> list[nn.Module]:
     return found
 
 
+def _layers(denoiser: nn.Module) -> list[nn.Module]:
+    """`denoiser`, and what torch.compile has wrapped in it, perhaps after a method was enabled on that."""
+    inner = getattr(denoiser, "_orig_mod", None)
+    return [denoiser] if inner is None else [denoiser, inner]
+
+
 def _attachments_of(target: Any) -> list[Attachment]:
-    found = [vars(denoiser).get(ATTRIBUTE) for denoiser in denoisers_of(target)]
+    found = [
+        next(filter(None, (vars(holder).get(ATTRIBUTE) for holder in _layers(denoiser))), None)
+        for denoiser in denoisers_of(target)
+    ]
     if None in found:
         raise ValueError("no cache is enabled here: call h2cache.enable(pipe) first")
     return found

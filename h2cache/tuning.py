@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_course, summary
+from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_course, step_records, summary
 from h2cache.h2 import H2Config
 from h2cache.method import MethodConfig
 from h2cache.plan import PlanConfig
@@ -148,10 +149,11 @@ def _tune_plan(
             start = PlanConfig(evaluations=count, file="none").choose(course).steps
             best = _search(studio, start, course.steps, course.starts, log, bar)
             config = PlanConfig(steps=best)
-            quality, seen = _measure(studio, config)
-            further, unseen = _measure(others, config) if held_out else (None, [])
-            plans.append(TunedPlan(best, quality, further))
-            rows += unseen or seen
+            seen, unseen = _measure(studio, config), _measure(others, config) if held_out else None
+            more = unseen or seen
+            held = Quality.of(unseen.values) if unseen else None
+            plans.append(TunedPlan(best, Quality.of(seen.values), held, more.usual))
+            rows += more.rows
             bar.update()
             log.save(
                 replace(empty, plans=tuple(plans), estimate=fit(rows), made=_made(prompts, held_out, call))
@@ -207,13 +209,33 @@ def _search(
     return state["best"]
 
 
-def _measure(studio: Studio, config: PlanConfig) -> tuple[Quality, list[tuple[float, float]]]:
-    """The quality of 8-bit pictures, and of each picture its own error with its PSNR."""
-    values, rows = [], []
+@dataclass
+class _Measured:
+    """A plan on some prompts: PSNR of 8-bit pictures, and the forecast errors that the runs saw."""
+
+    values: list[float]
+    errors: list[list[float]]  # of each picture, summed up at each evaluated step
+
+    @property
+    def rows(self) -> list[tuple[float, float]]:
+        """The whole error of each picture, with its PSNR."""
+        return [(errors[-1], value) for errors, value in zip(self.errors, self.values, strict=True)]
+
+    @property
+    def usual(self) -> tuple[float, ...]:
+        """The geometric mean over pictures, at each evaluated step."""
+        logs = np.log(np.maximum(np.array(self.errors), 1e-12)).mean(0)
+        return tuple(round(float(e), 6) if e > 1e-11 else 0.0 for e in np.exp(logs))
+
+
+def _measure(studio: Studio, config: PlanConfig) -> _Measured:
+    measured = _Measured([], [])
     for number in range(len(studio.prompts)):
-        values.append(studio.fidelity(number, config, saved=True))
-        rows.append((math.fsum(summary(studio.pipe).gap_errors), values[-1]))
-    return Quality.of(values), rows
+        measured.values.append(studio.fidelity(number, config, saved=True))
+        records = step_records(studio.pipe)
+        evaluated = [r for r in records if r.outcome == "miss" and r.branch == records[0].branch]
+        measured.errors.append(list(accumulate(r.measure or 0.0 for r in evaluated)))
+    return measured
 
 
 def fit(rows: Iterable[tuple[float, float]]) -> Estimate | None:

@@ -28,7 +28,7 @@ class WholeModel(Engine):
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        latents = next(iter(given.values()))
+        latents = given[self._names[0]] if self._names[0] in given else next(iter(given.values()))
         timestep = next((given[name] for name in TIMES if name in given), None)
         text = next((given[name] for name in TEXTS if given.get(name) is not None), None)
         if timestep is None:
@@ -38,7 +38,7 @@ class WholeModel(Engine):
             latents=_first(latents),
             text=_first(text),
             conditions=tuple(
-                sorted((name, *_kind(value)) for name, value in given.items() if name != "timestep")
+                sorted((name, *_kind(value)) for name, value in given.items() if name not in TIMES)
             ),
         )
 
@@ -57,5 +57,7 @@ def _kind(value: Any) -> tuple[str, str]:
     """What must not change in mid-run: whether something is given, and plain values."""
     if isinstance(value, dict):
         return "dict", repr(sorted((k, _kind(v)) for k, v in value.items()))
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, str([_kind(item)[0] for item in value])
     plain = value is None or isinstance(value, (bool, int, float, str))
     return type(value).__name__, repr(value) if plain else ""

@@ -129,7 +129,7 @@ def test_what_does_not_fit_is_refused_before_the_first_block_and_leaves_nothing(
     hook = case.transformers[0].transformer_blocks[0].register_forward_pre_hook(lambda *_: blocks.append(1))
     h2cache.enable(case.target, TaylorSeerConfig(interval=1))
     with monkeypatch.context() as small:
-        small.setattr("h2cache.api.free_bytes", lambda device: 1000)
+        small.setattr("h2cache.attachment.free_bytes", lambda device: 1000)
         with pytest.raises(MemoryError, match="taylorseer keeps"):
             case.run()
     assert not blocks
