@@ -33,6 +33,7 @@ HELD = 3  # outputs that a branch keeps
 USUAL_SPEEDUP = 5.0
 LEAST = 1 / 20  # distance of two outputs, of the way to where they are asked for, that still makes a line
 STOCHASTIC = "the sampler draws fresh noise at its steps, so what a forecast gets wrong is paid back in part"
+NO_FLOW = "target='ode' is for flow samplers with one evaluation a step: 'sampler' is taken here"
 FEWEST_STEPS = 5  # below that a speed-up leaves too little to forecast from: nothing is skipped
 
 Weights = dict[int, float]  # step to weight of its output
@@ -210,6 +211,8 @@ def stand_ins(
         if k:
             behind, guessed = range(evaluated[k - 1], here), evaluated[max(0, k - 2) : k]
             wrong = kept(total((1.0, summed(three, behind)), (-1.0, summed(guessed, behind))), three)
+            for old in debt.keys() - {*three}:  # an output that is held no more is read off the oldest two
+                debt = total((1.0, debt), (debt.pop(old), line(three[:2], old)))
             debt = kept(total((1.0, debt), (1.0, wrong)), three)
             if any(wrong.values()):
                 errors[here] = wrong
@@ -300,8 +303,11 @@ class Plan(Method):
             steps = outputs.chase.next_steps(step, error)
             if steps is not None:
                 own = (*outputs.evaluated, *steps)
-                tables = stand_ins(memory.course, own, memory.course.steps, self.config.target)
+                tables = stand_ins(memory.course, own, memory.course.steps, self._target(memory.course))
                 outputs.table, outputs.errors = tables
+
+    def _target(self, course: Course) -> str:
+        return self.config.target if course.adds_up else "sampler"
 
     def _begin(self, memory: Memory) -> Outputs:
         """The plan from the current step on: the first, unless something changed in mid-run."""
@@ -309,13 +315,14 @@ class Plan(Method):
         choice = self.config.choose(course)
         skips = len(choice.steps) < course.steps
         drawn = course.stochastic and skips
-        note = "; ".join(filter(None, [choice.note, drawn * STOCHASTIC]))
+        other = self._target(course) != self.config.target
+        note = "; ".join(filter(None, [choice.note, drawn * STOCHASTIC, other * NO_FLOW]))
         memory.expect(choice.estimate, note)
         if note and (drawn or not skips):
             warnings.warn(f"h2cache, plan: {note}", stacklevel=2)  # Python shows it once
         end = min([s for s in course.starts if s > now], default=course.steps)
         own = (now, *(s for s in choice.steps if now < s < end))
-        return Outputs(*stand_ins(course, own, end, self.config.target), choice.chase if now == 0 else None)
+        return Outputs(*stand_ins(course, own, end, self._target(course)), choice.chase if now == 0 else None)
 
 
 def error_of(parts: list[Tensor]) -> Tensor:

@@ -66,6 +66,14 @@ class Course:
     def steps(self) -> int:
         return len(self.lengths)
 
+    @property
+    def adds_up(self) -> bool:
+        """Whether outputs add up over the noise level itself, at one evaluation a step: flow samplers."""
+        return all(
+            math.isclose(b - a, d, abs_tol=1e-9)
+            for (a, b), d in zip(pairwise(self.levels), self.lengths, strict=True)
+        )
+
 
 class Schedule:
     """The timesteps of a scheduler after its `set_timesteps`, and where in them a request is."""
