@@ -36,7 +36,11 @@ class Gate(Attachment):
         )
         self._blocks = self._blocks or 1  # of a model without an engine the whole is one
         self._own: Callable | None = vars(denoiser).get(_CALL)  # compiled in place
-        self._gate = torch.compiler.disable(self._call, recursive=False, reason=_COMPILE_FIRST)
+
+        def gate(*args: Any, **kwargs: Any) -> Any:  # a function: torch 2.7 cannot mark a bound method
+            return self._call(*args, **kwargs)
+
+        self._gate = torch.compiler.disable(gate, recursive=False, reason=_COMPILE_FIRST)
         self._place(_CALL, self._gate)
         self._place("compile", self._compile_inside)
         self._name_branches()
