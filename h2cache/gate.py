@@ -8,6 +8,7 @@ that are offloaded stay where they are on a skipped step.
 from __future__ import annotations
 
 from collections.abc import Callable
+from inspect import signature
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ _COMPILE_FIRST = (
     "call h2cache.enable then, or compile in place, with model.compile()"
 )
 _CALL = "_compiled_call_impl"  # looked at by `nn.Module.__call__` before hooks and forward
+_HAS_REASON = "reason" in signature(torch.compiler.disable).parameters  # not in torch 2.7
+_TOLD = {"reason": _COMPILE_FIRST} if _HAS_REASON else {}
 
 
 class Gate(Attachment):
@@ -36,7 +39,11 @@ class Gate(Attachment):
         )
         self._blocks = self._blocks or 1  # of a model without an engine the whole is one
         self._own: Callable | None = vars(denoiser).get(_CALL)  # compiled in place
-        self._gate = torch.compiler.disable(self._call, recursive=False, reason=_COMPILE_FIRST)
+
+        def gate(*args: Any, **kwargs: Any) -> Any:  # a function: torch 2.7 cannot mark a bound method
+            return self._call(*args, **kwargs)
+
+        self._gate = torch.compiler.disable(gate, recursive=False, **_TOLD)
         self._place(_CALL, self._gate)
         self._place("compile", self._compile_inside)
         self._name_branches()
