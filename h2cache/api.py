@@ -199,8 +199,8 @@ def denoisers_of(target: Any) -> list[nn.Module]:
     """The transformers or the unet of a pipeline; of a model that is given itself, that. TypeError: none."""
     if isinstance(target, nn.Module) or "OptimizedModule" in class_names(target):
         return [target]
-    found = [getattr(target, name, None) for name in DENOISERS]
-    found = [denoiser for denoiser in found if isinstance(denoiser, nn.Module)]
+    parts = [getattr(target, name, None) for name in DENOISERS]
+    found = [part for part in parts if isinstance(part, nn.Module)]
     if not found:
         raise TypeError(
             f"{type(target).__name__} is no model and no pipeline with one (it has none of "
@@ -220,9 +220,10 @@ def _attachments_of(target: Any) -> list[Attachment]:
         next(filter(None, (vars(holder).get(ATTRIBUTE) for holder in _layers(denoiser))), None)
         for denoiser in denoisers_of(target)
     ]
-    if None in found:
+    known = [attachment for attachment in found if attachment is not None]
+    if len(known) < len(found):
         raise ValueError("no cache is enabled here: call h2cache.enable(pipe) first")
-    return found
+    return known
 
 
 def _newest_requests(target: Any) -> list[Request]:

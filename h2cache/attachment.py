@@ -10,7 +10,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
@@ -65,12 +65,15 @@ class Attachment:
     ) -> None:
         self.engine, self.config = engine, config
         self.method: Method = config.build()
-        self._denoiser = weakref.ref(denoiser)
+        self._held = weakref.ref(denoiser)  # it holds this object
         self._pipeline: Callable[[], Any] = weakref.ref(pipeline) if pipeline is not None else lambda: None
-        self._placed: dict[
-            str, tuple[Any, Any]
-        ] = {}  # by name: what stands on the denoiser, and stood before
+        self._placed: dict[str, tuple[Any, Any]] = {}  # on the denoiser by name: ours, and what was there
         self.requests = Requests(denoiser, self._pipeline, steps, engine.starts, self._release_others)
+
+    def _denoiser(self) -> nn.Module:
+        denoiser = self._held()
+        assert denoiser is not None  # nobody else holds this object
+        return denoiser
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """A copied or pickled model would carry the state of another: refused, with what to do."""
@@ -109,7 +112,7 @@ class Attachment:
     def _name_branches(self) -> None:
         denoiser = self._denoiser()
         if hasattr(denoiser, "cache_context"):
-            own = denoiser.cache_context
+            own: Callable[..., AbstractContextManager] = getattr(denoiser, "cache_context")  # noqa: B009
 
             @contextmanager
             def named(name: str, **kwargs: Any) -> Iterator[None]:
@@ -206,11 +209,14 @@ class BlockAttachment(Attachment):
         """Refuse a request, before its first block, that would keep more than there is room for."""
         tokens, width = x.img.shape[1:]
         answers = "output" in self.engine.offers
-        out = self.engine.output_layer(self._denoiser()).out_features if answers else 0
+        out = (
+            int(getattr(self.engine.output_layer(self._denoiser()), "out_features", width)) if answers else 0
+        )
         starts = [*self._firsts.values(), self.stages[-1].last]
-        lists = tuple(b - a for a, b in itertools.pairwise(starts))
+        lists = [b - a for a, b in itertools.pairwise(starts)]
+        structure, detail = lists if len(lists) == 2 else [len(stage.blocks) for stage in self.stages]
         shape = Shape(
-            blocks=lists if len(lists) == 2 else tuple(len(stage.blocks) for stage in self.stages),
+            blocks=(structure, detail),
             img=tokens,
             txt=0 if x.txt is None else x.txt.shape[1],
             width=width,
@@ -220,8 +226,8 @@ class BlockAttachment(Attachment):
             drawn=len(range(tokens)[memory.targets or slice(None)]),
             text_compared=self.stages[-1].joint,
         )
-        others = [m for m in self.requests.newest.memories.values() if m is not memory and m.bytes_needed]
-        promised = sum(max(0, m.bytes_needed - m.bytes_held) for m in others)
+        others = [m for m in self.requests.newest.memories.values() if m is not memory]
+        promised = sum(max(0, (m.bytes_needed or 0) - m.bytes_held) for m in others)
         memory.bytes_needed = require_room(self.config, shape, free_bytes(x.img.device) - promised)
 
     def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:

@@ -12,6 +12,7 @@ from inspect import signature
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from h2cache.attachment import Attachment, refuse_other_caches
@@ -33,11 +34,9 @@ class Gate(Attachment):
 
     def attach(self) -> None:
         denoiser = self._denoiser()
-        model = getattr(denoiser, "_orig_mod", denoiser)  # wrapped by torch.compile
-        self._blocks = sum(
-            self.engine.count(model, cut) for cut in {c.blocks: c for c in self.engine.cuts}.values()
-        )
-        self._blocks = self._blocks or 1  # of a model without an engine the whole is one
+        model: nn.Module = getattr(denoiser, "_orig_mod", denoiser)  # wrapped by torch.compile
+        lists = {cut.blocks: cut for cut in self.engine.cuts}.values()
+        self._blocks = sum(self.engine.count(model, cut) for cut in lists) or 1  # unknown: the whole is one
         self._own: Callable | None = vars(denoiser).get(_CALL)  # compiled in place
 
         def gate(*args: Any, **kwargs: Any) -> Any:  # a function: torch 2.7 cannot mark a bound method
@@ -81,7 +80,7 @@ class Gate(Attachment):
                     self._reserve(memory, answer)
             program.send(answer)
         except StopIteration:
-            self.requests.current.end_step(memory, grew=answer is not None)
+            memory.end_step(grew=answer is not None)
             return output
         except BaseException:
             self.requests.forget("the call before was broken off")
@@ -99,7 +98,7 @@ class Form:
     """How a model gives its output: its own class, a tuple, and what in it is not forecast."""
 
     def __init__(self) -> None:
-        self.spec: pytree.TreeSpec | None = None
+        self.spec: Any = None
         self.others: list[Any] = []  # aligned with the leaves; None: forecast
 
     def read(self, output: Any) -> list[torch.Tensor]:

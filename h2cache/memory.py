@@ -241,6 +241,10 @@ class Memory:
         """Whether the current step is the request's last, as far as is known without a wait."""
         return self._pending is None and self._step + 1 == self._request.total_steps
 
+    def end_step(self, grew: bool = True) -> None:
+        """The forward call has ended; grew: whether more may be kept than before."""
+        self._request.end_step(self, grew)
+
     def release(self) -> None:
         """Free all tensors: the request has ended for this branch."""
         self.slots.clear()

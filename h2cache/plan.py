@@ -110,7 +110,7 @@ class PlanConfig(MethodConfig):
         if self.steps:
             return Choice(tuple(sorted({*(s for s in self.steps if s < course.steps), *course.starts})))
         table = None if self.file == "none" else self._table(course)
-        estimate = table and table.estimate
+        estimate = None if table is None else table.estimate
         if self.psnr is not None:
             if table is None:
                 raise RuntimeError(
@@ -128,10 +128,10 @@ class PlanConfig(MethodConfig):
         elif course.steps < FEWEST_STEPS:
             return Choice(tuple(range(course.steps)), estimate, f"too few steps to skip any ({course.steps})")
         else:
-            count = max(1, round(course.steps / self.speedup))
+            count = max(1, round(course.steps / (self.speedup or USUAL_SPEEDUP)))
         count = min(max(count, len(course.starts)), course.steps)
-        plan = table and table.plan(count)
-        if plan is None:
+        plan = None if table is None else table.plan(count)
+        if table is None or plan is None:
             return Choice(default_steps(course, count), estimate)
         if table.fits(course):
             return Choice(plan.steps, estimate)

@@ -7,6 +7,7 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
+from types import FrameType
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def calling_pipeline(denoiser: nn.Module) -> Any:
     Several pipelines may share a denoiser, each with a scheduler of its own, and the one that was enabled
     need not be the one that runs.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         for name in ("self", "components"):  # the latter in diffusers' modular pipelines
@@ -43,7 +44,7 @@ def calling_pipeline(denoiser: nn.Module) -> Any:
 
 def local_of(pipeline: Any, name: str) -> Any:
     """The local variable `name` of the call of `pipeline` that is under way; None: it has none."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if name in frame.f_code.co_varnames and frame.f_locals.get("self") is pipeline:
             return frame.f_locals.get(name)
@@ -172,7 +173,7 @@ class Schedule:
             if index is not None:
                 return index if index < len(self) else None
         if timestep.numel() and _same_storage(timestep, self.token):  # a view of `timesteps[i]`
-            return timestep.storage_offset() - self.token.storage_offset()
+            return int(timestep.storage_offset() - self.token.storage_offset())
         found = self.find(float(timestep.reshape(-1)[0]), last)  # a wait
         # A model may be given another time (1 - t): the scheduler will count once it has stepped.
         return (

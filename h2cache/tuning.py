@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_course, step_records, summary
 from h2cache.h2 import H2Config
@@ -63,7 +64,7 @@ class Studio:
         own = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         seed = own.pop("seed", self.seed + number)
         disable(self.pipe) if config is None else enable(self.pipe, config)
-        generator = torch.Generator("cpu" if str(device) == "mps" else device).manual_seed(seed)
+        generator = torch.Generator("cpu" if str(device) == "mps" else device).manual_seed(int(seed))
         out = self.pipe(**self.call, **own, generator=generator, output_type="np")
         return np.asarray(out[0][0], dtype=np.float32)
 
@@ -305,20 +306,20 @@ class Found:
 
 def _tune_thresholds(studio: Studio, kind: type[MethodConfig], speedup: float, progress: bool) -> Found:
     names = {f.name for f in fields(kind)}
-    base = kind()
+    shapes: list[Callable[[float], dict[str, Any]]]
     if kind is H2Config:
-        shapes = [lambda x, r=r: replace(base, tau1=x * math.sqrt(r), tau2=x / math.sqrt(r)) for r in RATIOS]
+        shapes = [partial(_taus, math.sqrt(ratio)) for ratio in RATIOS]
     elif "threshold" in names:
-        shapes = [lambda x: replace(base, threshold=x)]
+        shapes = [lambda x: {"threshold": x}]
     elif "interval" in names:
-        shapes = [lambda x: replace(base, interval=max(1, round(x * 10)))]
+        shapes = [lambda x: {"interval": max(1, round(x * 10))}]
     else:
         raise ValueError(f"{kind.name} has neither thresholds nor an interval to tune")
     bar = tqdm(total=len(shapes), disable=not progress, unit="shape")
     found: list[Found] = []
     try:
         for shape in shapes:
-            found.append(_at_speed(studio, shape, speedup))
+            found.append(_at_speed(studio, kind, shape, speedup))
             best = _best(found, speedup)
             bar.set_postfix_str(f"{best.speedup:.2f}x, {best.quality.mean:.2f} dB")
             bar.update()
@@ -330,12 +331,18 @@ def _tune_thresholds(studio: Studio, kind: type[MethodConfig], speedup: float, p
     return _best(found, speedup)
 
 
-def _at_speed(studio: Studio, shape: Callable[[float], MethodConfig], speedup: float) -> Found:
-    """Bisection for the scale of `shape` that gives the speed."""
+def _taus(root: float, x: float) -> dict[str, Any]:
+    return {"tau1": x * root, "tau2": x / root}
+
+
+def _at_speed(
+    studio: Studio, kind: type[MethodConfig], shape: Callable[[float], dict[str, Any]], speedup: float
+) -> Found:
+    """Bisection for the scale of `shape`, settings of `kind`, that gives the speed."""
     low, high, tried = 1e-3, 4.0, []
     for _ in range(12):
         middle = math.sqrt(low * high)
-        tried.append(_speed_and_quality(studio, shape(middle)))
+        tried.append(_speed_and_quality(studio, kind(**shape(middle))))
         if abs(tried[-1].speedup / speedup - 1) < CLOSE:
             break
         low, high = (middle, high) if tried[-1].speedup < speedup else (low, middle)

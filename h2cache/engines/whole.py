@@ -24,7 +24,8 @@ class WholeModel(Engine):
     offers = frozenset({"whole"})
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self._names = _parameters(type(getattr(denoiser, "_orig_mod", denoiser)))
+        plain: nn.Module = getattr(denoiser, "_orig_mod", denoiser)
+        self._names = _parameters(type(plain))
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         given = dict(zip(self._names, args, strict=False)) | kwargs
@@ -44,7 +45,7 @@ class WholeModel(Engine):
 
 
 @lru_cache(maxsize=64)
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
+def _parameters(kind: Any) -> tuple[str, ...]:
     return tuple(inspect.signature(kind.forward).parameters)[1:]
 
 

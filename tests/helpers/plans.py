@@ -129,7 +129,11 @@ def _parameters(scheduler: Any) -> Sequence[str]:
 
 _FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
 _SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_ZERO_SNR = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"}
+_ZERO_SNR = {
+    "rescale_betas_zero_snr": True,
+    "timestep_spacing": "trailing",
+    "prediction_type": "v_prediction",
+}
 
 SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "flow Euler": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
@@ -165,7 +169,9 @@ SAMPLERS: dict[str, tuple[str, dict[str, Any]]] = {
     "EDM DPM++": ("EDMDPMSolverMultistepScheduler", {}),
     "CogVideoX DDIM": ("CogVideoXDDIMScheduler", _ZERO_SNR),
 }
-STOCHASTIC = [n for n in SAMPLERS if any(w in n for w in ("stochastic", "SDE", "ancestral", "LCM", "DDPM", "TCD"))]
+STOCHASTIC = [
+    n for n in SAMPLERS if any(w in n for w in ("stochastic", "SDE", "ancestral", "LCM", "DDPM", "TCD"))
+]
 
 
 def sampler(name: str) -> Any:

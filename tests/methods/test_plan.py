@@ -214,7 +214,9 @@ def test_latents_edited_in_mid_run_are_followed_from_the_next_evaluation(pipe):
     assert (pipe(40, callback=edit) - right).norm() < 0.05 * right.norm()
 
 
-@pytest.mark.parametrize("keep", [[1.0] * 7 + [0.0] * 13, [0.0] * 4 + [1.0] * 16, [0.0] * 3 + [1.0] * 9 + [0.0] * 8])
+@pytest.mark.parametrize(
+    "keep", [[1.0] * 7 + [0.0] * 13, [0.0] * 4 + [1.0] * 16, [0.0] * 3 + [1.0] * 9 + [0.0] * 8]
+)
 def test_a_controlnet_that_is_switched_is_met_by_an_evaluation(pipe, keep):
     h2cache.enable(pipe, evaluations=6)
     pipe(20, controlnet_keep=keep)
