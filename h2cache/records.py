@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 HIT, FORCED, MISS = "hit", "forced", "miss"
+UNCACHED = ("none", "fewer_steps")  # methods that reuse nothing
 
 
 @dataclass(slots=True)
@@ -42,6 +43,7 @@ class StageSummary:
     blocks: int
     percentiles: tuple[float, ...] | None  # 5, 25, 50, 75, 95 % of the measures
     thresholds: tuple[float, ...] | None  # that would have let 25, 50, 75 % of the measured steps hit
+    not_finite: int = 0  # measures that are no number to compare with
 
 
 @dataclass(frozen=True)
@@ -83,17 +85,24 @@ class Summary:
         """What the user should know about a run in which nothing was reused."""
         if not self.stages:
             return "no step has been recorded: run the pipeline once, then ask for the summary"
-        if any(s.hits for s in self.stages) or self.method == "none":
+        if any(s.hits for s in self.stages) or self.method in UNCACHED:
             return None
         if self._whole:
             return "nothing was skipped: every step was evaluated" + "".join(
                 f"; {note}" for note in self.notes
             )
-        measured = [s.percentiles[0] for s in self.stages if s.percentiles]
-        if not measured:
+        if self.steps < 2:
             return (
                 f"nothing was reused: every step began a new request (last reason: {self.started_because}); "
                 "is the text embedding made anew at each step?"
+            )
+        if lost := sum(s.not_finite for s in self.stages):
+            return f"nothing was reused: {lost} measures are not finite, so are the model's hidden states"
+        measured = [s.percentiles[0] for s in self.stages if s.percentiles]
+        if not measured:
+            return (
+                "nothing was reused: the settings compute every step, or something that makes what is kept "
+                "void (a ControlNet, the scale of a LoRA) came or went at every step"
             )
         return (
             f"nothing was reused: the smallest changes are about {min(measured):.3f}; "
@@ -170,7 +179,8 @@ def summarise(
 
 
 def _stage_summary(name: str, records: list[StepRecord]) -> StageSummary:
-    measures = [r.measure for r in records if r.measure is not None and math.isfinite(r.measure)]
+    given = [r.measure for r in records if r.measure is not None]
+    measures = [measure for measure in given if math.isfinite(measure)]
     many = len(measures) >= 2
     grid = statistics.quantiles(measures, n=20, method="inclusive") if many else None  # 5 %, 10 %, ... 95 %
     return StageSummary(
@@ -182,4 +192,5 @@ def _stage_summary(name: str, records: list[StepRecord]) -> StageSummary:
         blocks=sum(r.blocks for r in records),
         percentiles=tuple(grid[i] for i in (0, 4, 9, 14, 18)) if many else None,
         thresholds=tuple(grid[i] for i in (4, 9, 14)) if many else None,
+        not_finite=len(given) - len(measures),
     )

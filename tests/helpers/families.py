@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from analysis.tiny_families import FAMILIES
 from tests.helpers.nunchaku_double import make_v1, make_v2
-from tests.helpers.toys import denoise, make_flux, make_inputs
+from tests.helpers.toys import denoise, make_flux, make_inputs, standing_still
 
 STEPS = 5
 # One of each kind that differs in what its transformer is given; all are run as a whole in test_families.py.
@@ -35,6 +35,26 @@ RECORDED = (
     "wan_vace",
 )
 TRANSFORMERS = ("transformer", "transformer_2")
+
+MODULES = frozenset({"taylorseer", "hicache", "speca", "clusca"})  # of attention and mlp
+OUTPUT, LOOK = frozenset({"taylorseer_lite"}), frozenset({"teacache"})
+SCHEDULER = frozenset({"plan"})  # a transformer alone does not know the noise levels to come
+REFUSED = {  # by model: the methods that it refuses with their default settings
+    "random": SCHEDULER,
+    "one block each": SCHEDULER,
+    "embedded": SCHEDULER,
+    "nunchaku V1": SCHEDULER | MODULES,
+    "nunchaku V2": SCHEDULER | MODULES,
+    "hunyuan_image": OUTPUT,
+    "hunyuan_video": OUTPUT,
+    "z_image": MODULES | OUTPUT | LOOK,
+} | dict.fromkeys(
+    ("flux2", "flux2_klein_kv", "qwen_image_edit", "dit", "sd3", "wan22", "wan_vace"), MODULES | OUTPUT
+)
+
+
+def refused_by(case: str) -> frozenset[str]:
+    return REFUSED.get(case, frozenset())
 
 
 def transformers_of(pipeline) -> list[nn.Module]:
@@ -66,6 +86,14 @@ class Case:
     def uncached(self) -> list[Tensor]:
         """`run` before any method is enabled."""
         return self.run()
+
+    def standing_still(self) -> list[Tensor]:
+        """`run` where the model itself, but not a cache, sees the inputs of the first step at every step."""
+        return standing_still(self.target, [self.inputs | {"timestep": torch.ones(1)}] * STEPS)
+
+    def uncached_standing_still(self) -> list[Tensor]:
+        """`standing_still` before any method is enabled."""
+        return self.standing_still()
 
     @property
     def stage_sizes(self) -> tuple[int, int]:
@@ -102,12 +130,30 @@ class Recorded(Case):
     def uncached(self) -> list[Tensor]:
         return self.run()
 
+    @cache  # noqa: B019
+    def uncached_standing_still(self) -> list[Tensor]:
+        return self.standing_still()
+
     def run(self, branch: int | None = None) -> list[Tensor]:
         """The output of all calls, or of those of one guidance branch."""
-        calls = self.calls if branch is None else self.calls[branch :: self.branches]
-        outputs, further = [], {}
-        for model, name, args, kwargs in calls:
-            output = _play(model, name, args, kwargs | {k: v for k, v in further.items() if k in kwargs})
+        return self._played(self.calls if branch is None else self.calls[branch :: self.branches])
+
+    def standing_still(self) -> list[Tensor]:
+        return self._played(self.calls, still=True)
+
+    def _played(self, calls: list[tuple], still: bool = False) -> list[Tensor]:
+        outputs, further, first = [], {}, {}
+        for number, (model, name, args, kwargs) in enumerate(calls):
+            given = kwargs | {k: v for k, v in further.items() if k in kwargs}
+            key = (model, number % self.branches, kwargs.get("kv_cache_mode"))
+            seen = first.setdefault(key, (args, given))
+            with ExitStack() as stack:
+                if still:  # put on after a cache's own, so that it comes after it
+                    hook = model.register_forward_pre_hook(
+                        lambda *_, s=seen: (tuple(s[0]), s[1]), with_kwargs=True
+                    )
+                    stack.callback(hook.remove)
+                output = _play(model, name, args, given)
             sample = output[0] if isinstance(output, tuple) else output.sample
             outputs.append(torch.stack(sample) if isinstance(sample, list) else sample)  # Z-Image: a list
             if isinstance(output, tuple) and len(output) == 2:  # FLUX.2 Klein KV: keys and values for later

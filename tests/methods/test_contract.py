@@ -8,11 +8,15 @@ import torch
 import h2cache
 from h2cache import find_method, method_names
 from h2cache.method import Shape
-from tests.helpers.families import RECORDED, STEPS, Case, flux_cases, recorded
+from tests.helpers.families import RECORDED, STEPS, Case, flux_cases, recorded, refused_by
 from tests.helpers.toys import denoise, generate, make_flux
 
-OFF = {"tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1, "max_drafts": 0}
-INFINITE = {"tau1": float("inf"), "tau2": float("inf"), "threshold": float("inf")}
+INF = float("inf")
+OFF = {"tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1, "max_drafts": 0, "speedup": 1.0}
+LOOSEST = {  # what lets each method skip as much as it can
+    "tau1": INF, "tau2": INF, "threshold": INF, "base": INF, "floor": INF, "interval": 99, "max_drafts": 99,
+    "warmup_steps": 1, "max_consecutive_hits": 99, "retention": 0.0, "speedup": 99.0,
+}  # fmt: skip
 VARIANTS = {  # further settings of a method that must hold what every method must
     "h2cache with a forecast": ("h2cache", {"predictor": "taylor", "order": 2, "repay": True}),
     "h2cache by modes": ("h2cache", {"predictor": "dmd", "force_detail_hit": False}),
@@ -22,10 +26,13 @@ VARIANTS = {  # further settings of a method that must hold what every method mu
     "speca of stages": ("speca", {"granularity": "stage"}),
     "clusca by Hermite": ("clusca", {"basis": "hermite", "exact_fresh": True, "interval": 3}),
 }
-FITTED = {
+FITTED = {  # the random models have no constants of their own
     "coefficients": (0.0, 0.0, 0.0, 1.0, 0.0),
     "ratios": (1.0, 1.02, 0.98, 0.95),
-}  # the random models have no constants of their own
+}
+METHODS = [*method_names(), *VARIANTS]
+SKIPPING = [name for name in METHODS if name not in ("none", "fewer_steps")]
+CASES = [*flux_cases(), "embedded", *RECORDED]
 
 
 def with_fields(config: h2cache.MethodConfig, values: dict) -> h2cache.MethodConfig:
@@ -43,12 +50,25 @@ def switched_off(name: str) -> h2cache.MethodConfig:
     return with_fields(usual(name), OFF)
 
 
-@pytest.fixture(params=[*method_names(), *VARIANTS])
-def method(request) -> str:
-    return request.param
+def loosest(name: str) -> h2cache.MethodConfig:
+    """The settings of a method that let it skip whatever it can."""
+    return with_fields(usual(name), LOOSEST)
 
 
-@pytest.fixture(params=[*flux_cases(), "embedded", *RECORDED])
+def refuses(name: str, case: str) -> bool:
+    """Whether the table has it that a model refuses a method."""
+    method, settings = VARIANTS.get(name, (name, {}))
+    finer = settings.keys() & {"granularity", "lite_at"}  # variants that need nothing of the model
+    return not finer and method in refused_by(case)
+
+
+def pairs(methods: list[str]) -> pytest.MarkDecorator:
+    """Every method on every model that does not refuse it."""
+    found = [(name, case) for case in CASES for name in methods if not refuses(name, case)]
+    return pytest.mark.parametrize(("method", "case"), found, indirect=["case"])
+
+
+@pytest.fixture
 def case(request) -> Case:
     if request.param in RECORDED:
         case = recorded(request.param)
@@ -76,27 +96,66 @@ def embedded_inputs(model) -> dict:
 
 
 def enable(case: Case, config: h2cache.MethodConfig) -> None:
-    """Enable, or end the test where the method refuses the model: with a reason, and with nothing changed."""
+    h2cache.enable(case.target, config, steps=STEPS if case.target in case.transformers else None)
+
+
+def of_whole(name: str) -> bool:
+    """Whether a method answers for the whole model, without stages."""
+    return "whole" in usual(name).requires
+
+
+# What a model refuses.
+
+
+@pytest.mark.parametrize("case", CASES, indirect=True)
+def test_refusals_are_those_of_the_table(case, request):
+    """No more and no fewer; each with a reason, and with nothing changed."""
+    name, found = request.node.callspec.params["case"], set()
+    for method in METHODS:
+        before = [vars(model).keys() for model in case.transformers]
+        reason = refusal(case, method)
+        h2cache.disable(case.target)
+        assert [vars(model).keys() for model in case.transformers] == before
+        if reason is not None:
+            found.add(method)
+            assert len(reason) >= 40
+            assert usual(method).name in reason or "no scheduler" in reason
+    assert found == {method for method in METHODS if refuses(method, name)}
+
+
+def refusal(case: Case, method: str) -> str | None:
+    """Why a model does not take a method; None: it does."""
     try:
-        h2cache.enable(case.target, config, steps=STEPS if case.target in case.transformers else None)
-    except ValueError as error:
-        clean = not any(model._forward_hooks for model in case.transformers)
-        if config.name not in str(error) or len(str(error)) < 40 or not clean:
-            pytest.fail(f"a refusal must give its reason and leave no trace: {error}")
-        pytest.skip(f"refused: {error}")
+        enable(case, usual(method))
+        if of_whole(method):  # only a call tells whether there is a scheduler
+            case.run()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return None
 
 
+# What holds of every method.
+
+
+@pairs(METHODS)
 def test_switched_off_is_bit_identical(method, case):
     expected = case.uncached()
     enable(case, usual(method))
     enable(case, switched_off(method))  # in place of the first
-    assert all(len(model._forward_pre_hooks) == 1 for model in case.transformers)
+    if not of_whole(method):
+        assert all(len(model._forward_pre_hooks) == 1 for model in case.transformers)
     for a, b in zip(expected, case.run(), strict=True):
         assert torch.equal(a, b)
     summary = h2cache.summary(case.target)
-    assert summary.blocks_run == summary.blocks == STEPS * case.branches * sum(case.stage_sizes)
+    assert summary.blocks_run == summary.blocks
+    if not of_whole(method):
+        assert summary.blocks == STEPS * case.branches * sum(case.stage_sizes)
+    if method not in ("none", "fewer_steps"):  # no hit at all: the user is told, and why
+        assert summary.warning.startswith("nothing was")
+        assert len(summary.warning) > 50
 
 
+@pairs(METHODS)
 def test_disable_restores_exactly(method, case):
     expected = case.uncached()
     before = [dict(vars(model)) for model in case.transformers]
@@ -116,14 +175,18 @@ def test_disable_restores_exactly(method, case):
         assert torch.equal(a, b)
 
 
+@pairs(METHODS)
 def test_every_block_is_accounted_for_and_the_next_request_is_the_same(method, case):
     enable(case, usual(method))
     first = case.run()
     records = h2cache.step_records(case.target)
-    assert sorted(r.step for r in records) == [n for n in range(STEPS) for _ in range(2 * case.branches)]
+    stages = ("model",) if of_whole(method) else ("structure", "detail")
+    assert sorted(r.step for r in records) == [
+        n for n in range(STEPS) for _ in range(len(stages) * case.branches)
+    ]
     assert len({r.branch for r in records}) == case.branches
-    sizes = dict(zip(("structure", "detail"), case.stage_sizes, strict=True))
-    assert {r.stage: r.blocks for r in records} == sizes
+    assert {r.stage for r in records} == set(stages)
+    assert sum(r.blocks for r in records) == STEPS * case.branches * sum(case.stage_sizes)
     assert all(0 <= r.blocks_run <= r.blocks for r in records)
     assert all(r.blocks_run == r.blocks for r in records if r.step == 0 or r.outcome == "miss")
     for branch in range(case.branches):  # alone, each branch is as it was beside the other
@@ -131,20 +194,27 @@ def test_every_block_is_accounted_for_and_the_next_request_is_the_same(method, c
             assert torch.equal(a, b)
 
 
-def test_infinite_thresholds_run_the_heads_alone(case):
-    blocks = sum(case.stage_sizes)
-    for method, heads, ends in (("h2cache", 2, 1), ("block_cache", 1, 1), ("teacache", 0, 2)):
-        config = with_fields(usual(method), INFINITE)
-        if config.requires - h2cache.api.find_engine(case.transformers[0]).offers:
-            continue  # the refusal is seen above
-        h2cache.enable(case.target, config, steps=STEPS if case.target in case.transformers else None)
-        case.run()
-        run = sum(r.blocks_run for r in h2cache.step_records(case.target))
-        calls, full = STEPS * case.branches, case.fresh_starts * case.branches
-        full += (ends - 1) * len(case.transformers) * case.branches  # TeaCache computes the last step too
-        assert run == full * blocks + (calls - full) * heads
+@pairs(SKIPPING)
+def test_without_a_limit_every_step_hits_and_where_nothing_changes_a_hit_is_exact(method, case):
+    """All steps but the first of each denoiser; TeaCache computes the last as well."""
+    expected = case.uncached_standing_still()
+    enable(case, loosest(method))
+    outputs = case.standing_still()
+    records = h2cache.step_records(case.target)
+    first_steps = case.fresh_starts + (len(case.transformers) if method == "teacache" else 0)
+    for stage in {r.stage for r in records}:
+        missed = [r for r in records if r.stage == stage and r.outcome == "miss"]
+        assert len(missed) == first_steps * case.branches
+    for a, b in zip(expected, outputs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    heads = {"h2cache": 2, "block_cache": 1}.get(usual(method).name)
+    if heads is not None:
+        calls, full = STEPS * case.branches, first_steps * case.branches
+        run = sum(r.blocks_run for r in records)
+        assert run == full * sum(case.stage_sizes) + (calls - full) * heads
 
 
+@pytest.mark.parametrize("method", METHODS)
 def test_two_requests_are_the_same(method, tiny):
     h2cache.enable(tiny, usual(method))
     first = generate(tiny)
@@ -152,6 +222,7 @@ def test_two_requests_are_the_same(method, tiny):
     assert torch.equal(first, generate(tiny))
 
 
+@pytest.mark.parametrize("method", [name for name in METHODS if not of_whole(name)])
 def test_memory_is_what_was_reckoned(method):
     """After computing every step, all histories are full."""
     model, config = make_flux(), switched_off(method)
