@@ -29,7 +29,7 @@ class WholeModel(Engine):
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        latents = given[self._names[0]] if self._names[0] in given else next(iter(given.values()))
+        latents = given.get(self._names[0] if self._names else "", next(iter(given.values())))
         timestep = next((given[name] for name in TIMES if name in given), None)
         text = next((given[name] for name in TEXTS if given.get(name) is not None), None)
         if timestep is None:
@@ -46,7 +46,14 @@ class WholeModel(Engine):
 
 @lru_cache(maxsize=64)
 def _parameters(kind: Any) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+    """Names of the arguments of the model's call, of the nearest class that names them."""
+    names: tuple[str, ...] = ()
+    for base in (c for c in kind.__mro__ if "forward" in vars(c)):
+        given = tuple(inspect.signature(base.forward).parameters.values())[1:]
+        names = tuple(p.name for p in given if p.kind is not p.VAR_POSITIONAL)
+        if len(names) == len(given):
+            break
+    return names
 
 
 def _first(value: Any) -> Any:

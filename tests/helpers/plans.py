@@ -77,12 +77,10 @@ class Loop:
         begin: int = 0,
         return_dict: bool = True,
         seed: int = 0,
-        place: Callable[[Tensor], Tensor] = lambda tensor: tensor,
     ) -> Tensor:
         g = torch.Generator().manual_seed(seed)
         dynamic = {"mu": 1.0} if self.scheduler.config.get("use_dynamic_shifting") else {}
         self.scheduler.set_timesteps(steps, **dynamic)
-        self.scheduler.timesteps = place(self.scheduler.timesteps)
         order = getattr(self.scheduler, "order", 1)
         timesteps = self.scheduler.timesteps[begin * order :]
         if begin and hasattr(self.scheduler, "set_begin_index"):

@@ -149,9 +149,8 @@ def test_a_sampler_that_draws_noise_is_told_from_one_that_does_not(name):
 
 def test_a_stochastic_sampler_is_warned_of():
     pipe = h2cache.enable(Loop(Toy(), sampler("Euler ancestral")), speedup=4)
-    with pytest.warns(UserWarning, match="draws fresh noise"), warnings.catch_warnings():
-        warnings.simplefilter("always", UserWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
+    warnings.simplefilter("always", UserWarning)
+    with pytest.warns(UserWarning, match="draws fresh noise"):
         pipe(16)
     assert "draws fresh noise" in str(h2cache.summary(pipe))
     h2cache.enable(pipe, evaluations=16)
