@@ -74,6 +74,8 @@ COSTS = {
 ALONE = ("words_read", "clip_iqa")  # the uncached picture has a value too: shown is the paired difference
 CONTROL = "fewer_steps"
 RATIOS = (2.0, 3.0, 4.0, 5.0, 6.0)
+OURS = ("plan", "h2cache")
+FEW, SPEEDS = ("plan", "plan file=none", "h2cache", CONTROL), (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -190,7 +192,12 @@ def at(found: list[dict], line: str, ratio: float, what: str = "quality") -> flo
 
 def _in_order(found: list[dict]) -> list[str]:
     """The lines: ours first, the control last."""
-    return sorted({p["line"] for p in found}, key=lambda m: (not m.startswith("h2cache"), m == CONTROL, m))
+
+    def place(line: str) -> tuple:
+        ours = [name for name in OURS if line.startswith(name)]
+        return (OURS.index(ours[0]) if ours else len(OURS), line == CONTROL, line)
+
+    return sorted({p["line"] for p in found}, key=place)
 
 
 # The figure.
@@ -244,7 +251,7 @@ def _draw_published(axes, others: list[dict]) -> None:
 
 
 def answer(measured: dict[str, list[dict]], source: str) -> str:
-    lines = [f"Source: {source}.", *at_once(measured)]
+    lines = [f"Source: {source}.", *by_speed(measured), *at_once(measured)]
     for metric, found in measured.items():
         title, higher = METRICS[metric]
         methods = _in_order([p for p in found if p["method"] != "none"])
@@ -274,19 +281,33 @@ def answer(measured: dict[str, list[dict]], source: str) -> str:
     return "\n".join(lines)
 
 
+def by_speed(measured: dict[str, list[dict]]) -> list[str]:
+    """PSNR of the plan, the paper's rule and the control at each speed, as one table."""
+    found = measured.get("psnr", [])
+    if not {p["line"] for p in found} >= set(FEW):
+        return []
+    lines = ["", "PSNR in dB, at so many times fewer executed blocks:", ""]
+    lines += [f"| | {' | '.join(f'{r:g}x' for r in SPEEDS)} |", "|---" * (len(SPEEDS) + 1) + "|"]
+    for line in FEW:
+        values = [at(found, line, r) for r in SPEEDS]
+        cells = ["-" if v is None else f"{v:.1f}" for v in values]
+        lines.append(f"| {plots.look(line).name} | {' | '.join(cells)} |")
+    return lines
+
+
 def at_once(measured: dict[str, list[dict]]) -> list[str]:
-    """PSNR at every ratio, and what else there is to say of 5x, as one table."""
+    """Every method at 5x, as one table."""
     found, words = measured.get("psnr"), measured.get("words_read", [])
     if not found:
         return []
-    heads = ["method", *(f"{r:g}x" for r in RATIOS), "words at 5x", "time at 5x", "cache at 5x"]
-    lines = ["", "PSNR in dB at equal numbers of executed blocks, and the rest of 5x:", ""]
+    heads = ["method", "PSNR, dB", "words read", "time", "cache"]
+    lines = ["", "Every method at 5x fewer executed blocks:", ""]
     lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for line in _in_order([p for p in found if p["method"] != "none"]):
-        values = [at(found, line, r) for r in RATIOS]
-        cells = ["-" if v is None else f"{v:.1f}" for v in values]
+        cells = []
         for those, what, form in (
-            (words, "mean", "{:.1%}"), (found, "speed_up", "{:.2f}x"), (found, "mebibytes", "{:.2f} MiB")
+            (found, "quality", "{:.1f}"), (words, "mean", "{:.1%}"), (found, "speed_up", "{:.2f}x"),
+            (found, "mebibytes", "{:.2f} MiB"),
         ):  # fmt: skip
             value = at(those, line, 5.0, what)
             cells.append("-" if value is None else form.format(value))

@@ -4,6 +4,7 @@
     python -m analysis.trace --records DIR/rows.jsonl --label "h2cache tau1=0.2 tau2=0.05"
     python -m analysis.trace --records outputs/records.jsonl --id sign03   # of run.py
     python -m analysis.trace --run --tau1 0.2 --tau2 0.05 --limit 8
+    python -m analysis.trace --run --method plan --set speedup=5 --limit 8     # its steps, and its own errors
 
 One request (--id, else the first) and all requests together: the median measure with bands that hold half
 and nine tenths of them, and the share of hits at every step. A forced hit has no measure: the structure stage
@@ -16,6 +17,7 @@ Writes trace.png/.pdf/.csv, trace_all.png/.pdf/.csv and the counts in trace.md.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from collections import Counter
 from pathlib import Path
@@ -25,6 +27,7 @@ import numpy as np
 from analysis import keep, plots
 from analysis.saved import Saved, read_saved
 from analysis.scripts import figure_script
+from analysis.settings import parse_settings
 from analysis.trials import Trial, parser_of, source_of, write_about
 from h2cache import H2Config, find_method, method_names
 
@@ -44,22 +47,25 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--label", help='contestant, or settings as "tau1=0.1 tau2=0.05" (default: the first of the method)'
     )
     parser.add_argument("--id", help="request that is drawn alone (default: the first)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the run")
     parser.add_argument("--tau1", type=float, default=0.2, help="of the run")
     parser.add_argument("--tau2", type=float, default=0.05, help="of the run")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> Path:
-    """Draw every prompt once with H2-Cache; the pictures are not kept."""
+    """Draw every prompt once with the method; the pictures are not kept."""
     trial, rows = Trial.of(args), {}
     args.out.mkdir(parents=True, exist_ok=True)
-    config = H2Config(tau1=args.tau1, tau2=args.tau2)
+    kind = find_method(args.method)
+    taus = {"tau1": args.tau1, "tau2": args.tau2} if kind is H2Config else {}
+    config = kind(**taus | parse_settings(kind, args.set))
     for prompt in trial.prompts:
         trace = keep.compact(trial.draw(prompt, config).trace)
         rows[prompt.id] = {
             "key": prompt.id,
             "id": prompt.id,
-            "method": "h2cache",
+            "method": config.name,
             "config": keep.settings_of(config),
         }
         rows[prompt.id]["trace"] = trace
@@ -114,7 +120,7 @@ def settings_told(row: dict) -> str:
     if not isinstance(config, dict):
         return "no settings"
     known = row["method"] in method_names()
-    usual = {} if not known else keep.settings_of(find_method(row["method"])())
+    usual = {} if not known else json.loads(json.dumps(keep.settings_of(find_method(row["method"])())))
     told = {k: v for k, v in config.items() if k in ("tau1", "tau2") or v != usual.get(k)}
     return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
 
@@ -182,7 +188,8 @@ def draw_one(row: dict, path: Path) -> None:
             data += [{"stage": stage, "step": int(s), "measure": float(m) if np.isfinite(m) else "",
                       "threshold": float(t) if np.isfinite(t) else "", "outcome": OUTCOMES[o][0]}
                      for s, m, t, o in zip(steps, measures, limit, outcomes, strict=True)]  # fmt: skip
-            axes.set(ylabel="relative change" if n == 0 else "", xlim=(-1, len(steps)))
+            label = "error of the forecasts before" if stage == "model" else "relative change"
+            axes.set(ylabel=label if n == 0 else "", xlim=(-1, len(steps)))
             if seen.any():
                 plots.logarithmic(axes.yaxis)
             strip.set(xlabel="step", ylim=(-1, 1))
@@ -221,7 +228,7 @@ def draw_all(rows: list[dict], path: Path) -> None:
             limit = thresholds_of(lines[0])
             if np.isfinite(limit).any():
                 above.plot(steps, limit, "--", color="black", linewidth=0.9, label="threshold")
-            above.set_ylabel("relative change")
+            above.set_ylabel("error of the forecasts before" if names[n] == "model" else "relative change")
             plots.letter(above, f"{'abcd'[n % 4]}  {stage}, {len(lines)} requests")
             floor = np.zeros(len(steps))
             for code, (name, colour, _) in OUTCOMES.items():

@@ -55,6 +55,7 @@ def _find_baselines() -> None:
         spec = importlib.util.spec_from_file_location(
             "h2cache.baselines", beside / "__init__.py", submodule_search_locations=[str(beside)]
         )
+        assert spec is not None and spec.loader is not None  # noqa: PT018
         module = sys.modules["h2cache.baselines"] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         globals()["baselines"] = module  # as the import of a package below this one would

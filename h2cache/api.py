@@ -120,11 +120,12 @@ def _blocks(
 
 def disable(target: Any) -> Any:
     """Put everything back as it was before `enable`; returns `target`. Harmless where none is on."""
-    for transformer in denoisers_of(target):
-        attachment = vars(transformer).get(ATTRIBUTE)
-        if attachment is not None:
-            attachment.detach()
-            del vars(transformer)[ATTRIBUTE]
+    for denoiser in denoisers_of(target):
+        for holder in _layers(denoiser):
+            attachment = vars(holder).get(ATTRIBUTE)
+            if attachment is not None:
+                attachment.detach()
+                del vars(holder)[ATTRIBUTE]
     return target
 
 
@@ -198,8 +199,8 @@ def denoisers_of(target: Any) -> list[nn.Module]:
     """The transformers or the unet of a pipeline; of a model that is given itself, that. TypeError: none."""
     if isinstance(target, nn.Module) or "OptimizedModule" in class_names(target):
         return [target]
-    found = [getattr(target, name, None) for name in DENOISERS]
-    found = [denoiser for denoiser in found if isinstance(denoiser, nn.Module)]
+    parts = [getattr(target, name, None) for name in DENOISERS]
+    found = [part for part in parts if isinstance(part, nn.Module)]
     if not found:
         raise TypeError(
             f"{type(target).__name__} is no model and no pipeline with one (it has none of "
@@ -208,11 +209,21 @@ def denoisers_of(target: Any) -> list[nn.Module]:
     return found
 
 
+def _layers(denoiser: nn.Module) -> list[nn.Module]:
+    """`denoiser`, and what torch.compile has wrapped in it, perhaps after a method was enabled on that."""
+    inner = getattr(denoiser, "_orig_mod", None)
+    return [denoiser] if inner is None else [denoiser, inner]
+
+
 def _attachments_of(target: Any) -> list[Attachment]:
-    found = [vars(denoiser).get(ATTRIBUTE) for denoiser in denoisers_of(target)]
-    if None in found:
+    found = [
+        next(filter(None, (vars(holder).get(ATTRIBUTE) for holder in _layers(denoiser))), None)
+        for denoiser in denoisers_of(target)
+    ]
+    known = [attachment for attachment in found if attachment is not None]
+    if len(known) < len(found):
         raise ValueError("no cache is enabled here: call h2cache.enable(pipe) first")
-    return found
+    return known
 
 
 def _newest_requests(target: Any) -> list[Request]:

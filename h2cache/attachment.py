@@ -10,10 +10,11 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 
 from h2cache.drive import Call, take_over
@@ -26,6 +27,7 @@ from h2cache.requests import Requests
 from h2cache.room import free_bytes, require_room
 from h2cache.schedule import DENOISERS
 
+_NOTHING = object()
 ATTRIBUTE = "_h2cache"  # of a denoiser, where its attachment is kept
 
 
@@ -63,13 +65,41 @@ class Attachment:
     ) -> None:
         self.engine, self.config = engine, config
         self.method: Method = config.build()
-        self._denoiser = weakref.ref(denoiser)
+        self._held = weakref.ref(denoiser)  # it holds this object
         self._pipeline: Callable[[], Any] = weakref.ref(pipeline) if pipeline is not None else lambda: None
+        self._placed: dict[str, tuple[Any, Any]] = {}  # on the denoiser by name: ours, and what was there
         self.requests = Requests(denoiser, self._pipeline, steps, engine.starts, self._release_others)
+
+    def _denoiser(self) -> nn.Module:
+        denoiser = self._held()
+        assert denoiser is not None  # nobody else holds this object
+        return denoiser
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copied or pickled model would carry the state of another: refused, with what to do."""
+        raise TypeError(
+            f"the model has a cache enabled ({self.config.name}), which cannot be copied or saved with it: "
+            "call h2cache.disable(model) first, and h2cache.enable on the copy"
+        )
 
     def attach(self) -> None:
         """Put everything in place."""
         raise NotImplementedError
+
+    def check_call(self) -> None:
+        """RuntimeError if the model is called to be trained: a skipped step would cut the gradient."""
+        denoiser = self._denoiser()
+        if denoiser.training and self.engine.trainable:
+            raise RuntimeError(
+                "a cache is for inference: call .eval() on the model, or h2cache.disable it to train"
+            )
+        if torch.is_grad_enabled() and not torch.is_inference_mode_enabled():
+            recorded = any(p.requires_grad for p in denoiser.parameters())
+            if recorded:
+                raise RuntimeError(
+                    "gradients are being recorded, and a skipped step would cut them: call the model under "
+                    "torch.no_grad(), or h2cache.disable it"
+                )
 
     def detach(self) -> None:
         """Undo `attach`, exactly."""
@@ -82,7 +112,7 @@ class Attachment:
     def _name_branches(self) -> None:
         denoiser = self._denoiser()
         if hasattr(denoiser, "cache_context"):
-            own = denoiser.cache_context
+            own: Callable[..., AbstractContextManager] = getattr(denoiser, "cache_context")  # noqa: B009
 
             @contextmanager
             def named(name: str, **kwargs: Any) -> Iterator[None]:
@@ -90,10 +120,23 @@ class Attachment:
                 with own(name, **kwargs), self.requests.named_branch(name):
                     yield
 
-            vars(denoiser)["cache_context"] = named
+            self._place("cache_context", named)
 
-    def _unname_branches(self) -> None:
-        vars(self._denoiser()).pop("cache_context", None)
+    def _place(self, name: str, value: Any) -> None:
+        """Put `value` on the denoiser itself, before what its class has."""
+        own = vars(self._denoiser())
+        self._placed[name] = value, own.get(name, _NOTHING)
+        own[name] = value
+
+    def _take_away(self) -> None:
+        """Undo `_place`, except where somebody else has put something over it since."""
+        own = vars(self._denoiser())
+        for name, (value, before) in self._placed.items():
+            if own.get(name) is value:
+                del own[name]
+                if before is not _NOTHING:
+                    own[name] = before
+        self._placed.clear()
 
     def _release_others(self, pipeline: Any) -> None:
         """Free what the pipeline's other denoiser keeps: its turn is over when this one's begins."""
@@ -141,7 +184,7 @@ class BlockAttachment(Attachment):
         self._take_out(transformer)
         for handle in self._handles:
             handle.remove()
-        self._unname_branches()
+        self._take_away()
 
     # One forward call: `_begin`, the model's own forward over our stages, `_end`.
 
@@ -150,10 +193,7 @@ class BlockAttachment(Attachment):
 
     def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         check_usable(transformer, self.engine)  # something may have come since
-        if transformer.training and self.engine.trainable:
-            raise RuntimeError(
-                "a cache is for inference: call transformer.eval(), or h2cache.disable it to train"
-            )
+        self.check_call()
         if self._current_call() is not None:  # the last one never came to its end (Ctrl-C): void
             self._forget("the call before was broken off")
         inputs = self.engine.inputs(args, kwargs)
@@ -169,11 +209,14 @@ class BlockAttachment(Attachment):
         """Refuse a request, before its first block, that would keep more than there is room for."""
         tokens, width = x.img.shape[1:]
         answers = "output" in self.engine.offers
-        out = self.engine.output_layer(self._denoiser()).out_features if answers else 0
+        out = (
+            int(getattr(self.engine.output_layer(self._denoiser()), "out_features", width)) if answers else 0
+        )
         starts = [*self._firsts.values(), self.stages[-1].last]
-        lists = tuple(b - a for a, b in itertools.pairwise(starts))
+        lists = [b - a for a, b in itertools.pairwise(starts)]
+        structure, detail = lists if len(lists) == 2 else [len(stage.blocks) for stage in self.stages]
         shape = Shape(
-            blocks=lists if len(lists) == 2 else tuple(len(stage.blocks) for stage in self.stages),
+            blocks=(structure, detail),
             img=tokens,
             txt=0 if x.txt is None else x.txt.shape[1],
             width=width,
@@ -183,8 +226,8 @@ class BlockAttachment(Attachment):
             drawn=len(range(tokens)[memory.targets or slice(None)]),
             text_compared=self.stages[-1].joint,
         )
-        others = [m for m in self.requests.newest.memories.values() if m is not memory and m.bytes_needed]
-        promised = sum(max(0, m.bytes_needed - m.bytes_held) for m in others)
+        others = [m for m in self.requests.newest.memories.values() if m is not memory]
+        promised = sum(max(0, (m.bytes_needed or 0) - m.bytes_held) for m in others)
         memory.bytes_needed = require_room(self.config, shape, free_bytes(x.img.device) - promised)
 
     def _end(self, transformer: nn.Module, args: tuple, output: Any) -> None:

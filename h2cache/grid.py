@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -27,7 +28,7 @@ def default_steps(course: Course, count: int) -> tuple[int, ...]:
     return tuple(sorted(steps))
 
 
-def distances(levels: list[float]) -> list[float]:
+def distances(levels: Sequence[float]) -> list[float]:
     """How far each step is from the first: rising, 0 to 1, for noise levels that fall within [0, 1]."""
     s = np.clip(np.asarray(levels, float), 1e-3, 1 - 1e-3)
     snr = np.log((1 - s) / s)

@@ -255,6 +255,10 @@ class Memory:
         """Whether the current step is the request's last, as far as is known without a wait."""
         return self._pending is None and self._step + 1 == self._request.total_steps
 
+    def end_step(self, grew: bool = True) -> None:
+        """The forward call has ended; grew: whether more may be kept than before."""
+        self._request.end_step(self, grew)
+
     def release(self) -> None:
         """Free all tensors: the request has ended for this branch."""
         self.slots.clear()
@@ -328,6 +332,7 @@ class Request:
         self.begun = self.first = self.position = 0  # in the schedule: of the pipeline's first step, of
         # this denoiser's first step, and of the newest
         self.course: Course | None = None
+        self.controls: tuple[str, ...] = ()  # how far a pipeline's ControlNets act, at each step of `course`
         self.errors: list[Tensor] = []  # of forecasts, (B,) each, on the device
         self.estimate: Any = None  # of the fidelity that these errors mean
         self.notes: list[str] = []  # what the user should know
@@ -340,13 +345,20 @@ class Request:
         self.records: list[StepRecord] = []
         self.most_bytes_held = 0
 
-    def end_step(self, memory: Memory) -> None:
-        """A forward call of a branch has ended: after its last step all that it kept is freed."""
-        self.most_bytes_held = max(self.most_bytes_held, self.bytes_held)
+    def end_step(self, memory: Memory, grew: bool = True) -> None:
+        """A forward call of a branch has ended: after its last step all that it kept is freed.
+
+        grew: whether more may be kept than before. A branch that is not called any more (guidance that stops
+        before the end) is freed with one that comes to its end.
+        """
+        if grew:
+            self.most_bytes_held = max(self.most_bytes_held, self.bytes_held)
         if self.total_steps is not None and memory.is_last_step:
-            memory.release()
-            self.texts.pop(memory.branch, None)
-            self.latents.pop(memory.branch, None)
+            for branch, other in self.memories.items():
+                if other is memory or (self.schedule is not None and other.step + 1 < memory.step):
+                    other.release()
+                    self.texts.pop(branch, None)
+                    self.latents.pop(branch, None)
 
     def release(self) -> None:
         """Free the tensors of all branches; the records stay."""

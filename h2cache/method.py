@@ -6,9 +6,13 @@ H2-Cache is `h2cache/h2.py`; every other method is a file in `baselines/`, found
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from numbers import Integral, Real
+from typing import Any, ClassVar
+
+from typing_extensions import Self
 
 from h2cache.memory import Memory
 from h2cache.program import Program, Stage
@@ -57,6 +61,14 @@ class MethodConfig(ABC):
         """What is needed of an engine beyond whole blocks: see `Engine.offers`."""
         return frozenset()
 
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Refuse settings of another type, before they are compared with any range."""
+        names = [f.name for f in fields(cls) if f.init]
+        kinds = {f.name: str(f.type) for f in fields(cls)}
+        for name, value in [*zip(names, args, strict=False), *kwargs.items()]:
+            check_type(f"{cls.name}: {name}", value, kinds.get(name, ""))
+        return super().__new__(cls)
+
     def for_checkpoint(self, checkpoint: str | None) -> MethodConfig:
         """These settings with the constants fitted to `checkpoint` (last part of its folder or hub id).
 
@@ -92,6 +104,39 @@ class Method(ABC):
     @abstractmethod
     def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One forward call: yield `Run` or `Skip` for every block, in order; `Run` gives back a `Ran`."""
+
+
+_NUMBERS: dict[str, type] = {"float": Real, "int": Integral}
+
+
+def check_type(name: str, value: Any, kind: str) -> None:
+    """Raise TypeError unless `value` is of the annotated `kind`: a number, bool, str, tuple of them, or None.
+
+    A bool is no number, and text is none either: "0.1" would fail in mid-run. Other kinds are not checked.
+    """
+    *options, _ = [*(part.strip() for part in kind.split("|")), ""]
+    for option in options:
+        inner = option.removeprefix("tuple[").removesuffix(", ...]")
+        if option == "None":
+            fits = value is None
+        elif inner in _NUMBERS:
+            values = [value] if inner == option else value
+            whole = isinstance(values, (list, tuple))
+            fits = whole and all(_is_number(v, _NUMBERS[inner]) for v in values)
+        elif option in ("bool", "str"):
+            fits = isinstance(value, bool if option == "bool" else str)
+        else:
+            return
+        if fits:
+            return
+    if options:
+        raise TypeError(f"{name}={value!r} is {type(value).__name__}, not {kind}")
+
+
+def _is_number(value: Any, kind: type) -> bool:
+    """A limit may be infinite where a whole number is asked for."""
+    real = isinstance(value, Real) and not isinstance(value, bool)
+    return real and (isinstance(value, kind) or float(value).is_integer() or float(value) == math.inf)
 
 
 def check(name: str, value: float, low: float, high: float, why: str) -> None:

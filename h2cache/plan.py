@@ -11,6 +11,7 @@ This is a predictor and a corrector (Adams-Bashforth, Adams-Moulton) on a subset
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -30,6 +31,9 @@ from h2cache.weights import newton
 
 HELD = 3  # outputs that a branch keeps
 USUAL_SPEEDUP = 5.0
+LEAST = 1 / 20  # distance of two outputs, of the way to where they are asked for, that still makes a line
+STOCHASTIC = "the sampler draws fresh noise at its steps, so what a forecast gets wrong is paid back in part"
+NO_FLOW = "target='ode' is for flow samplers with one evaluation a step: 'sampler' is taken here"
 FEWEST_STEPS = 5  # below that a speed-up leaves too little to forecast from: nothing is skipped
 
 Weights = dict[int, float]  # step to weight of its output
@@ -106,7 +110,7 @@ class PlanConfig(MethodConfig):
         if self.steps:
             return Choice(tuple(sorted({*(s for s in self.steps if s < course.steps), *course.starts})))
         table = None if self.file == "none" else self._table(course)
-        estimate = table and table.estimate
+        estimate = None if table is None else table.estimate
         if self.psnr is not None:
             if table is None:
                 raise RuntimeError(
@@ -116,16 +120,18 @@ class PlanConfig(MethodConfig):
             best = table.reaching(self.psnr)
             if best is None:
                 return Choice(tuple(range(course.steps)), estimate, f"no tuned plan keeps {self.psnr} dB")
+            if table.fits(course) and len(course.starts) == 1:
+                return Choice(best.steps, estimate, chase=Chase(table, best, self.psnr))
             count = best.evaluations
         elif self.evaluations is not None:
             count = self.evaluations
         elif course.steps < FEWEST_STEPS:
             return Choice(tuple(range(course.steps)), estimate, f"too few steps to skip any ({course.steps})")
         else:
-            count = max(1, round(course.steps / self.speedup))
+            count = max(1, round(course.steps / (self.speedup or USUAL_SPEEDUP)))
         count = min(max(count, len(course.starts)), course.steps)
-        plan = table and table.plan(count)
-        if plan is None:
+        plan = None if table is None else table.plan(count)
+        if table is None or plan is None:
             return Choice(default_steps(course, count), estimate)
         if table.fits(course):
             return Choice(plan.steps, estimate)
@@ -151,6 +157,27 @@ class Choice:
     steps: tuple[int, ...]
     estimate: tuned.Estimate | None = None  # of the picture's fidelity
     note: str = ""  # what the user should know
+    chase: Chase | None = None
+
+
+@dataclass
+class Chase:
+    """A wanted quality: in mid-run another tuned plan is taken where a picture's errors are not the usual."""
+
+    table: tuned.Tuned
+    plan: tuned.TunedPlan
+    psnr: float
+    error: float = 0.0  # sum over the gaps so far, of the worst picture of a batch
+    usual: float = 0.0  # the same as it usually is
+    step: int = 0  # of the newest evaluation
+
+    def next_steps(self, step: int, error: Tensor) -> tuple[int, ...] | None:
+        """The steps to evaluate after `step`, where they are others than before; a wait."""
+        self.error += max(error.tolist())  # the one wait of an evaluated step
+        self.usual += self.plan.usual(step) - self.plan.usual(self.step)
+        self.step, before = step, self.plan
+        self.plan = self.table.corrected(self.plan, self.psnr, self.error, self.usual)
+        return None if self.plan is before else tuple(s for s in self.plan.steps if s > step)
 
 
 @lru_cache(maxsize=64)
@@ -166,18 +193,14 @@ def stand_ins(
     levels, lengths = course.levels, course.lengths
 
     def line(nodes: Sequence[int], step: int) -> Weights:
-        known = {levels[n]: n for n in nodes}  # of two outputs at one level (Heun) the newer counts
-        row = newton(list(known), levels[step], len(known) - 1)
-        return dict(zip(known.values(), row, strict=True))
+        return through([(n, levels[n]) for n in nodes], levels[step])
 
     def summed(nodes: Sequence[int], stretch: range) -> Weights:
         """What the polynomial through `nodes` adds to the sample over `stretch`."""
         if target == "sampler":
             return total(*((lengths[q], line(nodes, q)) for q in stretch))
         a, b = levels[stretch[0]], levels[stretch[-1] + 1]  # Simpson's rule: exact up to cubics
-        known = {levels[n]: n for n in nodes}
-        rows = [newton(list(known), x, len(known) - 1) for x in (a, (a + b) / 2, b)]
-        parts = [dict(zip(known.values(), row, strict=True)) for row in rows]
+        parts = [through([(n, levels[n]) for n in nodes], x) for x in (a, (a + b) / 2, b)]
         return total(*zip(((b - a) / 6, 4 * (b - a) / 6, (b - a) / 6), parts, strict=True))
 
     table: dict[int, Weights] = {}
@@ -188,19 +211,37 @@ def stand_ins(
         if k:
             behind, guessed = range(evaluated[k - 1], here), evaluated[max(0, k - 2) : k]
             wrong = kept(total((1.0, summed(three, behind)), (-1.0, summed(guessed, behind))), three)
+            for old in debt.keys() - {*three}:  # an output that is held no more is read off the oldest two
+                debt = total((1.0, debt), (debt.pop(old), line(three[:2], old)))
             debt = kept(total((1.0, debt), (1.0, wrong)), three)
             if any(wrong.values()):
                 errors[here] = wrong
         stretch = range(here, evaluated[k + 1] if k + 1 < len(evaluated) else end)
         gap, room = stretch[1:], math.fsum(lengths[q] for q in stretch[1:])
-        if not gap or not room:
-            continue  # the debt waits
+        if not room:  # nothing that could be paid into: the debt waits
+            table |= {q: kept(line(two, q), three) for q in gap}
+            continue
         straight = total(*((lengths[q], line(two, q)) for q in stretch))
         owed = total((1.0, debt), (1.0, summed(two, stretch)), (-1.0, straight))
         for q in gap:
             table[q] = kept(total((1.0, line(two, q)), (1 / room, owed)), three)
         debt = {}
     return table, errors
+
+
+def through(nodes: Sequence[tuple[int, float]], x: float) -> Weights:
+    """The polynomial through the outputs of steps at known levels, (step, level) oldest first, at level `x`.
+
+    Of outputs whose levels all but agree (the two of a Heun step) the newest counts: a small difference
+    between them must not be drawn out to a long one.
+    """
+    used = list(nodes[-1:])
+    for step, level in nodes[-2::-1]:
+        near = min(abs(level - other) for _, other in used)
+        if near and near >= LEAST * max(abs(x - other) for _, other in [*used, (step, level)]):
+            used.insert(0, (step, level))
+    row = newton([level for _, level in used], x, len(used) - 1)
+    return {step: weight for (step, _), weight in zip(used, row, strict=True)}
 
 
 def total(*parts: tuple[float, Weights]) -> Weights:
@@ -225,7 +266,9 @@ class Outputs:
 
     table: dict[int, Weights]
     errors: dict[int, Weights]
+    chase: Chase | None = None
     kept: dict[int, list[Tensor]] = field(default_factory=dict)  # by step, oldest first
+    evaluated: list[int] = field(default_factory=list)
 
     def weighted(self, weights: Weights) -> list[Tensor]:
         return combine([self.kept[step] for step in weights], list(weights.values()))
@@ -239,25 +282,47 @@ class Plan(Method):
     def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         step, outputs = memory.course_step, memory.state("outputs", lambda: self._begin(memory))
-        if step in outputs.table and step - 1 >= min(outputs.kept, default=step):
-            yield Stand(outputs.weighted(outputs.table[step]))
+        row = outputs.table.get(step)
+        if row is not None and row.keys() <= outputs.kept.keys():
+            yield Stand(outputs.weighted(row))
             memory.record_whole("hit")
             return
+        if row is not None:  # guidance was off when this branch should have been evaluated
+            memory.clear_slots()
+            outputs = memory.state("outputs", lambda: self._begin(memory))
         result = yield Forward()
         outputs.kept[step] = [part.detach().clone() for part in result]  # CUDA graphs use theirs again
         for old in sorted(outputs.kept)[:-HELD]:
             del outputs.kept[old]
-        weights = outputs.errors.get(step)
-        memory.record_whole("miss", error_of(outputs.weighted(weights)) if weights else None)
+        outputs.evaluated.append(step)
+        weights = outputs.errors.get(step, {})
+        seen = bool(weights) and weights.keys() <= outputs.kept.keys()
+        error = error_of(outputs.weighted(weights)) if seen else None
+        memory.record_whole("miss", error)
+        if outputs.chase is not None and error is not None:
+            steps = outputs.chase.next_steps(step, error)
+            if steps is not None:
+                own = (*outputs.evaluated, *steps)
+                tables = stand_ins(memory.course, own, memory.course.steps, self._target(memory.course))
+                outputs.table, outputs.errors = tables
+
+    def _target(self, course: Course) -> str:
+        return self.config.target if course.adds_up else "sampler"
 
     def _begin(self, memory: Memory) -> Outputs:
         """The plan from the current step on: the first, unless something changed in mid-run."""
         course, now = memory.course, memory.course_step
         choice = self.config.choose(course)
-        memory.expect(choice.estimate, choice.note)
+        skips = len(choice.steps) < course.steps
+        drawn = course.stochastic and skips
+        other = self._target(course) != self.config.target
+        note = "; ".join(filter(None, [choice.note, drawn * STOCHASTIC, other * NO_FLOW]))
+        memory.expect(choice.estimate, note)
+        if note and (drawn or not skips):
+            warnings.warn(f"h2cache, plan: {note}", stacklevel=2)  # Python shows it once
         end = min([s for s in course.starts if s > now], default=course.steps)
         own = (now, *(s for s in choice.steps if now < s < end))
-        return Outputs(*stand_ins(course, own, end, self.config.target))
+        return Outputs(*stand_ins(course, own, end, self._target(course)), choice.chase if now == 0 else None)
 
 
 def error_of(parts: list[Tensor]) -> Tensor:

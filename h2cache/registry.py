@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.resources
-import inspect
 import json
 import pkgutil
 from types import ModuleType
@@ -33,7 +32,9 @@ def _config_class(module: ModuleType) -> type[MethodConfig]:
     found = [
         c
         for c in vars(module).values()
-        if inspect.isclass(c) and issubclass(c, MethodConfig) and c.__module__ == module.__name__
+        if issubclass(type(c), type)  # inspect.isclass takes dict[int, float] for one in Python 3.10
+        and issubclass(c, MethodConfig)
+        and c.__module__ == module.__name__
     ]
     if len(found) != 1:
         raise TypeError(f"{module.__name__} must define exactly one MethodConfig, it defines {len(found)}")

@@ -12,13 +12,14 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any
 
 from torch import Tensor, nn
 
 from h2cache.engines.base import Inputs
 from h2cache.memory import Memory, Request
-from h2cache.schedule import Schedule, calling_pipeline
+from h2cache.schedule import Schedule, calling_pipeline, local_of
 
 MOST_BRANCHES = 4  # calls at one step that a pipeline may make without naming them
 
@@ -72,6 +73,8 @@ class Requests:
 
     def forget(self, reason: str) -> None:
         """The next call of this thread begins a new request."""
+        if self._local.request is not None:
+            self._local.request.release()
         self._local.request, self._local.reason = None, reason
 
     @contextmanager
@@ -122,8 +125,13 @@ class Requests:
         if changed:
             request.reason = f"another {changed} came in"
             request.memories.pop(branch).release()
-        memory = self._memory_of(request, branch, inputs)
-        memory.begin_known_step(position - request.first, inputs.conditions)
+        # Two prompts of one seed look like [cond, uncond]: the pipeline knows whether it guides.
+        guides = getattr(pipeline, "do_classifier_free_guidance", None) if counted else None
+        memory = self._memory_of(request, branch, inputs, guides is not False)
+        conditions = inputs.conditions
+        if request.controls:
+            conditions = (*conditions, request.controls[position - request.begun])
+        memory.begin_known_step(position - request.first, conditions)
         return memory
 
     def _new_request(self, pipeline: Any, schedule: Schedule, position: int, counted: bool) -> Request:
@@ -138,7 +146,11 @@ class Requests:
         ends = [*starts[1:], steps]
         request = Request(schedule, ends[own] - starts[own], "")
         request.begun, request.first = begun, begun + starts[own]
-        request.course = schedule.course(begun, steps, starts)
+        # ControlNets that are switched on or off in mid-run go on giving samples, of zeros.
+        keep = local_of(pipeline, "controlnet_keep") if counted else None
+        request.controls = tuple(map(str, keep)) if keep and len(keep) == steps else ()
+        switches = [n for n, (a, b) in enumerate(pairwise(request.controls), 1) if a != b]
+        request.course = schedule.course(begun, steps, tuple(sorted({*starts, *switches})))
         return request
 
     def _in_own_loop(self, inputs: Inputs) -> Memory:
@@ -210,10 +222,10 @@ class Requests:
         known = request.signatures.get(branch, signature)
         return next((a[0] for a, b in zip(known, signature, strict=True) if a != b), None)
 
-    def _memory_of(self, request: Request, branch: str, inputs: Inputs) -> Memory:
+    def _memory_of(self, request: Request, branch: str, inputs: Inputs, guides: bool = True) -> Memory:
         if branch not in request.memories:
-            batch = inputs.latents.shape[0]
-            request.memories[branch] = Memory(request, branch, batch, inputs.targets(), inputs.guided())
+            batch, guided = inputs.latents.shape[0], guides and inputs.guided()
+            request.memories[branch] = Memory(request, branch, batch, inputs.targets(), guided)
             request.signatures[branch] = _signature(inputs)
             request.texts[branch] = inputs.text
         request.latents[branch] = inputs.latents if request.schedule is None else None

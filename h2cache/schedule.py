@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,8 +10,12 @@ from itertools import pairwise
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+_LEAST_ALPHA = 2.0**-24  # as diffusers has it where the last step is pure noise
+_LEAST_NOISE = 1e-2
+_STOCHASTIC = ("Ancestral", "LCM", "DDPM", "SDE", "TCD", "SASolver", "CogVideoXDPM", "Stochastic")
 TRAINED = 1000.0  # timesteps of a scheduler at noise level 1
 DENOISERS = ("transformer", "transformer_2", "unet")  # attributes of a pipeline
 
@@ -37,18 +42,38 @@ def calling_pipeline(denoiser: nn.Module) -> Any:
     return None
 
 
+def local_of(pipeline: Any, name: str) -> Any:
+    """The local variable `name` of the call of `pipeline` that is under way; None: it has none."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if name in frame.f_code.co_varnames and frame.f_locals.get("self") is pipeline:
+            return frame.f_locals.get(name)
+        frame = frame.f_back
+    return None
+
+
 @dataclass(frozen=True)
 class Course:
     """The noise levels of one pipeline call, known before its first step."""
 
     levels: tuple[float, ...]  # at each step and after the last, falling within [0, 1]: sigma of a flow
     lengths: tuple[float, ...]  # what a step's output weighs in the final sample, up to a common factor
-    starts: tuple[int, ...]  # first step of each denoiser; (0,) where there is one
+    starts: tuple[int, ...]  # steps at which the history starts afresh: 0, and those where another denoiser
+    # begins or a ControlNet is switched on or off
     sampler: str = ""  # class of the scheduler
+    stochastic: bool = False  # it draws fresh noise at its steps
 
     @property
     def steps(self) -> int:
         return len(self.lengths)
+
+    @property
+    def adds_up(self) -> bool:
+        """Whether outputs add up over the noise level itself, at one evaluation a step: flow samplers."""
+        return all(
+            math.isclose(b - a, d, abs_tol=1e-9)
+            for (a, b), d in zip(pairwise(self.levels), self.lengths, strict=True)
+        )
 
 
 class Schedule:
@@ -78,12 +103,16 @@ class Schedule:
         """Noise at each step and after the last: sigma of a flow, else of the variance-exploding form."""
         sigmas = getattr(self.scheduler, "sigmas", None)
         if sigmas is not None and len(sigmas) == len(self) + 1:
-            return [float(s) for s in sigmas]
+            return torch.as_tensor(sigmas).tolist()
         known = getattr(self.scheduler, "alphas_cumprod", None)
         if known is None:
-            return [t / TRAINED for t in self.timesteps] + [0.0]
-        alphas = [float(known[min(max(round(t), 0), len(known) - 1)]) for t in self.timesteps]
-        return [((1 - a) / a) ** 0.5 for a in alphas] + [0.0]
+            levels = [t / TRAINED for t in self.timesteps]
+        else:
+            alphas = torch.as_tensor(known).clamp(min=_LEAST_ALPHA).tolist()
+            alphas = [alphas[min(max(round(t), 0), len(alphas) - 1)] for t in self.timesteps]
+            levels = [((1 - a) / a) ** 0.5 for a in alphas]
+        rises = levels[-1] > levels[0]  # inversion
+        return [*levels, levels[-1] if rises else 0.0]
 
     @property
     def is_flow(self) -> bool:
@@ -92,15 +121,44 @@ class Schedule:
         flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
         return bool(flow) or "FlowMatch" in type(self.scheduler).__name__
 
+    def _time(self, noise: float) -> float:
+        """What the sampler advances in at this noise, so that outputs add up by its differences.
+
+        A flow's velocity and a predicted noise add up over sigma. A v-prediction is the velocity on a circle,
+        and so is the raw output of EDM's networks; of predicted pictures the late ones count.
+        """
+        config = self.scheduler.config
+        if self.is_flow:
+            return noise
+        if config.get("sigma_data") is not None:
+            return math.atan(noise / config["sigma_data"])
+        if config.get("prediction_type") == "v_prediction":
+            return math.atan(noise)
+        return -1 / max(noise, _LEAST_NOISE) if config.get("prediction_type") == "sample" else noise
+
+    @property
+    def is_stochastic(self) -> bool:
+        """Whether the sampler draws fresh noise at its steps."""
+        config, name = self.scheduler.config, type(self.scheduler).__name__
+        drawn = str(config.get("algorithm_type", "")).startswith("sde") or config.get("stochastic_sampling")
+        return bool(drawn) or any(part in name for part in _STOCHASTIC)
+
     def course(self, begun: int, steps: int, starts: tuple[int, ...]) -> Course:
         """The noise levels of `steps` steps from index `begun` on."""
         noise = self.noise[begun : begun + steps + 1]
         levels = noise if self.is_flow else [s / (1 + s) for s in noise]
-        lengths = [b - a for a, b in pairwise(noise)]
-        for n, length in enumerate(lengths):
-            if length == 0.0 and n:  # two evaluations share a step (Heun): each has half of it
-                lengths[n] = lengths[n - 1] = lengths[n - 1] / 2
-        return Course(tuple(levels), tuple(lengths), starts, type(self.scheduler).__name__)
+        times = [self._time(s) for s in noise]
+        lengths = [b - a for a, b in pairwise(times)]
+        if hasattr(self.scheduler, "sigmas_interpol"):  # KDPM2: the second evaluation of a step counts alone
+            for n in range(begun % 2, len(lengths) - 1, 2):
+                lengths[n : n + 2] = 0.0, lengths[n] + lengths[n + 1]
+        else:
+            for n, length in enumerate(lengths):
+                if length == 0.0 and n:  # Heun: the two evaluations of a step have half of it each
+                    lengths[n] = lengths[n - 1] = lengths[n - 1] / 2
+        return Course(
+            tuple(levels), tuple(lengths), starts, type(self.scheduler).__name__, self.is_stochastic
+        )
 
     def position(self, timestep: Tensor, last: int | None, counted: bool) -> int | None:
         """Index of the step that is about to be computed; None: `timestep` is none of this schedule's.
@@ -116,7 +174,13 @@ class Schedule:
                 return index if index < len(self) else None
         if timestep.numel() and _same_storage(timestep, self.token):  # a view of `timesteps[i]`
             return int(timestep.storage_offset() - self.token.storage_offset())
-        return self.find(float(timestep.reshape(-1)[0]), last)  # a wait
+        found = self.find(float(timestep.reshape(-1)[0]), last)  # a wait
+        # A model may be given another time (1 - t): the scheduler will count once it has stepped.
+        return (
+            0
+            if found is None and counted and last is None and hasattr(self.scheduler, "step_index")
+            else found
+        )
 
     def find(self, timestep: float, last: int | None = None) -> int | None:
         """The index of `timestep`, which may be divided by 1000 and rounded to bfloat16; None if it is none.

@@ -15,9 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from h2cache.schedule import Course
 
 SHIPPED = Path(__file__).parent / "tuned_plans"
+TRUST = 0.5  # how far a picture's own errors say how far it lies from the mean of its plan
 NINE_IN_TEN = 1.4  # standard deviations below the mean; 1.28 would be that of a known normal distribution
 COMMAND = "python -m analysis.tune --model FOLDER --prompts FILE, in a checkout of the repository"
 
@@ -50,6 +53,11 @@ class TunedPlan:
     steps: tuple[int, ...]
     tuning: Quality  # on the pictures that the search has seen
     held_out: Quality | None = None  # on others
+    errors: tuple[float, ...] = ()  # usual sum of forecast errors, as known at each evaluated step
+
+    def usual(self, step: float) -> float:
+        """The usual sum of forecast errors at a step."""
+        return float(np.interp(step, self.steps, self.errors)) if self.errors else 0.0
 
     @property
     def evaluations(self) -> int:
@@ -100,6 +108,13 @@ class Tuned:
         """The fastest plan that keeps `psnr` in about nine pictures of ten; None: not one does."""
         return next((plan for plan in self.plans if plan.low >= psnr), None)
 
+    def corrected(self, plan: TunedPlan, psnr: float, error: float, usual: float) -> TunedPlan:
+        """The plan to go on with where the errors so far sum up to `error`, and usually to `usual`."""
+        if self.estimate is None or not (usual > 0 and error > 0 and math.isfinite(error)):
+            return plan
+        behind = TRUST * self.estimate.slope * 20 * math.log10(error / usual)
+        return next((p for p in self.plans if p.low - behind >= psnr), self.plans[-1])
+
     def transfer(self, plan: TunedPlan, course: Course) -> tuple[int, ...] | None:
         """The steps of `course` nearest to the plan's noise levels; None if two fall on one."""
         own = course.levels[: course.steps]
@@ -135,7 +150,8 @@ class Tuned:
 def _plan(facts: dict[str, Any]) -> TunedPlan:
     held_out = facts.get("held_out")
     tuning = Quality(**facts["tuning"])
-    return TunedPlan(tuple(facts["steps"]), tuning, held_out and Quality(**held_out))
+    errors = tuple(facts.get("errors", ()))
+    return TunedPlan(tuple(facts["steps"]), tuning, held_out and Quality(**held_out), errors)
 
 
 def user_folder() -> Path:

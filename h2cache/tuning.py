@@ -12,15 +12,17 @@ import platform
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from importlib.metadata import version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
+from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_course, summary
+from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_course, step_records, summary
 from h2cache.h2 import H2Config
 from h2cache.method import MethodConfig
 from h2cache.plan import PlanConfig
@@ -62,7 +64,7 @@ class Studio:
         own = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
         seed = own.pop("seed", self.seed + number)
         disable(self.pipe) if config is None else enable(self.pipe, config)
-        generator = torch.Generator("cpu" if str(device) == "mps" else device).manual_seed(seed)
+        generator = torch.Generator("cpu" if str(device) == "mps" else device).manual_seed(int(seed))
         out = self.pipe(**self.call, **own, generator=generator, output_type="np")
         return np.asarray(out[0][0], dtype=np.float32)
 
@@ -148,10 +150,11 @@ def _tune_plan(
             start = PlanConfig(evaluations=count, file="none").choose(course).steps
             best = _search(studio, start, course.steps, course.starts, log, bar)
             config = PlanConfig(steps=best)
-            quality, seen = _measure(studio, config)
-            further, unseen = _measure(others, config) if held_out else (None, [])
-            plans.append(TunedPlan(best, quality, further))
-            rows += unseen or seen
+            seen, unseen = _measure(studio, config), _measure(others, config) if held_out else None
+            more = unseen or seen
+            held = Quality.of(unseen.values) if unseen else None
+            plans.append(TunedPlan(best, Quality.of(seen.values), held, more.usual))
+            rows += more.rows
             bar.update()
             log.save(
                 replace(empty, plans=tuple(plans), estimate=fit(rows), made=_made(prompts, held_out, call))
@@ -207,13 +210,33 @@ def _search(
     return state["best"]
 
 
-def _measure(studio: Studio, config: PlanConfig) -> tuple[Quality, list[tuple[float, float]]]:
-    """The quality of 8-bit pictures, and of each picture its own error with its PSNR."""
-    values, rows = [], []
+@dataclass
+class _Measured:
+    """A plan on some prompts: PSNR of 8-bit pictures, and the forecast errors that the runs saw."""
+
+    values: list[float]
+    errors: list[list[float]]  # of each picture, summed up at each evaluated step
+
+    @property
+    def rows(self) -> list[tuple[float, float]]:
+        """The whole error of each picture, with its PSNR."""
+        return [(errors[-1], value) for errors, value in zip(self.errors, self.values, strict=True)]
+
+    @property
+    def usual(self) -> tuple[float, ...]:
+        """The geometric mean over pictures, at each evaluated step."""
+        logs = np.log(np.maximum(np.array(self.errors), 1e-12)).mean(0)
+        return tuple(round(float(e), 6) if e > 1e-11 else 0.0 for e in np.exp(logs))
+
+
+def _measure(studio: Studio, config: PlanConfig) -> _Measured:
+    measured = _Measured([], [])
     for number in range(len(studio.prompts)):
-        values.append(studio.fidelity(number, config, saved=True))
-        rows.append((math.fsum(summary(studio.pipe).gap_errors), values[-1]))
-    return Quality.of(values), rows
+        measured.values.append(studio.fidelity(number, config, saved=True))
+        records = step_records(studio.pipe)
+        evaluated = [r for r in records if r.outcome == "miss" and r.branch == records[0].branch]
+        measured.errors.append(list(accumulate(r.measure or 0.0 for r in evaluated)))
+    return measured
 
 
 def fit(rows: Iterable[tuple[float, float]]) -> Estimate | None:
@@ -283,20 +306,20 @@ class Found:
 
 def _tune_thresholds(studio: Studio, kind: type[MethodConfig], speedup: float, progress: bool) -> Found:
     names = {f.name for f in fields(kind)}
-    base = kind()
+    shapes: list[Callable[[float], dict[str, Any]]]
     if kind is H2Config:
-        shapes = [lambda x, r=r: replace(base, tau1=x * math.sqrt(r), tau2=x / math.sqrt(r)) for r in RATIOS]
+        shapes = [partial(_taus, math.sqrt(ratio)) for ratio in RATIOS]
     elif "threshold" in names:
-        shapes = [lambda x: replace(base, threshold=x)]
+        shapes = [lambda x: {"threshold": x}]
     elif "interval" in names:
-        shapes = [lambda x: replace(base, interval=max(1, round(x * 10)))]
+        shapes = [lambda x: {"interval": max(1, round(x * 10))}]
     else:
         raise ValueError(f"{kind.name} has neither thresholds nor an interval to tune")
     bar = tqdm(total=len(shapes), disable=not progress, unit="shape")
     found: list[Found] = []
     try:
         for shape in shapes:
-            found.append(_at_speed(studio, shape, speedup))
+            found.append(_at_speed(studio, kind, shape, speedup))
             best = _best(found, speedup)
             bar.set_postfix_str(f"{best.speedup:.2f}x, {best.quality.mean:.2f} dB")
             bar.update()
@@ -308,12 +331,18 @@ def _tune_thresholds(studio: Studio, kind: type[MethodConfig], speedup: float, p
     return _best(found, speedup)
 
 
-def _at_speed(studio: Studio, shape: Callable[[float], MethodConfig], speedup: float) -> Found:
-    """Bisection for the scale of `shape` that gives the speed."""
+def _taus(root: float, x: float) -> dict[str, Any]:
+    return {"tau1": x * root, "tau2": x / root}
+
+
+def _at_speed(
+    studio: Studio, kind: type[MethodConfig], shape: Callable[[float], dict[str, Any]], speedup: float
+) -> Found:
+    """Bisection for the scale of `shape`, settings of `kind`, that gives the speed."""
     low, high, tried = 1e-3, 4.0, []
     for _ in range(12):
         middle = math.sqrt(low * high)
-        tried.append(_speed_and_quality(studio, shape(middle)))
+        tried.append(_speed_and_quality(studio, kind(**shape(middle))))
         if abs(tried[-1].speedup / speedup - 1) < CLOSE:
             break
         low, high = (middle, high) if tried[-1].speedup < speedup else (low, middle)

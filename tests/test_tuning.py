@@ -68,7 +68,7 @@ def test_a_wanted_quality_takes_the_fastest_plan_that_keeps_it(tiny, found):
 
 
 def test_a_wanted_quality_of_an_untuned_model_is_refused_with_the_command(tiny):
-    with pytest.raises(ValueError, match="analysis.tune"):
+    with pytest.raises(ValueError, match=r"analysis\.tune"):
         h2cache.enable(tiny, psnr=40)
 
 

@@ -24,11 +24,12 @@ class WholeModel(Engine):
     offers = frozenset({"whole"})
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self._names = _parameters(type(getattr(denoiser, "_orig_mod", denoiser)))
+        plain: nn.Module = getattr(denoiser, "_orig_mod", denoiser)
+        self._names = _parameters(type(plain))
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        latents = next(iter(given.values()))
+        latents = given.get(self._names[0] if self._names else "", next(iter(given.values())))
         timestep = next((given[name] for name in TIMES if name in given), None)
         text = next((given[name] for name in TEXTS if given.get(name) is not None), None)
         if timestep is None:
@@ -38,14 +39,21 @@ class WholeModel(Engine):
             latents=_first(latents),
             text=_first(text),
             conditions=tuple(
-                sorted((name, *_kind(value)) for name, value in given.items() if name != "timestep")
+                sorted((name, *_kind(value)) for name, value in given.items() if name not in TIMES)
             ),
         )
 
 
 @lru_cache(maxsize=64)
-def _parameters(kind: type[nn.Module]) -> tuple[str, ...]:
-    return tuple(inspect.signature(kind.forward).parameters)[1:]
+def _parameters(kind: Any) -> tuple[str, ...]:
+    """Names of the arguments of the model's call, of the nearest class that names them."""
+    names: tuple[str, ...] = ()
+    for base in (c for c in kind.__mro__ if "forward" in vars(c)):
+        given = tuple(inspect.signature(base.forward).parameters.values())[1:]
+        names = tuple(p.name for p in given if p.kind is not p.VAR_POSITIONAL)
+        if len(names) == len(given):
+            break
+    return names
 
 
 def _first(value: Any) -> Any:
@@ -57,5 +65,7 @@ def _kind(value: Any) -> tuple[str, str]:
     """What must not change in mid-run: whether something is given, and plain values."""
     if isinstance(value, dict):
         return "dict", repr(sorted((k, _kind(v)) for k, v in value.items()))
+    if isinstance(value, (list, tuple)):
+        return type(value).__name__, str([_kind(item)[0] for item in value])
     plain = value is None or isinstance(value, (bool, int, float, str))
     return type(value).__name__, repr(value) if plain else ""

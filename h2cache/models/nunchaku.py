@@ -16,29 +16,34 @@ require_nunchaku()
 from nunchaku import NunchakuFluxTransformer2dModel, NunchakuFluxTransformer2DModelV2  # noqa: E402
 
 
-class _LoadsWithCache:
-    """Goes before a class with a `from_pretrained` and enables a cache on what that loads."""
+def _with_cache(loaded: Any, config: MethodConfig | None) -> Any:
+    """What a `from_pretrained` gave, with a cache enabled on the transformer in it."""
+    with_metadata = isinstance(loaded, tuple)  # return_metadata=True
+    enable(loaded[0] if with_metadata else loaded, config)
+    return loaded
+
+
+class H2NunchakuFluxTransformer2DModelV2(NunchakuFluxTransformer2DModelV2):
+    """`NunchakuFluxTransformer2DModelV2` with a cache enabled: text to image, one image at a time.
+
+    Same files and arguments; gives the plain model with the cache on it. `h2cache.enable(model, config)`
+    changes the settings, `h2cache.disable(model)` takes the cache off.
+    """
 
     @classmethod
     def from_pretrained(cls, *args: Any, cache_config: MethodConfig | None = None, **kwargs: Any) -> Any:
         """As the parent's, with `cache_config`: the settings of the method, by default `H2Config()`."""
-        loaded = super().from_pretrained(*args, **kwargs)  # type: ignore[misc]  # nunchaku's, behind this one
-        with_metadata = isinstance(loaded, tuple)  # return_metadata=True
-        enable(loaded[0] if with_metadata else loaded, cache_config)
-        return loaded
+        return _with_cache(NunchakuFluxTransformer2DModelV2.from_pretrained(*args, **kwargs), cache_config)
 
 
-class H2NunchakuFluxTransformer2DModelV2(_LoadsWithCache, NunchakuFluxTransformer2DModelV2):
-    """`NunchakuFluxTransformer2DModelV2` with a cache enabled: text to image, one image at a time.
-
-    Same files and arguments. `h2cache.enable(model, config)` changes the settings, `h2cache.disable(model)`
-    gives the plain model.
-    """
-
-
-class H2NunchakuFluxTransformer2dModel(_LoadsWithCache, NunchakuFluxTransformer2dModel):
+class H2NunchakuFluxTransformer2dModel(NunchakuFluxTransformer2dModel):
     """`NunchakuFluxTransformer2dModel` (V1) with a cache enabled: also LoRA, ControlNet, batches, offload.
 
-    Same files and arguments. `h2cache.enable(model, config)` changes the settings, `h2cache.disable(model)`
-    gives the plain model.
+    Same files and arguments; gives the plain model with the cache on it. `h2cache.enable(model, config)`
+    changes the settings, `h2cache.disable(model)` takes the cache off.
     """
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, cache_config: MethodConfig | None = None, **kwargs: Any) -> Any:
+        """As the parent's, with `cache_config`: the settings of the method, by default `H2Config()`."""
+        return _with_cache(NunchakuFluxTransformer2dModel.from_pretrained(*args, **kwargs), cache_config)

@@ -28,8 +28,10 @@ def test_without_arguments_it_draws_both_and_compares(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "none" in done.stdout
     assert "h2cache" in done.stdout
-    reference, cached = rows(tmp_path)
-    assert (reference["method"], cached["method"]) == ("none", "h2cache")
+    reference, cached, planned = rows(tmp_path)
+    assert [row["method"] for row in (reference, cached, planned)] == ["none", "h2cache", "plan"]
+    assert planned["blocks_run"] == planned["blocks"] / 5
+    assert planned["psnr"] > 50
     assert reference["blocks_run"] == reference["blocks"] == cached["blocks"] == 900
     assert cached["blocks_run"] < 450
     assert cached["psnr"] > 20
@@ -38,11 +40,22 @@ def test_without_arguments_it_draws_both_and_compares(tmp_path):
         r["outcome"] == "hit" for r in cached["trace"] if r["stage"] == "structure"
     )
     assert {"versions", "device_name"} <= set(cached["machine"])
-    for row in (reference, cached):
+    for row in (reference, cached, planned):
         assert Image.open(tmp_path / row["file"]).size == (128, 128)
-    pair = Image.open(tmp_path / cached["file"].replace(".png", "-compared.png"))
-    assert pair.width > 2 * 384
-    assert len(os.listdir(tmp_path)) == 4  # nothing temporary is left
+    side_by_side = Image.open(tmp_path / planned["file"].replace(".png", "-compared.png"))
+    assert side_by_side.width > 3 * 384
+    assert len(os.listdir(tmp_path)) == 5  # nothing temporary is left
+
+
+@pytest.mark.parametrize(
+    ("asked", "evaluated"),
+    [(["--speedup", "4"], 5), (["--evaluations", "7"], 7), (["--method", "plan"], 4), (["--psnr", "99"], 20)],
+)
+def test_a_speed_or_a_quality_is_asked_for(tmp_path, asked, evaluated):
+    assert script.main(["--out", str(tmp_path), "--steps", "20", "--no-compare", *asked]) == 0
+    (row,) = rows(tmp_path)
+    assert row["method"] == "plan"
+    assert row["blocks_run"] == evaluated * 18
 
 
 @pytest.mark.parametrize("given", [["--preset", "tiny_flux-fastest"], ["--tau1", "inf", "--tau2", "inf"]])
@@ -87,7 +100,11 @@ def test_one_method_alone(tmp_path, capsys):
         (["--tau1", "-1"], "tau1=-1.0 is out of range"),
         (["--tau1", "fast"], "cannot set tau1 to 'fast'"),
         (["--set", "colour=red"], "cannot set 'colour=red'"),
-        (["--method", "none", "--tau1", "0.1"], "cannot set 'tau1=0.1'"),
+        (["--method", "none", "--tau1", "0.1"], "--tau1 belongs to h2cache, not to none"),
+        (["--method", "teacache", "--speedup", "3"], "--speedup belongs to the plan, not to teacache"),
+        (["--speedup", "3", "--tau1", "0.1"], "give one of them"),
+        (["--speedup", "3", "--psnr", "40"], "say one of them"),
+        (["--speedup", "0.5"], "speedup=0.5 is out of range"),
         (["--prompts", "missing.txt"], "missing.txt"),
         (["--height", "256"], "height=256: this model draws height 128 only"),
         (["--model", "no/such/folder"], "no model folder 'no/such/folder'"),

@@ -71,4 +71,7 @@ def test_presets_of_an_experiment_agree_with_its_shipped_table(folder):
 
 def test_the_readmes_table_is_that_of_the_shipped_records():
     """Nobody typed it: `python -m analysis.calibrate --table --out assets/results/tiny_flux_presets`."""
-    assert markdown(table(read(Path("assets/results/tiny_flux_presets")))) in Path("README.md").read_text()
+    assert (
+        markdown(table(read(Path("assets/results/tiny_flux_presets"))))
+        in Path("h2cache/README.md").read_text()
+    )

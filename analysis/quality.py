@@ -1,0 +1,120 @@
+"""Whether a wanted quality is kept: asked for 35, 40, 45 and 50 dB, what do other pictures get?
+
+    python -m analysis.quality                                       # from the shipped records
+    python -m analysis.quality --run                                 # 200 prompts, some minutes on one core
+    python -m analysis.quality --run --prompts my.jsonl --limit 40
+
+Every prompt is drawn uncached, with `psnr=` at each wanted value, and with fixed plans of about as many
+evaluations, the control. Values are PSNR of 8-bit pictures. Writes quality.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from analysis import keep, plots
+from analysis.families import with_prompt
+from analysis.prompts import read_prompts
+from analysis.saved import MAYBE, NUMBER, read_saved
+from analysis.scripts import figure_script, shipped, start
+from analysis.trials import parser_of, source_of, write_about
+from h2cache import PlanConfig, summary
+from h2cache.tuning import Studio
+
+SHIPPED = "assets/results/tiny_flux_quality/rows.jsonl"
+WANTED = (35.0, 40.0, 45.0, 50.0)
+FIXED = (5, 6, 7, 8, 9)  # evaluations of the control
+NEEDS = {"key": str, "id": str, "asked": str, "evaluations": NUMBER, "psnr": NUMBER, "expected": MAYBE}
+SHARE = 0.9  # of the pictures that are to reach the wanted value
+
+
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_of(__doc__, "quality")
+    parser.add_argument("--records", type=Path, default=Path(shipped(SHIPPED)))
+    parser.set_defaults(prompts=Path(shipped("assets/prompts/tiny200.jsonl")))
+    return parser.parse_args(argv)
+
+
+def run(args: argparse.Namespace) -> Path:
+    """Draw and compare; the pictures are not kept. A stopped run goes on."""
+    prompts = read_prompts(args.prompts)[: args.limit]
+    pipeline, _, call, _ = start(args, prompts)
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "rows.jsonl"
+    rows = keep.read_records(path)
+    configs = {f"{p:g} dB": PlanConfig(psnr=p) for p in WANTED}
+    configs |= {f"{k} evaluations": PlanConfig(evaluations=k) for k in FIXED}
+    for prompt in prompts:
+        if all(f"{prompt.id} {asked}" in rows for asked in configs):
+            continue
+        seed = args.seed if prompt.seed is None else prompt.seed
+        asked_of = with_prompt(pipeline, {"prompt": prompt.text}) | {"seed": seed}
+        studio = Studio(pipeline, [asked_of], call, 0)
+        for asked, config in configs.items():
+            value = studio.fidelity(0, config, saved=True)
+            done = summary(pipeline)
+            key = f"{prompt.id} {asked}"
+            rows[key] = {
+                "key": key,
+                "id": prompt.id,
+                "asked": asked,
+                "evaluations": len(done.evaluated),
+                "psnr": round(value, 3),
+                "expected": done.expected_psnr and round(done.expected_psnr[0], 3),
+            }
+        keep.write_records(path, rows)
+    write_about(args.out, "quality", args)
+    return path
+
+
+def answer(rows: list[dict], source: str) -> str:
+    """Of each wanted value: how many pictures reach it, beside the best fixed number of evaluations."""
+    of: dict[str, list[dict]] = {}
+    for row in rows:
+        of.setdefault(row["asked"], []).append(row)
+    heads = [
+        "asked",
+        "at or above",
+        "evaluations",
+        "mean dB",
+        "worst dB",
+        "fixed for 90 %",
+        "more than fixed",
+    ]
+    lines = [f"Source: {source}; {len({row['id'] for row in rows})} prompts.", ""]
+    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    for wanted in WANTED:
+        mine = of.get(f"{wanted:g} dB", [])
+        if not mine:
+            continue
+        got, mean = np.array([row["psnr"] for row in mine]), np.mean([row["evaluations"] for row in mine])
+        enough = [k for k in FIXED if np.mean([r["psnr"] >= wanted for r in of[f"{k} evaluations"]]) >= SHARE]
+        fixed = [str(enough[0]), f"{mean / enough[0] - 1:+.0%}"] if enough else ["-", "-"]
+        cells = [f"{wanted:g} dB", f"{(got >= wanted).mean():.1%}", f"{mean:.2f}"]
+        lines.append(f"| {' | '.join([*cells, f'{got.mean():.1f}', f'{got.min():.1f}', *fixed])} |")
+    known = np.array([(row["expected"], row["psnr"]) for row in rows if row["expected"] is not None])
+    if len(known):
+        off = np.abs(known[:, 0] - known[:, 1])
+        lines.append("")
+        lines.append(
+            f"Expected PSNR: within 3 dB of the true one for {(off <= 3).mean():.1%} of {len(off)} pictures, "
+            f"root mean square error {np.sqrt((off**2).mean()):.2f} dB."
+        )
+    return "\n".join(lines)
+
+
+@figure_script
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
+    path = run(args) if args.run else args.records
+    saved = read_saved([path], NEEDS, unique=("key",))
+    plots.write_words(args.out / "quality.md", answer(saved.rows, source_of(path.parent)))
+    return saved.exit_code()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
