@@ -25,7 +25,7 @@ class WholeModel(Engine):
 
     def __init__(self, denoiser: nn.Module) -> None:
         plain: nn.Module = getattr(denoiser, "_orig_mod", denoiser)
-        self._names = _parameters(type(plain))
+        self._names = _parameters(type(plain))  # type: ignore[arg-type]  # a class is hashable
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         given = dict(zip(self._names, args, strict=False)) | kwargs
