@@ -112,7 +112,13 @@ class Attachment:
     def _name_branches(self) -> None:
         denoiser = self._denoiser()
         if hasattr(denoiser, "cache_context"):
-            own: Callable[..., AbstractContextManager] = getattr(denoiser, "cache_context")  # noqa: B009
+            placed = vars(denoiser).get("cache_context")  # by something else, before
+            of_class: Any = getattr(type(denoiser), "cache_context", None)
+
+            def own(
+                name: str, **kwargs: Any
+            ) -> AbstractContextManager:  # no bound method: it holds the model
+                return placed(name, **kwargs) if placed else of_class(self._denoiser(), name, **kwargs)
 
             @contextmanager
             def named(name: str, **kwargs: Any) -> Iterator[None]:
