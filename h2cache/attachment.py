@@ -115,9 +115,7 @@ class Attachment:
             placed = vars(denoiser).get("cache_context")  # by something else, before
             of_class: Any = getattr(type(denoiser), "cache_context", None)
 
-            def own(
-                name: str, **kwargs: Any
-            ) -> AbstractContextManager:  # no bound method: it holds the model
+            def own(name: str, **kwargs: Any) -> AbstractContextManager:  # nothing bound: it holds the model
                 return placed(name, **kwargs) if placed else of_class(self._denoiser(), name, **kwargs)
 
             @contextmanager
