@@ -42,7 +42,16 @@ class Gate(Attachment):
         self._own: Callable | None = vars(denoiser).get(_CALL)  # compiled in place
 
         def gate(*args: Any, **kwargs: Any) -> Any:  # a function: torch 2.7 cannot mark a bound method
-            return self._call(*args, **kwargs)
+            """Stands for the denoiser's call. It is not compiled; what it calls, the model, may be."""
+            try:
+                step = self._before(args, kwargs)
+                if not step.answered:
+                    step.output = (self._own or self._denoiser()._call_impl)(*args, **kwargs)
+                    self._after(step)
+            except BaseException:
+                self.requests.forget("the call before was broken off")
+                raise
+            return step.output
 
         self._gate = torch.compiler.disable(gate, recursive=False, **_TOLD)
         self._place(_CALL, self._gate)
@@ -63,18 +72,6 @@ class Gate(Attachment):
         self._own = vars(denoiser)[_CALL]
         self._placed[_CALL] = self._gate, self._own
         vars(denoiser)[_CALL] = self._gate
-
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        """Stands for the denoiser's call. It is not compiled itself; what it calls, the model, may be."""
-        try:
-            step = self._before(args, kwargs)
-            if not step.answered:
-                step.output = (self._own or self._denoiser()._call_impl)(*args, **kwargs)
-                self._after(step)
-        except BaseException:
-            self.requests.forget("the call before was broken off")
-            raise
-        return step.output
 
     @torch.compiler.disable
     def _before(self, args: tuple, kwargs: dict[str, Any]) -> _Step:
