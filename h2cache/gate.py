@@ -7,7 +7,9 @@ that are offloaded stay where they are on a skipped step.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from h2cache.attachment import Attachment, refuse_other_caches
 from h2cache.memory import Memory
-from h2cache.program import Forward, Stand
+from h2cache.program import Program, Stand
 from h2cache.room import free_bytes, require_bytes
 
 _COMPILE_FIRST = (
@@ -40,7 +42,16 @@ class Gate(Attachment):
         self._own: Callable | None = vars(denoiser).get(_CALL)  # compiled in place
 
         def gate(*args: Any, **kwargs: Any) -> Any:  # a function: torch 2.7 cannot mark a bound method
-            return self._call(*args, **kwargs)
+            """Stands for the denoiser's call. It is not compiled; what it calls, the model, may be."""
+            try:
+                step = self._before(args, kwargs)
+                if not step.answered:
+                    step.output = (self._own or self._denoiser()._call_impl)(*args, **kwargs)
+                    self._after(step)
+            except BaseException:
+                self.requests.forget("the call before was broken off")
+                raise
+            return step.output
 
         self._gate = torch.compiler.disable(gate, recursive=False, **_TOLD)
         self._place(_CALL, self._gate)
@@ -62,36 +73,64 @@ class Gate(Attachment):
         self._placed[_CALL] = self._gate, self._own
         vars(denoiser)[_CALL] = self._gate
 
-    def _call(self, *args: Any, **kwargs: Any) -> Any:
-        denoiser = self._denoiser()
+    @torch.compiler.disable
+    def _before(self, args: tuple, kwargs: dict[str, Any]) -> _Step:
+        """Ask the method: it answers, or wants the model to run."""
         self.check_call()
+        memory = self.requests.memory(self.engine.inputs(args, kwargs))
+        if memory.bytes_needed is None:  # something may have come since
+            refuse_other_caches(self._denoiser())
+            if _is_in_one_graph(self._denoiser()):
+                raise ValueError(_COMPILE_FIRST)
+        memory.blocks = self._blocks
+        step = _Step(memory, self.method.step((), memory))
+        command = next(step.program)
+        if isinstance(command, Stand):
+            step.answered, step.output = True, memory.state("form", Form).made_of(command.tensors)
+            self._end(step, None)
+        return step
+
+    @torch.compiler.disable
+    def _after(self, step: _Step) -> None:
+        """Let the method learn what the model gave."""
+        answer = step.memory.state("form", Form).read(step.output)
+        if step.memory.bytes_needed is None:
+            self._reserve(step.memory, answer)
+        self._end(step, answer)
+
+    def _end(self, step: _Step, answer: list[torch.Tensor] | None) -> None:
         try:
-            memory = self.requests.memory(self.engine.inputs(args, kwargs))
-            memory.blocks = self._blocks
-            program = self.method.step((), memory)
-            command = next(program)
-            if isinstance(command, Stand):
-                output, answer = memory.state("form", Form).made_of(command.tensors), None
-            else:
-                assert isinstance(command, Forward)
-                output = (self._own or denoiser._call_impl)(*args, **kwargs)
-                answer = memory.state("form", Form).read(output)
-                if memory.bytes_needed is None:
-                    self._reserve(memory, answer)
-            program.send(answer)
+            step.program.send(answer)
         except StopIteration:
-            memory.end_step(grew=answer is not None)
-            return output
-        except BaseException:
-            self.requests.forget("the call before was broken off")
-            raise
-        raise RuntimeError(f"{self.config.name} asks for more than one output of one call")
+            step.memory.end_step(grew=answer is not None)
+        else:
+            raise RuntimeError(f"{self.config.name} asks for more than one output of one call")
 
     def _reserve(self, memory: Memory, output: list[torch.Tensor]) -> None:
         """Once a branch: whether its outputs can be kept."""
-        refuse_other_caches(self._denoiser())  # something may have come since
         needed = self.config.outputs_held * sum(part.nbytes for part in output)
         memory.bytes_needed = require_bytes(self.config, needed, free_bytes(output[0].device))
+
+
+def _is_in_one_graph(denoiser: nn.Module) -> bool:
+    """Whether `denoiser` is called by a wrapper of torch.compile that wants a single graph of all of it."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        wrapper = frame.f_locals.get("self")
+        if isinstance(wrapper, nn.Module) and getattr(wrapper, "_orig_mod", None) is denoiser:
+            return bool(getattr(wrapper.dynamo_ctx, "fullgraph", False))
+        frame = frame.f_back
+    return False
+
+
+@dataclass(slots=True)
+class _Step:
+    """One call of the denoiser."""
+
+    memory: Memory
+    program: Program
+    answered: bool = False  # by the method: nothing of the model runs
+    output: Any = None
 
 
 class Form:
