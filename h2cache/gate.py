@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from inspect import signature
+from types import FrameType
 from typing import Any
 
 import torch
@@ -114,7 +115,7 @@ class Gate(Attachment):
 
 def _is_in_one_graph(denoiser: nn.Module) -> bool:
     """Whether `denoiser` is called by a wrapper of torch.compile that wants a single graph of all of it."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         wrapper = frame.f_locals.get("self")
         if isinstance(wrapper, nn.Module) and getattr(wrapper, "_orig_mod", None) is denoiser:

@@ -20,7 +20,7 @@ import numpy as np
 from h2cache.schedule import Course
 
 SHIPPED = Path(__file__).parent / "tuned_plans"
-TRUST = 0.5  # how far a picture's own errors say how far it lies from the mean of its plan
+TRUST = 1.0  # how far the errors of a picture say where it lies in the spread of its plan
 NINE_IN_TEN = 1.4  # standard deviations below the mean; 1.28 would be that of a known normal distribution
 COMMAND = "python -m analysis.tune --model FOLDER --prompts FILE, in a checkout of the repository"
 
