@@ -79,6 +79,8 @@ def _tensors(held: Any) -> Iterator[Tensor]:
     elif isinstance(held, (list, tuple)):
         for item in held:
             yield from _tensors(item)
+    elif hasattr(held, "outputs_kept"):  # it says which of its parts hold tensors: the others are many
+        yield from _tensors(held.outputs_kept)
     elif hasattr(held, "__dict__") and not isinstance(held, (type, torch.nn.Module)):
         yield from _tensors(vars(held))
 

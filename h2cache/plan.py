@@ -270,6 +270,10 @@ class Outputs:
     kept: dict[int, list[Tensor]] = field(default_factory=dict)  # by step, oldest first
     evaluated: list[int] = field(default_factory=list)
 
+    @property
+    def outputs_kept(self) -> list[list[Tensor]]:
+        return list(self.kept.values())
+
     def weighted(self, weights: Weights) -> list[Tensor]:
         return combine([self.kept[step] for step in weights], list(weights.values()))
 
