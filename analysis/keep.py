@@ -184,9 +184,9 @@ def machine(device: str | torch.device | None = None) -> dict[str, Any]:
 
 def device_name() -> str:
     """Name of this machine's accelerator, whatever its kind; of its processor where it has none."""
-    accelerator = torch.accelerator.current_accelerator()
-    if accelerator is None:
+    if not torch.accelerator.is_available():
         return cpu_name()
+    accelerator = torch.accelerator.current_accelerator()
     module = getattr(torch, accelerator.type, None)
     return module.get_device_name() if hasattr(module, "get_device_name") else accelerator.type
 

@@ -39,7 +39,8 @@ DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch
 
 def default_device() -> str:
     """The accelerator of this machine (cuda, xpu, npu, mps), else cpu."""
-    accelerator = torch.accelerator.current_accelerator()
+    # a build for CUDA names it on a machine without a GPU too
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     return accelerator.type if accelerator else "cpu"
 
 
