@@ -16,6 +16,7 @@ OFF = {"tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1, "max_drafts": 
 LOOSEST = {  # what lets each method skip as much as it can
     "tau1": INF, "tau2": INF, "threshold": INF, "base": INF, "floor": INF, "interval": 99, "max_drafts": 99,
     "warmup_steps": 1, "max_consecutive_hits": 99, "retention": 0.0, "speedup": 99.0,
+    "gamma": 0.0,  # ClusCa blends one token of a cluster into all, also where nothing changes
 }  # fmt: skip
 VARIANTS = {  # further settings of a method that must hold what every method must
     "h2cache with a forecast": ("h2cache", {"predictor": "taylor", "order": 2, "repay": True}),
