@@ -121,7 +121,7 @@ class PlanConfig(MethodConfig):
             if best is None:
                 return Choice(tuple(range(course.steps)), estimate, f"no tuned plan keeps {self.psnr} dB")
             if table.fits(course) and len(course.starts) == 1:
-                return Choice(best.steps, estimate, chase=Chase(table, best, self.psnr))
+                return Choice(best.steps, table.expectation(best), chase=Chase(table, best, self.psnr))
             count = best.evaluations
         elif self.evaluations is not None:
             count = self.evaluations
@@ -134,7 +134,7 @@ class PlanConfig(MethodConfig):
         if table is None or plan is None:
             return Choice(default_steps(course, count), estimate)
         if table.fits(course):
-            return Choice(plan.steps, estimate)
+            return Choice(plan.steps, table.expectation(plan))
         steps = table.transfer(plan, course)
         if steps is None or not {*course.starts} <= {*steps}:
             return Choice(default_steps(course, count), estimate)

@@ -20,7 +20,6 @@ import numpy as np
 from h2cache.schedule import Course
 
 SHIPPED = Path(__file__).parent / "tuned_plans"
-TRUST = 1.0  # how far the errors of a picture say where it lies in the spread of its plan
 NINE_IN_TEN = 1.4  # standard deviations below the mean; 1.28 would be that of a known normal distribution
 COMMAND = "python -m analysis.tune --model FOLDER --prompts FILE, in a checkout of the repository"
 
@@ -64,6 +63,10 @@ class TunedPlan:
         return len(self.steps)
 
     @property
+    def mean(self) -> float:
+        return (self.held_out or self.tuning).mean
+
+    @property
     def low(self) -> float:
         return (self.held_out or self.tuning).low
 
@@ -75,6 +78,8 @@ class Estimate:
     slope: float
     offset: float
     error: float  # root mean square over the pictures it was fitted on, dB
+    within: float = 1.0  # the slope among pictures of one plan
+    within_error: float = 0.0  # and its error
 
     def psnr(self, error: float) -> float:
         return self.offset - self.slope * 20 * math.log10(error) if error > 0 else math.inf
@@ -108,11 +113,19 @@ class Tuned:
         """The fastest plan that keeps `psnr` in about nine pictures of ten; None: not one does."""
         return next((plan for plan in self.plans if plan.low >= psnr), None)
 
+    def expectation(self, plan: TunedPlan | None) -> Estimate | None:
+        """How the fidelity of a picture by `plan` is estimated; None: by steps that were not tuned."""
+        known = self.estimate
+        if known is None or plan is None or not plan.errors or plan.errors[-1] <= 0:
+            return known
+        offset = plan.mean + known.within * 20 * math.log10(plan.errors[-1])
+        return Estimate(known.within, offset, known.within_error)
+
     def corrected(self, plan: TunedPlan, psnr: float, error: float, usual: float) -> TunedPlan:
         """The plan to go on with where the errors so far sum up to `error`, and usually to `usual`."""
         if self.estimate is None or not (usual > 0 and error > 0 and math.isfinite(error)):
             return plan
-        behind = TRUST * self.estimate.slope * 20 * math.log10(error / usual)
+        behind = self.estimate.within * 20 * math.log10(error / usual)
         return next((p for p in self.plans if p.low - behind >= psnr), self.plans[-1])
 
     def transfer(self, plan: TunedPlan, course: Course) -> tuple[int, ...] | None:

@@ -10,7 +10,7 @@ import json
 import math
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
@@ -142,7 +142,7 @@ def _tune_plan(
     path = Path(save) if save else user_folder() / empty.file_name
     log = _Log(path, f"{prompts}{sorted(call.items(), key=str)}{seed}{course}")
     plans: list[TunedPlan] = []
-    rows: list[tuple[float, float]] = []  # (own error, PSNR) of every measured picture
+    groups: list[list[tuple[float, float]]] = []  # of each plan (own error, PSNR) of its pictures
     counts = sorted({max(2, round(course.steps / s)) for s in speedups if s > 1})
     bar = tqdm(total=len(counts), disable=not progress, unit="speed")
     try:
@@ -154,10 +154,10 @@ def _tune_plan(
             more = unseen or seen
             held = Quality.of(unseen.values) if unseen else None
             plans.append(TunedPlan(best, Quality.of(seen.values), held, more.usual))
-            rows += more.rows
+            groups.append(more.rows)
             bar.update()
             log.save(
-                replace(empty, plans=tuple(plans), estimate=fit(rows), made=_made(prompts, held_out, call))
+                replace(empty, plans=tuple(plans), estimate=fit(groups), made=_made(prompts, held_out, call))
             )
     except KeyboardInterrupt:
         tqdm.write(f"stopped: {len(plans)} of {len(counts)} speeds are tuned; the same call goes on")
@@ -239,15 +239,29 @@ def _measure(studio: Studio, config: PlanConfig) -> _Measured:
     return measured
 
 
-def fit(rows: Iterable[tuple[float, float]]) -> Estimate | None:
-    """The line from log error to PSNR with the least squares; None where the rows allow none."""
-    usable = [(20 * math.log10(e), value) for e, value in rows if e > 0 and value < 100]
-    if len({x for x, _ in usable}) < 3:
+def fit(groups: Sequence[Sequence[tuple[float, float]]]) -> Estimate | None:
+    """The lines from log error to PSNR with the least squares, over all and within the pictures of a plan.
+
+    groups: (own error, PSNR) of each picture, a group for each plan. None where the rows allow no line.
+    """
+    usable = [[(20 * math.log10(e), value) for e, value in g if e > 0 and value < 100] for g in groups]
+    together = [pair for group in usable for pair in group]
+    if len({x for x, _ in together}) < 3:
         return None
-    x, y = np.array(usable).T
+    slope, offset, error = _line(together)
+    centred = []
+    for group in usable:
+        x, y = (math.fsum(column) / len(group) for column in zip(*group, strict=True)) if group else (0, 0)
+        centred += [(a - x, b - y) for a, b in group]
+    inner, _, inner_error = _line(centred) if len({x for x, _ in centred}) > 2 else (slope, offset, error)
+    return Estimate(*(round(v, 4) for v in (slope, offset, error, max(inner, 0.0), inner_error)))
+
+
+def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
+    """Slope, offset and error of y = offset - slope x."""
+    x, y = np.array(pairs).T
     slope, offset = np.polyfit(-x, y, 1)
-    error = float(np.sqrt(np.mean((offset - slope * x - y) ** 2)))
-    return Estimate(round(float(slope), 4), round(float(offset), 3), round(error, 3))
+    return float(slope), float(offset), float(np.sqrt(np.mean((offset - slope * x - y) ** 2)))
 
 
 def _made(prompts: Sequence[Prompt], held_out: Sequence[Prompt], call: dict[str, Any]) -> dict[str, Any]:

@@ -122,9 +122,8 @@ def test_a_broken_file_is_refused_by_name(tiny, tmp_path, text):
 
 
 def test_the_expectation_follows_the_error_of_each_picture(tiny, found, tmp_path):
-    estimate = Estimate(slope=1.0, offset=0.0, error=2.0)
     facts = json.loads(found.save(tmp_path / "a.json").read_text())
-    facts["estimate"] = {"slope": estimate.slope, "offset": estimate.offset, "error": estimate.error}
+    facts["estimate"] = {"slope": 1.0, "offset": 0.0, "error": 1.0, "within": 1.0, "within_error": 2.0}
     path = tmp_path / "b.json"
     path.write_text(json.dumps(facts))
     h2cache.enable(tiny, PlanConfig(evaluations=5, file=str(path)))
@@ -141,8 +140,11 @@ def test_the_expectation_follows_the_error_of_each_picture(tiny, found, tmp_path
 
 def test_the_line_of_the_estimate_is_the_least_squares_one():
     rows = [(10 ** (-(40 + n) / 20), 40.0 + n) for n in range(5)]  # PSNR = -20 log10(e)
-    assert tuning.fit(rows) == Estimate(1.0, 0.0, 0.0)
-    assert tuning.fit(rows[:2]) is None
+    assert tuning.fit([rows]) == Estimate(1.0, 0.0, 0.0, 1.0, 0.0)
+    assert tuning.fit([rows[:2]]) is None
+    apart = [[(e, value + 3 * n) for e, value in rows] for n in (0, 1)]
+    assert tuning.fit(apart).within == 1.0
+    assert tuning.fit(apart).within_error == 0.0
 
 
 def test_quality_says_what_nine_in_ten_reach():
