@@ -38,8 +38,12 @@ class StepCost:
     rest: float  # embeddings and output layer
 
     def tflops(self, trace: list[dict]) -> float:
-        """Tera-operations of a request, from its step records."""
-        steps = len({(r["branch"], r["step"]) for r in trace})
+        """Tera-operations of a request, from its step records.
+
+        Where a method answers for the whole "model", a skipped step has no embeddings and output layer either.
+        """
+        called = [r for r in trace if r["stage"] != "model" or r["blocks_run"]]
+        steps = len({(r["branch"], r["step"]) for r in called})
         return (sum(self.blocks[r["stage"]] * r["blocks_run"] for r in trace) + self.rest * steps) / 1e12
 
 
@@ -60,7 +64,7 @@ def count_forward(transformer: torch.nn.Module, call: Callable[[], Any]) -> Step
     names = [f"{root}.{name}.{n}" for name in lists for n in range(len(getattr(transformer, name)))]
     each = [counts[name] for name in names]
     blocks = {span.name: fmean(each[n] for n in span.blocks) for span in spans}
-    return StepCost(blocks, counts[root] - sum(each))
+    return StepCost(blocks | {"model": fmean(each)}, counts[root] - sum(each))
 
 
 def count_step(pipeline: DiffusionPipeline, call: dict) -> StepCost:
