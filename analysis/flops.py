@@ -40,7 +40,7 @@ class StepCost:
     def tflops(self, trace: list[dict]) -> float:
         """Tera-operations of a request, from its step records.
 
-        Where a method answers for the whole "model", a skipped step has no embeddings and output layer either.
+        Where a method answers for the whole "model", a skipped step has no embeddings and output either.
         """
         called = [r for r in trace if r["stage"] != "model" or r["blocks_run"]]
         steps = len({(r["branch"], r["step"]) for r in called})
