@@ -1,0 +1,161 @@
+"""Score the tiny DiT: classes, likeness to real scans, copies of training data, numbers of steps, guidance.
+
+    python -m analysis.tiny_dit.evaluate --model assets/tiny_dit --out evaluation.json --sheets sheets
+    python -m analysis.tiny_dit.evaluate --model assets/tiny_dit --out steps.json --guidances   # steps only
+
+Draws --per-class pictures of every class, seeds 0, 1, 2, ..., uncached, for every number of steps; needs
+scikit-learn for the real scans. Three measures, each beside its value for the held-out scans, which neither
+the model nor the judge has seen:
+
+- classes right, as the judge of --model/judge says;
+- Fréchet distance of the judge's features to the training scans;
+- distance to the nearest training picture (also varied as in training), root mean square of the grey values
+  at 32x32: far for pictures that are no digits, near zero for copies.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import diffusers
+import torch
+import torch.nn.functional as F
+from diffusers import DiTPipeline
+from PIL import Image
+
+from analysis.tiny_dit import digits
+from analysis.tiny_dit.classifier import Judge
+
+STEPS, GUIDANCES = (2, 3, 4, 5, 7, 10, 15, 20, 30, 50), (1.0, 1.5, 2.0, 3.0, 6.0)
+BATCH, COPIES = 60, 24
+
+
+def draw(pipe: DiTPipeline, per_class: int, steps: int, guidance: float) -> tuple[digits.Digits, float]:
+    """Pictures of every class in turn, picture i from seed i, and seconds per picture."""
+    labels = torch.arange(digits.CLASSES).repeat(per_class)
+    began, found = time.perf_counter(), []
+    for part in torch.arange(len(labels)).split(BATCH):
+        generators = [torch.Generator().manual_seed(int(i)) for i in part]
+        drawn = pipe(
+            labels[part].tolist(),
+            guidance_scale=guidance,
+            generator=generators,
+            num_inference_steps=steps,
+            output_type="pt",
+        ).images
+        found.append(drawn.float().mean(1, keepdim=True) * 2 - 1)
+    return digits.Digits(torch.cat(found), labels), (time.perf_counter() - began) / len(labels)
+
+
+class Neighbours:
+    """The training pictures, as they are and varied, to find the nearest one of a picture."""
+
+    def __init__(self, train_set: digits.Digits, copies: int) -> None:
+        generator = torch.Generator().manual_seed(1)
+        varied = [digits.vary(train_set.pictures, generator) for _ in range(copies)]
+        self.pictures = torch.cat([train_set.pictures, *varied])
+        self.seen = self.small(self.pictures)
+
+    @staticmethod
+    def small(pictures: torch.Tensor) -> torch.Tensor:
+        return F.avg_pool2d(pictures, 2).flatten(1)
+
+    def nearest(self, pictures: torch.Tensor, count: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+        """Distances, nearest first, and places in `pictures`: (N, count) each."""
+        asked = self.small(pictures)
+        found = torch.cdist(asked, self.seen).topk(count, largest=False)
+        return found.values / asked.shape[1] ** 0.5, found.indices
+
+
+def scores(judge: Judge, neighbours: Neighbours, found: digits.Digits, far: float | None = None) -> dict:
+    said = torch.tensor(judge.classes(found.pictures))
+    right = said == found.labels
+    distances = neighbours.nearest(found.pictures)[0][:, 0]
+    result = {
+        "pictures": len(found),
+        "right": right.float().mean().item(),
+        "right_per_class": [right[found.labels == label].float().mean().item() for label in range(10)],
+        "frechet": judge.distance(found.pictures),
+        "nearest_median": distances.median().item(),
+        "nearest_percentiles_1_5_95": [distances.quantile(q).item() for q in (0.01, 0.05, 0.95)],
+    }
+    if far is not None:
+        result["near_enough"] = (distances <= far).float().mean().item()
+    return result
+
+
+def machine() -> dict:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
+    facts = {"cpu": names[0] if names else "unknown", "threads": torch.get_num_threads()}
+    facts |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    return facts | {"date": time.strftime("%Y-%m-%d")}
+
+
+def small_png(picture: Image.Image, path: Path) -> None:
+    """16 greys are enough for ink."""
+    picture.quantize(16).save(path, optimize=True)
+
+
+def neighbour_sheet(neighbours: Neighbours, drawn: digits.Digits, count: int = 20) -> Image.Image:
+    """A line: drawn; its three nearest training pictures (as they are or varied). 10 pairs of lines."""
+    nearest = neighbours.nearest(drawn.pictures[:count], 3)[1]
+    columns = [drawn.pictures[:count], *(neighbours.pictures[nearest[:, i]] for i in range(3))]
+    gap = torch.full((count, 1, digits.SIDE, 8), 0.0)
+    lines = torch.cat([columns[0], gap, *columns[1:]], dim=3)  # (count, 1, 64, 4 * 64 + 8)
+    half = count // 2
+    gap = torch.full((half, 1, digits.SIDE, 32), 1.0)
+    return digits.sheet([line[None] for line in torch.cat([lines[:half], gap, lines[half:]], dim=3)])
+
+
+def evaluate(args: argparse.Namespace) -> dict:
+    pipe = DiTPipeline.from_pretrained(args.model)
+    pipe.set_progress_bar_config(disable=True)
+    judge = Judge.of(args.model / "judge")
+    limits = json.loads((args.model / "limits.json").read_text())
+    train_set, held = digits.load()
+    neighbours = Neighbours(train_set, COPIES)
+    real = scores(judge, neighbours, held)
+    far = real["nearest_percentiles_1_5_95"][2]
+    real["near_enough"] = 0.95
+    result = {"machine": machine(), "guidance": limits["guidance"], "held_out_scans": real}
+    full = max(args.steps)
+    by_steps, lines = {}, []
+    for steps in args.steps:
+        drawn, seconds = draw(pipe, args.per_class, steps, limits["guidance"])
+        by_steps[steps] = scores(judge, neighbours, drawn, far) | {"seconds_per_picture": seconds}
+        print(steps, json.dumps(by_steps[steps]), flush=True)
+        lines.append(drawn.pictures[:20])
+        if steps == full:
+            best = drawn
+    result["by_steps"] = by_steps
+    result["by_guidance"] = {}
+    for guidance in args.guidances:
+        drawn, seconds = draw(pipe, args.per_class, full, guidance)
+        result["by_guidance"][guidance] = scores(judge, neighbours, drawn, far) | {"steps": full}
+        print(f"guidance {guidance}", json.dumps(result["by_guidance"][guidance]), flush=True)
+    if args.sheets:
+        args.sheets.mkdir(parents=True, exist_ok=True)
+        rows = best.pictures.view(-1, 20, 1, digits.SIDE, digits.SIDE)[:5]
+        small_png(digits.sheet(list(rows)), args.sheets / "samples.png")
+        small_png(digits.sheet(lines), args.sheets / "steps.png")
+        small_png(neighbour_sheet(neighbours, best), args.sheets / "neighbours.png")
+    return result
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", type=Path, default=Path("assets/tiny_dit"))
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--sheets", type=Path, help="folder for samples.png, steps.png, neighbours.png")
+    parser.add_argument("--per-class", type=int, default=36, help="36: as many as there are held-out scans")
+    parser.add_argument("--steps", type=int, nargs="*", default=STEPS)
+    parser.add_argument("--guidances", type=float, nargs="*", default=GUIDANCES, help="at most steps")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    args.out.write_text(json.dumps(evaluate(args), indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
