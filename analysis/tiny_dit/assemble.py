@@ -12,7 +12,6 @@ import shutil
 import tempfile
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL, DiTPipeline
 
 from analysis.tiny_dit.digits import NAMES, SIDE
@@ -52,8 +51,8 @@ def forget_origin(config: Path) -> None:
 
 def assemble(work: Path, out: Path) -> None:
     pipe = DiTPipeline(
-        transformer=load_transformer(work / "checkpoint.pt").to(torch.float16),
-        vae=AutoencoderKL.from_pretrained(work / "vae").to(torch.float16),
+        transformer=load_transformer(work / "checkpoint.pt").half(),
+        vae=AutoencoderKL.from_pretrained(work / "vae").half(),
         scheduler=scheduler(),
     )
     with tempfile.TemporaryDirectory() as scratch:  # a half-written folder must never be taken for a model

@@ -144,6 +144,7 @@ def save(judge: Judge, facts: dict, out: Path) -> None:
     stored = {name: value.half().contiguous() for name, value in judge.net.state_dict().items()}
     stored |= {"real_mean": judge.mean, "real_covariance": judge.covariance}
     save_file(stored, out / "judge.safetensors", metadata={"format": "pt"})
+    (out / "judge.safetensors").chmod(0o644)
     (out / "judge.json").write_text(json.dumps(facts, indent=2) + "\n")
 
 
