@@ -1,7 +1,7 @@
 """Score the tiny DiT: classes, likeness to real scans, copies of training data, numbers of steps, guidance.
 
     python -m analysis.tiny_dit.evaluate --model assets/tiny_dit --out evaluation.json --sheets sheets
-    python -m analysis.tiny_dit.evaluate --model assets/tiny_dit --out steps.json --guidances   # steps only
+    python -m analysis.tiny_dit.evaluate --model assets/tiny_dit --out guidance.json --steps   # guidance only
 
 Draws --per-class pictures of every class, seeds 0, 1, 2, ..., uncached, for every number of steps; needs
 scikit-learn for the real scans. Three measures, each beside its value for the held-out scans, which neither
@@ -10,7 +10,9 @@ the model nor the judge has seen:
 - classes right, as the judge of --model/judge says;
 - Fréchet distance of the judge's features to the training scans;
 - distance to the nearest training picture (also varied as in training), root mean square of the grey values
-  at 32x32: far for pictures that are no digits, near zero for copies.
+  at 32x32: near enough is within the 95th percentile of the held-out scans, too near below their 1st.
+
+And the mean PSNR between the pictures of few steps and those of most steps.
 """
 
 import argparse
@@ -27,7 +29,8 @@ from PIL import Image
 from analysis.tiny_dit import digits
 from analysis.tiny_dit.classifier import Judge
 
-STEPS, GUIDANCES = (2, 3, 4, 5, 7, 10, 15, 20, 30, 50), (1.0, 1.5, 2.0, 3.0, 6.0)
+STEPS = (2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
+GUIDANCES, GUIDANCE_STEPS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), 20
 BATCH, COPIES = 60, 24
 
 
@@ -68,21 +71,27 @@ class Neighbours:
         return found.values / asked.shape[1] ** 0.5, found.indices
 
 
-def scores(judge: Judge, neighbours: Neighbours, found: digits.Digits, far: float | None = None) -> dict:
+def scores(judge: Judge, neighbours: Neighbours, found: digits.Digits, real: dict | None = None) -> dict:
+    """real: those of the held-out scans, whose nearest distances say what is too far and what too near."""
     said = torch.tensor(judge.classes(found.pictures))
     right = said == found.labels
     distances = neighbours.nearest(found.pictures)[0][:, 0]
-    result = {
+    percentiles = {str(q): distances.quantile(q / 100).item() for q in (1, 50, 95)}
+    limits = real["nearest_percentiles"] if real else percentiles
+    return {
         "pictures": len(found),
         "right": right.float().mean().item(),
         "right_per_class": [right[found.labels == label].float().mean().item() for label in range(10)],
         "frechet": judge.distance(found.pictures),
-        "nearest_median": distances.median().item(),
-        "nearest_percentiles_1_5_95": [distances.quantile(q).item() for q in (0.01, 0.05, 0.95)],
+        "nearest_percentiles": percentiles,
+        "near_enough": (distances <= limits["95"]).float().mean().item(),
+        "too_near": (distances < limits["1"]).float().mean().item(),
     }
-    if far is not None:
-        result["near_enough"] = (distances <= far).float().mean().item()
-    return result
+
+
+def psnr(pictures: torch.Tensor, wanted: torch.Tensor) -> float:
+    """Mean over the pictures, in decibels, peak 2."""
+    return (10 * torch.log10(4 / (pictures - wanted).pow(2).flatten(1).mean(1))).mean().item()
 
 
 def machine() -> dict:
@@ -117,29 +126,27 @@ def evaluate(args: argparse.Namespace) -> dict:
     train_set, held = digits.load()
     neighbours = Neighbours(train_set, COPIES)
     real = scores(judge, neighbours, held)
-    far = real["nearest_percentiles_1_5_95"][2]
-    real["near_enough"] = 0.95
     result = {"machine": machine(), "guidance": limits["guidance"], "held_out_scans": real}
-    full = max(args.steps)
-    by_steps, lines = {}, []
-    for steps in args.steps:
-        drawn, seconds = draw(pipe, args.per_class, steps, limits["guidance"])
-        by_steps[steps] = scores(judge, neighbours, drawn, far) | {"seconds_per_picture": seconds}
-        print(steps, json.dumps(by_steps[steps]), flush=True)
-        lines.append(drawn.pictures[:20])
-        if steps == full:
-            best = drawn
-    result["by_steps"] = by_steps
-    result["by_guidance"] = {}
+    result |= {"by_steps": {}, "by_guidance": {}}
+    drawn = {}
+    for steps in sorted(args.steps):
+        drawn[steps], seconds = draw(pipe, args.per_class, steps, limits["guidance"])
+        result["by_steps"][steps] = scores(judge, neighbours, drawn[steps], real)
+        result["by_steps"][steps]["seconds_per_picture"] = seconds
+        print(steps, json.dumps(result["by_steps"][steps]), flush=True)
+    for steps, found in drawn.items():
+        if (most := max(drawn)) != steps:
+            result["by_steps"][steps][f"psnr_to_{most}_steps"] = psnr(found.pictures, drawn[most].pictures)
     for guidance in args.guidances:
-        drawn, seconds = draw(pipe, args.per_class, full, guidance)
-        result["by_guidance"][guidance] = scores(judge, neighbours, drawn, far) | {"steps": full}
+        found, _ = draw(pipe, args.per_class, GUIDANCE_STEPS, guidance)
+        result["by_guidance"][guidance] = scores(judge, neighbours, found, real)
         print(f"guidance {guidance}", json.dumps(result["by_guidance"][guidance]), flush=True)
-    if args.sheets:
+    if args.sheets and drawn:
         args.sheets.mkdir(parents=True, exist_ok=True)
-        rows = best.pictures.view(-1, 20, 1, digits.SIDE, digits.SIDE)[:5]
-        small_png(digits.sheet(list(rows)), args.sheets / "samples.png")
-        small_png(digits.sheet(lines), args.sheets / "steps.png")
+        best = drawn[max(drawn)]
+        rows = [row for row in best.pictures[:100].split(20) if len(row) == 20]
+        small_png(digits.sheet(rows), args.sheets / "samples.png")
+        small_png(digits.sheet([found.pictures[:20] for found in drawn.values()]), args.sheets / "steps.png")
         small_png(neighbour_sheet(neighbours, best), args.sheets / "neighbours.png")
     return result
 
@@ -151,7 +158,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sheets", type=Path, help="folder for samples.png, steps.png, neighbours.png")
     parser.add_argument("--per-class", type=int, default=36, help="36: as many as there are held-out scans")
     parser.add_argument("--steps", type=int, nargs="*", default=STEPS)
-    parser.add_argument("--guidances", type=float, nargs="*", default=GUIDANCES, help="at most steps")
+    parser.add_argument(
+        "--guidances", type=float, nargs="*", default=GUIDANCES, help=f"at {GUIDANCE_STEPS} steps"
+    )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     args.out.write_text(json.dumps(evaluate(args), indent=2) + "\n")
