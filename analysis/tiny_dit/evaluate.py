@@ -8,7 +8,7 @@ scikit-learn for the real scans. Three measures, each beside its value for the h
 the model nor the judge has seen:
 
 - classes right, as the judge of --model/judge says;
-- Fréchet distance of the judge's features to the training scans;
+- Fréchet distance of the judge's features to the training scans, of the held-out ones too for equally many;
 - distance to the nearest training picture (also varied as in training), root mean square of the grey values
   at 32x32: near enough is within the 95th percentile of the held-out scans, too near below their 1st.
 
@@ -126,6 +126,9 @@ def evaluate(args: argparse.Namespace) -> dict:
     train_set, held = digits.load()
     neighbours = Neighbours(train_set, COPIES)
     real = scores(judge, neighbours, held)
+    few = [(held.labels == label).nonzero()[: args.per_class, 0] for label in range(digits.CLASSES)]
+    few = held.pictures[torch.cat(few)]
+    real |= {"equally_many": len(few), "frechet_equally_many": judge.distance(few)}
     result = {"machine": machine(), "guidance": limits["guidance"], "held_out_scans": real}
     result |= {"by_steps": {}, "by_guidance": {}}
     drawn = {}
@@ -156,7 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=Path("assets/tiny_dit"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sheets", type=Path, help="folder for samples.png, steps.png, neighbours.png")
-    parser.add_argument("--per-class", type=int, default=36, help="36: as many as there are held-out scans")
+    parser.add_argument("--per-class", type=int, default=36, help="36: all held-out scans")
     parser.add_argument("--steps", type=int, nargs="*", default=STEPS)
     parser.add_argument(
         "--guidances", type=float, nargs="*", default=GUIDANCES, help=f"at {GUIDANCE_STEPS} steps"
