@@ -1,10 +1,11 @@
 """Score the tiny DiT: classes, likeness to real scans, copies of training data, numbers of steps, guidance.
 
-    python -m analysis.tiny_dit.evaluate --model assets/tiny_dit --out evaluation.json --sheets sheets
-    python -m analysis.tiny_dit.evaluate --model assets/tiny_dit --out guidance.json --steps   # guidance only
+    python -m analysis.tiny_dit.evaluate --work work/dit --out evaluation.json --sheets sheets
+    python -m analysis.tiny_dit.evaluate --work work/dit --out guidance.json --steps      # guidance only
 
-Draws --per-class pictures of every class, seeds 0, 1, 2, ..., uncached, for every number of steps; needs
-scikit-learn for the real scans. Three measures, each beside its value for the held-out scans, which neither
+Draws --per-class pictures of every class, seeds 0, 1, 2, ..., uncached, for every number of steps,
+and keeps them in --work, so that a stopped run goes on (empty it for another model). Needs scikit-learn for the
+real scans. Three measures, each beside its value for the held-out scans, which neither
 the model nor the judge has seen:
 
 - classes right, as the judge of --model/judge says;
@@ -28,10 +29,11 @@ from PIL import Image
 
 from analysis.tiny_dit import digits
 from analysis.tiny_dit.classifier import Judge
+from analysis.tiny_flux.train import save
 
 STEPS = (2, 3, 4, 5, 7, 10, 15, 20, 30, 50)
-GUIDANCES, GUIDANCE_STEPS = (1.0, 1.5, 2.0, 3.0, 4.0, 6.0), 20
-BATCH, COPIES = 60, 24
+GUIDANCES, GUIDANCE_STEPS = (1.0, 1.5, 2.0, 3.0, 4.0), 10
+BATCH, COPIES = 50, 8
 
 
 def draw(pipe: DiTPipeline, per_class: int, steps: int, guidance: float) -> tuple[digits.Digits, float]:
@@ -49,6 +51,19 @@ def draw(pipe: DiTPipeline, per_class: int, steps: int, guidance: float) -> tupl
         ).images
         found.append(drawn.float().mean(1, keepdim=True) * 2 - 1)
     return digits.Digits(torch.cat(found), labels), (time.perf_counter() - began) / len(labels)
+
+
+def drawn_once(args: argparse.Namespace, steps: int, guidance: float) -> tuple[digits.Digits, float]:
+    """`draw`, or what an earlier run drew."""
+    stored = args.work / f"drawn_{steps}_steps_{guidance}_guidance_{args.per_class}_each.pt"
+    if not stored.is_file():
+        pipe = DiTPipeline.from_pretrained(args.model)
+        pipe.set_progress_bar_config(disable=True)
+        found, seconds = draw(pipe, args.per_class, steps, guidance)
+        save(stored, (found.pictures, found.labels, seconds))
+        print(f"{steps} steps, guidance {guidance}: {seconds:.3f} s a picture", flush=True)
+    pictures, labels, seconds = torch.load(stored)
+    return digits.Digits(pictures, labels), seconds
 
 
 class Neighbours:
@@ -119,10 +134,13 @@ def neighbour_sheet(neighbours: Neighbours, drawn: digits.Digits, count: int = 2
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    pipe = DiTPipeline.from_pretrained(args.model)
-    pipe.set_progress_bar_config(disable=True)
-    judge = Judge.of(args.model / "judge")
     limits = json.loads((args.model / "limits.json").read_text())
+    drawn, seconds, guided = {}, {}, {}
+    for steps in sorted(args.steps):
+        drawn[steps], seconds[steps] = drawn_once(args, steps, limits["guidance"])
+    for guidance in args.guidances:
+        guided[guidance], _ = drawn_once(args, GUIDANCE_STEPS, guidance)
+    judge = Judge.of(args.model / "judge")
     train_set, held = digits.load()
     neighbours = Neighbours(train_set, COPIES)
     real = scores(judge, neighbours, held)
@@ -130,20 +148,14 @@ def evaluate(args: argparse.Namespace) -> dict:
     few = held.pictures[torch.cat(few)]
     real |= {"equally_many": len(few), "frechet_equally_many": judge.distance(few)}
     result = {"machine": machine(), "guidance": limits["guidance"], "held_out_scans": real}
-    result |= {"by_steps": {}, "by_guidance": {}}
-    drawn = {}
-    for steps in sorted(args.steps):
-        drawn[steps], seconds = draw(pipe, args.per_class, steps, limits["guidance"])
-        result["by_steps"][steps] = scores(judge, neighbours, drawn[steps], real)
-        result["by_steps"][steps]["seconds_per_picture"] = seconds
-        print(steps, json.dumps(result["by_steps"][steps]), flush=True)
-    for steps, found in drawn.items():
+    rows = {steps: scores(judge, neighbours, found, real) for steps, found in drawn.items()}
+    for steps, row in rows.items():
+        row["seconds_per_picture"] = seconds[steps]
         if (most := max(drawn)) != steps:
-            result["by_steps"][steps][f"psnr_to_{most}_steps"] = psnr(found.pictures, drawn[most].pictures)
-    for guidance in args.guidances:
-        found, _ = draw(pipe, args.per_class, GUIDANCE_STEPS, guidance)
-        result["by_guidance"][guidance] = scores(judge, neighbours, found, real)
-        print(f"guidance {guidance}", json.dumps(result["by_guidance"][guidance]), flush=True)
+            row[f"psnr_to_{most}_steps"] = psnr(drawn[steps].pictures, drawn[most].pictures)
+    result["by_steps"] = rows
+    rows = {guidance: scores(judge, neighbours, found, real) for guidance, found in guided.items()}
+    result["by_guidance"] = {"steps": GUIDANCE_STEPS} | rows
     if args.sheets and drawn:
         args.sheets.mkdir(parents=True, exist_ok=True)
         best = drawn[max(drawn)]
@@ -157,6 +169,7 @@ def evaluate(args: argparse.Namespace) -> dict:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path("assets/tiny_dit"))
+    parser.add_argument("--work", type=Path, default=Path("work/dit"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sheets", type=Path, help="folder for samples.png, steps.png, neighbours.png")
     parser.add_argument("--per-class", type=int, default=36, help="36: all held-out scans")
@@ -166,6 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
+    args.work.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(evaluate(args), indent=2) + "\n")
 
 
