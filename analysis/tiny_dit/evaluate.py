@@ -3,10 +3,9 @@
     python -m analysis.tiny_dit.evaluate --work work/dit --out evaluation.json --sheets sheets
     python -m analysis.tiny_dit.evaluate --work work/dit --out guidance.json --steps      # guidance only
 
-Draws --per-class pictures of every class, seeds 0, 1, 2, ..., uncached, for every number of steps,
-and keeps them in --work, so that a stopped run goes on (empty it for another model). Needs scikit-learn for the
-real scans. Three measures, each beside its value for the held-out scans, which neither
-the model nor the judge has seen:
+Draws --per-class pictures of every class, seeds 0, 1, 2, ..., uncached, for every number of steps, and keeps
+them in --work, so that a stopped run goes on (empty it for another model). The real scans need scikit-learn.
+Three measures, each beside its value for the held-out scans, which neither the model nor the judge has seen:
 
 - classes right, as the judge of --model/judge says;
 - Fréchet distance of the judge's features to the training scans, of the held-out ones too for equally many;
@@ -147,7 +146,12 @@ def evaluate(args: argparse.Namespace) -> dict:
     few = [(held.labels == label).nonzero()[: args.per_class, 0] for label in range(digits.CLASSES)]
     few = held.pictures[torch.cat(few)]
     real |= {"equally_many": len(few), "frechet_equally_many": judge.distance(few)}
+    copied = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(2))[: len(few)]
+    varied = digits.vary(train_set.pictures[copied], torch.Generator().manual_seed(2))
     result = {"machine": machine(), "guidance": limits["guidance"], "held_out_scans": real}
+    result["varied_training_scans"] = scores(
+        judge, neighbours, digits.Digits(varied, train_set.labels[copied]), real
+    )
     rows = {steps: scores(judge, neighbours, found, real) for steps, found in drawn.items()}
     for steps, row in rows.items():
         row["seconds_per_picture"] = seconds[steps]
