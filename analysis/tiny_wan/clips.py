@@ -10,7 +10,8 @@ tiny_flux a few pixels of position jitter alone kept words from being learnt.
 import argparse
 import math
 import random
-from dataclasses import dataclass, replace
+import zlib
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
@@ -117,6 +118,11 @@ def prompt(spec: ClipSpec, rng: random.Random | None = None) -> str:
         unsaid = spec.background == "black" and rng is not None and rng.random() < 0.5
         return f"the word {spec.word} {spec.action}" + ("" if unsaid else ground())
     return " and ".join(called(thing) for thing in spec.things) + ground()
+
+
+def is_held_out(spec: ClipSpec) -> bool:
+    """A twentieth of all prompts, chosen by a checksum, is never trained on."""
+    return zlib.crc32(prompt(spec).encode()) % 20 == 0
 
 
 @lru_cache

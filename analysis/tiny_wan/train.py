@@ -28,6 +28,7 @@ from analysis.tiny_wan.clips import (
     FRAMES,
     SIZE,
     ClipSpec,
+    is_held_out,
     prompt,
     render,
     sample_spec,
@@ -69,6 +70,8 @@ def make_batch(
     clips, prompts, weights = [], [], []
     for _ in range(count):
         spec, chance = sample_spec(rng), rng.random()
+        while is_held_out(spec):
+            spec = sample_spec(rng)
         frames = render(spec, rng)
         ordinary = chance >= EMPTY + SPOILED
         clips.append(spoil(frames, rng) if EMPTY <= chance < EMPTY + SPOILED else frames)
