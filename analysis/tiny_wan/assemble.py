@@ -2,8 +2,8 @@
 
     python -m analysis.tiny_wan.assemble --work work/wan --out assets/tiny_wan
 
---work holds text_encoder and tokenizer (from text_encoder), vae (from vae) and checkpoint.pt (from train). Only the
-files of the pipeline and limits.json are written; others in --out stay.
+--work holds text_encoder and tokenizer (from text_encoder), vae (from vae) and checkpoint.pt (from train).
+Only the files of the pipeline and limits.json are written; others in --out stay.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from analysis.tiny_wan.clips import BAD, FRAMES, SIZE
 from analysis.tiny_wan.model import load_transformer
 from analysis.tiny_wan.text_encoder import MAX_TOKENS
 
-STEPS, GUIDANCE = 30, 3.0
+STEPS, GUIDANCE = 50, 3.0
 EXAMPLES = (
     "a red circle moves left over a green background",
     "the word CAFE scrolls up over a blue background",
@@ -49,7 +49,9 @@ def portable_tokenizer(folder: Path) -> None:
 
 def limits(tokenizer: PreTrainedTokenizerFast) -> dict:
     """What the model can be asked for, in the form the command line reads."""
-    words = sorted(word for word in tokenizer.get_vocab() if len(word) > 1 and word.isalpha() and word.islower())
+    words = sorted(
+        word for word in tokenizer.get_vocab() if len(word) > 1 and word.isalpha() and word.islower()
+    )
     return {
         "height": [SIZE],
         "width": [SIZE],

@@ -3,7 +3,7 @@
     python -m analysis.tiny_wan.clips --out clips.png         # a sheet of 16 clips, every fourth frame
 
 Speeds are whole pixels a frame and word cells are as wide as a transformer token, so that what moves looks
-the same in every latent frame. Seeds differ in shade, lighting and half a pixel of place, hardly in layout: on
+the same in every latent frame. Seeds differ in shade, lighting and half a pixel of place, hardly in layout: for
 tiny_flux a few pixels of position jitter alone kept words from being learnt.
 """
 
@@ -12,7 +12,7 @@ import math
 import random
 import zlib
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -94,11 +94,7 @@ def sample_spec(rng: random.Random) -> ClipSpec:
         shapes = rng.sample(SHAPES, 2)
         pairs = zip(colours, shapes, ways, strict=True)
         return ClipSpec(background, tuple(Thing(c, s, f"moves {way}") for c, s, way in pairs))
-    family = rng.random()
-    if family < 0.5:
-        action = rng.choice(MOVES)
-    else:
-        action = rng.choice((*TURNS, "grows", "shrinks", *STILL))
+    action = rng.choice(MOVES if rng.random() < 0.5 else (*TURNS, "grows", "shrinks", *STILL))
     shape = rng.choice(TURNABLE if action in TURNS else SHAPES)
     return ClipSpec(background, (Thing(colours[0], shape, action),))
 
@@ -125,7 +121,7 @@ def is_held_out(spec: ClipSpec) -> bool:
     return zlib.crc32(prompt(spec).encode()) % 20 == 0
 
 
-@lru_cache
+@cache
 def corners(shape: str) -> tuple[tuple[float, float], ...]:
     """The outline of the shape for radius 1 around (0, 0); y points down."""
     if shape in ("circle", "ring"):
@@ -139,14 +135,19 @@ def corners(shape: str) -> tuple[tuple[float, float], ...]:
         return ((0.0, -1.1), (0.8, 0.0), (0.0, 1.1), (-0.8, 0.0))
     if shape == "star":
         radii = [1.12 if i % 2 == 0 else 0.48 for i in range(10)]
-        return tuple((r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii))
+        return tuple(
+            (r * math.sin(math.pi * i / 5), -r * math.cos(math.pi * i / 5)) for i, r in enumerate(radii)
+        )
     if shape == "cross":
         a, b = 0.35, 1.0
         right = [(a, -b), (a, -a), (b, -a), (b, a), (a, a), (a, b)]
         return (*right, *((-x, y) for x, y in reversed(right)))
     angles = [2 * math.pi * i / 48 for i in range(48)]
     points = [
-        (16 * math.sin(t) ** 3, -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)))
+        (
+            16 * math.sin(t) ** 3,
+            -(13 * math.cos(t) - 5 * math.cos(2 * t) - 2 * math.cos(3 * t) - math.cos(4 * t)),
+        )
         for t in angles
     ]
     return tuple((x / 16.5, (y - 2.0) / 15.0) for x, y in points)
@@ -195,14 +196,14 @@ def opacity(action: str) -> np.ndarray:
     return {"fades in": rising, "fades out": rising[::-1]}.get(action, np.ones(FRAMES, np.float32))
 
 
-@lru_cache(maxsize=None)
+@cache
 def thing_cover(shape: str, action: str) -> np.ndarray:
     """(17, 64, 64) uint8: cached, for drawing polygons anew would take longer than all the rest."""
     frames = np.stack([mask(shape, *place(action, frame)) for frame in range(FRAMES)])
     return np.round(255 * frames * opacity(action)[:, None, None]).astype(np.uint8)
 
 
-@lru_cache(maxsize=None)
+@cache
 def glyph(letter: str) -> np.ndarray:
     """(20, 16) float32: every letter fills the same box, I and J come from the monospaced face."""
     import matplotlib

@@ -1,12 +1,12 @@
-"""Score a model folder on prompts it never saw: shape, colours, motion, speed, letters, against number of steps.
+"""Score a model folder on prompts it never saw: shape, colours, motion, speed, letters.
 
     python -m analysis.tiny_wan.evaluate --out evaluation.json --sheet samples.png --movie preview.mp4
-    python -m analysis.tiny_wan.evaluate --steps 2 4 8 16 30 50 --out steps.json    # does it punish few steps?
-    python -m analysis.tiny_wan.evaluate --renderings --out ceiling.json      # true clips: what the checks allow
+    python -m analysis.tiny_wan.evaluate --steps 2 4 8 16 30 50 --out steps.json   # accuracy against steps
+    python -m analysis.tiny_wan.evaluate --renderings --out ceiling.json     # what the checks allow
 
-Everything is measured on the frames: the mask of what is drawn is the distance from the measured background, motion
-the slope of its centre, growth and fading its area and strength, shape the silhouette that fits best at the
-measured centre, letters the glyphs that fit best in the cells of the line. Seed i draws prompt i.
+Everything is measured on the frames: the mask of what is drawn is the distance from the measured background,
+motion the slope of its centre, growth and fading its area and strength, shape the silhouette that fits best
+at the measured centre, letters the glyphs that fit best in the cells of the line. Seed i draws prompt i.
 """
 
 import argparse
@@ -56,9 +56,13 @@ def never_covered(spec: ClipSpec) -> np.ndarray:
 
 
 def difference(frames: np.ndarray, empty: np.ndarray) -> np.ndarray:
-    """(17, 64, 64): distance of every pixel from its frame's median background, less its usual noise."""
+    """(17, 64, 64): distance of every pixel from its frame's background, a fitted plane of light."""
+    down, across = np.mgrid[0:SIZE, 0:SIZE] / SIZE - 0.5
+    planes = np.stack([np.ones_like(down), down, across], -1).astype(np.float32)  # (64, 64, 3)
     values = frames.astype(np.float32)
-    ground = np.median(values[:, empty], 1)[:, None, None]
+    seen = values[:, empty].transpose(1, 0, 2).reshape(int(empty.sum()), -1)  # (pixels, 17 * 3)
+    light = np.linalg.lstsq(planes[empty], seen, rcond=None)[0]
+    ground = (planes.reshape(-1, 3) @ light).reshape(SIZE, SIZE, len(frames), 3).transpose(2, 0, 1, 3)
     return np.maximum(np.abs(values - ground).sum(-1) - 24, 0)
 
 
@@ -146,7 +150,9 @@ def check_thing(frames: np.ndarray, spec: ClipSpec) -> dict:
     if way:
         action = f"moves {way}{pace_of(speed)}"
     else:
-        action = change or (seen_turn(masks, thing.shape) if thing.shape in clips.TURNABLE else "stands still")
+        action = change or (
+            seen_turn(masks, thing.shape) if thing.shape in clips.TURNABLE else "stands still"
+        )
     # The frame that shows the shape upright, whole and strong; of things that move, the middle one.
     last = FRAMES - 1
     clearest = {"grows": last, "fades in": last, "shrinks": 0, "fades out": 0}.get(thing.action, 8)
@@ -173,9 +179,10 @@ def pace_name(pace: str) -> str:
 def check_pair(frames: np.ndarray, spec: ClipSpec) -> dict:
     """Each thing is followed by its own colour, before and after the two meet."""
     colours = np.array([COLOURS[spec.background], *(COLOURS[t.colour] for t in spec.things)], np.float32)
-    owner = np.abs(frames[..., None, :].astype(np.float32) - colours).sum(-1).argmin(-1)  # (17, 64, 64)
+    distances = np.abs(frames[..., None, :].astype(np.float32) - colours).sum(-1)  # (17, 64, 64, 3)
+    owner = np.where(distances.min(-1) < 100, distances.argmin(-1), -1)  # blends at edges belong to nobody
     ends = [0, 1, 2, FRAMES - 3, FRAMES - 2, FRAMES - 1]
-    found = {name: True for name in ("colour_ok", "shape_ok", "direction_ok", "speed_ok")}
+    found = dict.fromkeys(("colour_ok", "shape_ok", "direction_ok", "speed_ok"), True)
     errors = []
     for number, thing in enumerate(spec.things, 1):
         core = clips.thing_cover(thing.shape, thing.action) > 240
@@ -197,7 +204,7 @@ def check_pair(frames: np.ndarray, spec: ClipSpec) -> dict:
 
 
 def read_letters(mask: np.ndarray, count: int) -> str:
-    """The glyphs that correlate best in the cells of a centred line whose height is measured; "" if none is."""
+    """The glyphs that correlate best in the cells of a centred line, whose height is measured."""
     centre = centres(mask[None])[0]
     left = (SIZE - clips.CELL * count) // 2
     if np.isnan(centre).any():
@@ -289,7 +296,9 @@ def machine() -> str:
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
-        names = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
+        ]
         model = names[0] if names else model
     return f"{model}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 

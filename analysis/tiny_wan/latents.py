@@ -3,8 +3,8 @@
     python -m analysis.tiny_wan.latents        # fits the basis on 1200 clips, writes pca_basis.npz
 
 Wan's VAE gives the first frame a latent frame of its own and every four frames after it one more. So does this
-space: the first frame is taken as four equal ones, so that both kinds share one basis. Because the space is fixed
-before anything is trained, transformer and VAE can be trained in any order. A new basis makes both useless.
+space: the first frame is taken as four equal ones, so that both kinds share one basis. Because the space is
+fixed before anything is trained, transformer and VAE can be trained in any order. A new basis makes both useless.
 """
 
 import argparse
@@ -68,7 +68,9 @@ def from_latent(latents: torch.Tensor) -> torch.Tensor:
     mean, components, scales = basis()
     batch, _, frames, height, width = latents.shape
     values = (latents.permute(0, 2, 3, 4, 1) * scales) @ components.T + mean
-    values = values.reshape(batch, frames, height, width, GROUP, PATCH, PATCH, 3).permute(0, 1, 4, 2, 5, 3, 6, 7)
+    values = values.reshape(batch, frames, height, width, GROUP, PATCH, PATCH, 3).permute(
+        0, 1, 4, 2, 5, 3, 6, 7
+    )
     clips = values.reshape(batch, frames * GROUP, height * PATCH, width * PATCH, 3)[:, GROUP - 1 :]
     return ((clips + 1) * 127.5).round().clamp(0, 255).byte()
 
@@ -84,7 +86,11 @@ def fit(count: int, seed: int) -> dict[str, np.ndarray]:
     mean = total / seen
     variance, vectors = np.linalg.eigh(outer / seen - np.outer(mean, mean))
     print(f"{CHANNELS} components keep {variance[-CHANNELS:].sum() / variance.sum():.4f} of the variance")
-    found = {"mean": mean, "components": vectors[:, ::-1][:, :CHANNELS], "variance": variance[::-1][:CHANNELS]}
+    found = {
+        "mean": mean,
+        "components": vectors[:, ::-1][:, :CHANNELS],
+        "variance": variance[::-1][:CHANNELS],
+    }
     return {name: array.astype(np.float32) for name, array in found.items()}
 
 

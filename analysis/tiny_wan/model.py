@@ -13,7 +13,7 @@ from analysis.tiny_wan.latents import CHANNELS
 from analysis.tiny_wan.text_encoder import WIDTH as TEXT_WIDTH
 
 HEAD = 32
-# Heads of the first two blocks that begin as edge finders look one token right, left, down, up, later, earlier.
+# Heads of the first two blocks look, at first, one token right, left, down, up, later, earlier.
 EDGE_FINDERS = (((0, 0, 1), (0, 0, -1), (0, 1, 0), (0, -1, 0)), ((1, 0, 0), (-1, 0, 0)))
 EDGE_WIDTHS = (10, 12)  # dimensions that each such head compares
 SHARPNESS, FLAG = 8.0, 1.0
@@ -50,10 +50,11 @@ def build_transformer(width: int = 128, layers: int = 8, ffn: int = 512) -> WanT
 def find_edges(transformer: WanTransformer3DModel) -> None:
     """First weights that know which tokens lie at an edge of the clip, even in pure noise.
 
-    Wan tells no token where it is: cross-attention knows no place, and the rotary embedding of self-attention only
-    distances. A tiny model did not find out by itself (after 20,000 clips a linear read-out of place from its fifth
-    block was at chance). So each head here copies some channels of the neighbour at one side; where there is none,
-    it falls back on the token itself, the difference vanishes, and the feed-forward raises a flag.
+    Wan tells no token where it is: cross-attention knows no place, and the rotary embedding of self-attention
+    only distances. A tiny model hardly found out by itself: after 20,000 clips a linear read-out of place from
+    its sixth block was right for 20, 32 and 29 % of tokens (frame, row, column; by chance 20, 25, 25 %). So each
+    head here copies some channels of the neighbour at one side; where there is none, it falls back on the token
+    itself, the difference vanishes, and the feed-forward raises a flag: 54, 74 and 73 % before any training.
     """
     width, source = transformer.config.num_attention_heads * HEAD, 4 * CHANNELS
     # The first rotary pair of each axis turns by one radian a token.
@@ -136,9 +137,7 @@ def pair_swap(size: int, dtype: torch.dtype) -> torch.Tensor:
 class BmmAttention:
     """WanAttnProcessor's maths as plain products: bf16 SDPA's backward is slow on a CPU."""
 
-    def __call__(
-        self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None
-    ):
+    def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         query, key = attn.norm_q(attn.to_q(hidden_states)), attn.norm_k(attn.to_k(source))
         query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, attn.to_v(source)))

@@ -1,10 +1,10 @@
 """Tokenizer and the tiny UMT5 encoder, pre-trained by attribute read-out and then frozen.
 
-    python -m analysis.tiny_wan.text_encoder --out work/wan        # 1500 steps, saves text_encoder and tokenizer
+    python -m analysis.tiny_wan.text_encoder --out work/wan        # 1500 steps, saves two folders
 
 Wan's cross-attention gives text tokens no position, so the encoder itself must carry the index of every letter
-and say which colour belongs to which thing: linear read-outs of every token predict the attributes of the whole
-prompt, and of letters their index. A frozen random encoder would not do.
+and say which colour belongs to which thing: linear read-outs of every token predict the attributes of the
+whole prompt, and of letters their index. A frozen random encoder would not do.
 """
 
 import argparse
@@ -36,7 +36,11 @@ SPECIAL = ["<pad>", "</s>", "<unk>"]
 GLUE = "a an the and word over on background clip"
 ALL_ACTIONS = tuple(dict.fromkeys((*ACTIONS, *WORD_ACTIONS)))
 # Classes of every attribute, see attributes(); the last class of each means "none".
-ATTRIBUTES = (len(COLOURS) + 1, MAX_LETTERS + 1) + 2 * (len(COLOURS) + 1, len(SHAPES) + 1, len(ALL_ACTIONS) + 1)
+ATTRIBUTES = (len(COLOURS) + 1, MAX_LETTERS + 1) + 2 * (
+    len(COLOURS) + 1,
+    len(SHAPES) + 1,
+    len(ALL_ACTIONS) + 1,
+)
 NO_INDEX, NO_LETTER = MAX_LETTERS, len(LETTERS)
 
 
@@ -142,8 +146,12 @@ def train(out: Path, steps: int, batch: int, seed: int) -> None:
         index, letter = letter_labels(ids, specs, word)
         wanted = torch.tensor([attributes(spec) for spec in specs])
         real = mask.bool()
-        parts = readout(encoder(ids, mask).last_hidden_state).split([*ATTRIBUTES, NO_INDEX + 1, NO_LETTER + 1], -1)
-        loss = 3 * F.cross_entropy(parts[-2][real], index[real]) + 3 * F.cross_entropy(parts[-1][real], letter[real])
+        parts = readout(encoder(ids, mask).last_hidden_state).split(
+            [*ATTRIBUTES, NO_INDEX + 1, NO_LETTER + 1], -1
+        )
+        loss = 3 * F.cross_entropy(parts[-2][real], index[real]) + 3 * F.cross_entropy(
+            parts[-1][real], letter[real]
+        )
         for k, part in enumerate(parts[:-2]):
             loss = loss + F.cross_entropy(part[real], wanted[:, k : k + 1].expand_as(ids)[real])
         optimizer.zero_grad()
@@ -156,7 +164,10 @@ def train(out: Path, steps: int, batch: int, seed: int) -> None:
             hits = [(p.argmax(-1) == wanted[:, k : k + 1])[real] for k, p in enumerate(parts[:-2])]
             shares = [round(hit.float().mean().item(), 3) for hit in hits]
             spent = time.time() - start
-            print(f"{step} loss {loss.item():.4f} index {right:.3f} attributes {shares} {spent:.0f} s", flush=True)
+            print(
+                f"{step} loss {loss.item():.4f} index {right:.3f} attributes {shares} {spent:.0f} s",
+                flush=True,
+            )
     encoder.save_pretrained(out / "text_encoder")
     tokenizer.save_pretrained(out / "tokenizer")
 

@@ -2,8 +2,8 @@
 
     python -m analysis.tiny_wan.train --work work/wan --minutes 90
 
---work holds text_encoder and tokenizer (from text_encoder); checkpoint.pt is written there. Clips are drawn on
-the fly. One single-threaded process: two OpenMP threads collapse as soon as anything else runs. Eager, for
+--work holds text_encoder and tokenizer (from text_encoder); checkpoint.pt is written there. Clips are drawn on the
+fly. One single-threaded process: two OpenMP threads collapse as soon as anything else runs. Eager, for
 torch.compile made it slower here (32 clips a core-second against 44).
 """
 
@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import time
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -25,7 +25,6 @@ from analysis.tiny_flux.model import flatten, unflatten
 from analysis.tiny_flux.train import gradient_of, save
 from analysis.tiny_wan.clips import (
     BAD,
-    FRAMES,
     SIZE,
     ClipSpec,
     is_held_out,
@@ -41,12 +40,15 @@ from analysis.tiny_wan.model import WanMuon, build_transformer, load_transformer
 from analysis.tiny_wan.text_encoder import FrozenEncoder
 
 TOKEN = 16  # pixels per side of a token
-EMPTY, SPOILED = 0.08, 0.04  # shares of clips with an empty prompt, and of spoiled ones with the negative prompt
+EMPTY, SPOILED = (
+    0.08,
+    0.04,
+)  # shares of clips with an empty prompt, and of spoiled ones with the negative prompt
 HIGH_NOISE = 0.5  # share of samples from uniform(.55, 1), the levels where words and places are decided
 COVER_WEIGHT = 3.0
 
 
-@lru_cache(maxsize=None)
+@cache
 def touched(shape: str, action: str, letters: int = 0) -> np.ndarray:
     """(5, 4, 4): tokens that the thing, or a word of so many letters, ever covers."""
     cover = word_cover("H" * letters, action) if letters else thing_cover(shape, action) / 255
@@ -81,7 +83,9 @@ def make_batch(
     return latents, encoder(prompts), torch.from_numpy(np.stack(weights)).float()
 
 
-def flow_loss(transformer: torch.nn.Module, batch: tuple[torch.Tensor, ...], dtype: torch.dtype) -> torch.Tensor:
+def flow_loss(
+    transformer: torch.nn.Module, batch: tuple[torch.Tensor, ...], dtype: torch.dtype
+) -> torch.Tensor:
     """Weighted squared error of the velocity, and the noise level, one value per sample."""
     clean, text, weight = batch
     count = len(clean)
@@ -155,7 +159,10 @@ def train(args: argparse.Namespace) -> None:
         now = time.time()
         if now - logged > 20 or not go_on:
             levels, values = torch.tensor(losses).T
-            bins = [f"{values[(levels >= a) & (levels < b)].mean():.3f}" for a, b in ((0, 0.5), (0.5, 0.9), (0.9, 1.1))]
+            bins = [
+                f"{values[(levels >= a) & (levels < b)].mean():.3f}"
+                for a, b in ((0, 0.5), (0.5, 0.9), (0.9, 1.1))
+            ]
             print(
                 f"step {step} seen {seen} loss {values.mean():.4f} by level {' '.join(bins)} "
                 f"{(seen - logged_seen) / (now - logged):.1f} clips/s {elapsed:.0f} s",
@@ -165,7 +172,10 @@ def train(args: argparse.Namespace) -> None:
         if now - saved > args.save_seconds or not go_on:
             saved = now
             contents = {"weights": weights, "ema": ema, "optimizer": optimizer.state_dict(), "step": step}
-            save(args.work / "checkpoint.pt", contents | {"seen": seen, "elapsed": elapsed, "sizes": state["sizes"]})
+            save(
+                args.work / "checkpoint.pt",
+                contents | {"seen": seen, "elapsed": elapsed, "sizes": state["sizes"]},
+            )
 
 
 def main(argv: list[str] | None = None) -> None:
