@@ -3,8 +3,8 @@
     python -m analysis.tiny_wan.clips --out clips.png         # a sheet of 16 clips, every fourth frame
 
 Speeds are whole pixels a frame and word cells are as wide as a transformer token, so that what moves looks
-the same in every latent frame. Seeds differ in shade, lighting and half a pixel of place, hardly in layout: for
-tiny_flux a few pixels of position jitter alone kept words from being learnt.
+the same in every latent frame. Seeds differ in shade, lighting and half a pixel of place, hardly in
+layout: for tiny_flux a few pixels of position jitter alone kept words from being learnt.
 """
 
 import argparse

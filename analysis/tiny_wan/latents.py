@@ -2,9 +2,11 @@
 
     python -m analysis.tiny_wan.latents        # fits the basis on 1200 clips, writes pca_basis.npz
 
-Wan's VAE gives the first frame a latent frame of its own and every four frames after it one more. So does this
+Wan's VAE gives the first frame a latent frame of its own and every four frames after it one more. So does
+this
 space: the first frame is taken as four equal ones, so that both kinds share one basis. Because the space is
-fixed before anything is trained, transformer and VAE can be trained in any order. A new basis makes both useless.
+fixed before anything is trained, transformer and VAE can be trained in any order. A new basis makes both
+useless.
 """
 
 import argparse

@@ -50,11 +50,12 @@ def build_transformer(width: int = 128, layers: int = 8, ffn: int = 512) -> WanT
 def find_edges(transformer: WanTransformer3DModel) -> None:
     """First weights that know which tokens lie at an edge of the clip, even in pure noise.
 
-    Wan tells no token where it is: cross-attention knows no place, and the rotary embedding of self-attention
-    only distances. A tiny model hardly found out by itself: after 20,000 clips a linear read-out of place from
-    its sixth block was right for 20, 32 and 29 % of tokens (frame, row, column; by chance 20, 25, 25 %). So each
-    head here copies some channels of the neighbour at one side; where there is none, it falls back on the token
-    itself, the difference vanishes, and the feed-forward raises a flag: 54, 74 and 73 % before any training.
+    Wan tells no token where it is: cross-attention knows no place, and the rotary embedding of self-
+    attention only distances. A tiny model hardly found out by itself: after 20,000 clips a linear read-out
+    of place from its sixth block was right for 20, 32 and 29 % of tokens (frame, row, column; by chance 20,
+    25, 25 %). So each head here copies some channels of the neighbour at one side; where there is none, it
+    falls back on the token itself, the difference vanishes, and the feed-forward raises a flag: 54, 74 and
+    73 % before any training.
     """
     width, source = transformer.config.num_attention_heads * HEAD, 4 * CHANNELS
     # The first rotary pair of each axis turns by one radian a token.

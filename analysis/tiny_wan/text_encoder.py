@@ -2,7 +2,8 @@
 
     python -m analysis.tiny_wan.text_encoder --out work/wan        # 1500 steps, saves two folders
 
-Wan's cross-attention gives text tokens no position, so the encoder itself must carry the index of every letter
+Wan's cross-attention gives text tokens no position, so the encoder itself must carry the index of every
+letter
 and say which colour belongs to which thing: linear read-outs of every token predict the attributes of the
 whole prompt, and of letters their index. A frozen random encoder would not do.
 """

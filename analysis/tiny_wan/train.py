@@ -2,7 +2,8 @@
 
     python -m analysis.tiny_wan.train --work work/wan --minutes 90
 
---work holds text_encoder and tokenizer (from text_encoder); checkpoint.pt is written there. Clips are drawn on the
+--work holds text_encoder and tokenizer (from text_encoder); checkpoint.pt is written there. Clips are
+drawn on the
 fly. One single-threaded process: two OpenMP threads collapse as soon as anything else runs. Eager, for
 torch.compile made it slower here (32 clips a core-second against 44).
 """

@@ -2,7 +2,8 @@
 
     python -m analysis.tiny_wan.vae --out work/wan --minutes 30             # a killed run goes on
 
-The decoder sees latents with a little noise, as the transformer will hand it. 32-pixel crops for the first three
+The decoder sees latents with a little noise, as the transformer will hand it. 32-pixel crops for the
+first three
 quarters, whole pictures after; Muon on the decoder's kernels, as for tiny_flux. Two levels and a patch of 2
 pixels, as in Wan 2.2's VAE, keep the finest level a quarter as large.
 """
