@@ -1,0 +1,1 @@
+"""A tiny Wan trained from scratch to draw moving shapes and words: data, encoder, VAE, training, checks."""

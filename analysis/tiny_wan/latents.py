@@ -1,0 +1,111 @@
+"""The fixed latent space: principal components of 4x8x8x3 space-time patches, laid out as AutoencoderKLWan's.
+
+    python -m analysis.tiny_wan.latents        # fits the basis on 1200 clips, writes pca_basis.npz
+
+Wan's VAE gives the first frame a latent frame of its own and every four frames after it one more. So does
+this
+space: the first frame is taken as four equal ones, so that both kinds share one basis. Because the space is
+fixed before anything is trained, transformer and VAE can be trained in any order. A new basis makes both
+useless.
+"""
+
+import argparse
+import math
+import os
+import random
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from analysis.tiny_wan.clips import FRAMES, SIZE, render, sample_spec
+
+PATCH, GROUP = 8, 4  # the VAE's factors in space and time
+CHANNELS = 16
+GRID = SIZE // PATCH  # latents per side
+LATENT_FRAMES = 1 + (FRAMES - 1) // GROUP
+WHITENING = 0.3  # 0 keeps the components' own strengths (detail drowns in noise), 1 makes them equal
+BASIS_FILE = Path(__file__).with_name("pca_basis.npz")
+
+
+@lru_cache
+def basis() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean patch (768,), components (768, 16) and their scales, chosen for a latent rms of 1."""
+    stored = np.load(BASIS_FILE)
+    variance = stored["variance"].astype(np.float64)
+    scale = variance**WHITENING
+    scale *= math.sqrt(np.mean(variance / scale**2))
+    tensors = (stored["mean"], stored["components"], scale)
+    mean, components, scales = (torch.from_numpy(np.ascontiguousarray(t, dtype=np.float32)) for t in tensors)
+    return mean, components, scales
+
+
+def patches(clips: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 17, H, W, 3) to values in -1..1, (B, 5, H/8, W/8, 768)."""
+    clips = torch.cat([clips[:, :1].expand(-1, GROUP, -1, -1, -1), clips[:, 1:]], 1)  # (B, 20, H, W, 3)
+    batch, frames, height, width, _ = clips.shape
+    values = clips.float() / 127.5 - 1
+    values = values.reshape(batch, frames // GROUP, GROUP, height // PATCH, PATCH, width // PATCH, PATCH, 3)
+    return values.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)
+
+
+@lru_cache
+def kernel() -> tuple[torch.Tensor, torch.Tensor]:
+    """The projection as weights and bias of a strided convolution, which is nearly three times as fast."""
+    mean, components, scales = basis()
+    weights = (components / scales).view(GROUP, PATCH, PATCH, 3, CHANNELS).permute(4, 3, 0, 1, 2)
+    return weights.contiguous(), -(mean + 1) @ components / scales
+
+
+def to_latent(clips: torch.Tensor) -> torch.Tensor:
+    """uint8 (B, 17, H, W, 3) to latents (B, 16, 5, H/8, W/8)."""
+    values = (clips.float() / 127.5).permute(0, 4, 1, 2, 3)  # one more than the value: the bias knows
+    values = torch.cat([values[:, :, :1].expand(-1, -1, GROUP, -1, -1), values[:, :, 1:]], 2)
+    return torch.nn.functional.conv3d(values, *kernel(), stride=(GROUP, PATCH, PATCH))
+
+
+def from_latent(latents: torch.Tensor) -> torch.Tensor:
+    """The linear decoder: latents (B, 16, 5, h, w) to uint8 (B, 17, 8h, 8w, 3)."""
+    mean, components, scales = basis()
+    batch, _, frames, height, width = latents.shape
+    values = (latents.permute(0, 2, 3, 4, 1) * scales) @ components.T + mean
+    values = values.reshape(batch, frames, height, width, GROUP, PATCH, PATCH, 3).permute(
+        0, 1, 4, 2, 5, 3, 6, 7
+    )
+    clips = values.reshape(batch, frames * GROUP, height * PATCH, width * PATCH, 3)[:, GROUP - 1 :]
+    return ((clips + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+def fit(count: int, seed: int) -> dict[str, np.ndarray]:
+    """Principal components of the patches of `count` clips."""
+    rng = random.Random(seed)
+    total, outer, seen = 0.0, 0.0, 0
+    for _ in range(count):
+        frames = torch.from_numpy(render(sample_spec(rng), rng))[None]
+        values = patches(frames).reshape(-1, GROUP * PATCH * PATCH * 3).double().numpy()
+        total, outer, seen = total + values.sum(0), outer + values.T @ values, seen + len(values)
+    mean = total / seen
+    variance, vectors = np.linalg.eigh(outer / seen - np.outer(mean, mean))
+    print(f"{CHANNELS} components keep {variance[-CHANNELS:].sum() / variance.sum():.4f} of the variance")
+    found = {
+        "mean": mean,
+        "components": vectors[:, ::-1][:, :CHANNELS],
+        "variance": variance[::-1][:CHANNELS],
+    }
+    return {name: array.astype(np.float32) for name, array in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", default=str(BASIS_FILE))
+    parser.add_argument("--count", type=int, default=1200)
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    unfinished = args.out + ".tmp.npz"
+    np.savez(unfinished, **fit(args.count, args.seed))
+    os.replace(unfinished, args.out)
+
+
+if __name__ == "__main__":
+    main()
