@@ -55,9 +55,11 @@ def run(args: argparse.Namespace) -> Path:
         asked_of = with_prompt(pipeline, {"prompt": prompt.text}) | {"seed": seed}
         studio = Studio(pipeline, [asked_of], call, 0)
         for asked, config in configs.items():
+            key = f"{prompt.id} {asked}"
+            if key in rows:
+                continue
             value = studio.fidelity(0, config, saved=True)
             done = summary(pipeline)
-            key = f"{prompt.id} {asked}"
             rows[key] = {
                 "key": key,
                 "id": prompt.id,

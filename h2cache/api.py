@@ -151,7 +151,9 @@ def summary(target: Any) -> Summary:
 
 def _expectation(requests: list[Request]) -> dict[str, Any]:
     """The fidelity that the forecast errors of a pipeline call mean, for each picture."""
-    estimate, errors = requests[0].estimate, [e for request in requests for e in request.errors]
+    estimate = requests[0].estimate
+    known = [pair for request in requests for pair in request.errors]
+    errors = [error for branch, error in known if branch == known[0][0] and len(error) == len(known[0][1])]
     if estimate is None or not errors:
         return {}
     sums = torch.stack(errors).sum(0).tolist()  # a wait, when somebody asks

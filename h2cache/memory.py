@@ -297,7 +297,7 @@ class Memory:
         """
         measure = None if error is None else error.amax()
         if error is not None:
-            self._request.errors.append(error)
+            self._request.errors.append((self.branch, error))
         run = (self.blocks * (outcome == "miss"), self.blocks)
         record = StepRecord(self._step, self.timestep, self.branch, "model", None, None, outcome, *run)
         record.measure = measure  # type: ignore[assignment]  # a tensor until `step_records` reads it
@@ -335,7 +335,7 @@ class Request:
         # this denoiser's first step, and of the newest
         self.course: Course | None = None
         self.controls: tuple[str, ...] = ()  # how far a pipeline's ControlNets act, at each step of `course`
-        self.errors: list[Tensor] = []  # of forecasts, (B,) each, on the device
+        self.errors: list[tuple[str, Tensor]] = []  # of forecasts by branch, (B,) each, on the device
         self.estimate: Any = None  # of the fidelity that these errors mean
         self.notes: list[str] = []  # what the user should know
         self.began = time.monotonic_ns()

@@ -304,7 +304,9 @@ class Plan(Method):
         error = error_of(outputs.weighted(weights)) if seen else None
         memory.record_whole("miss", error)
         if outputs.chase is not None and error is not None:
-            steps = outputs.chase.next_steps(step, error)
+            chase = outputs.chase
+            steps = chase.next_steps(step, error)
+            memory.expect(chase.table.beside(chase.plan, chase.usual), "")
             if steps is not None:
                 own = (*outputs.evaluated, *steps)
                 tables = stand_ins(memory.course, own, memory.course.steps, self._target(memory.course))

@@ -20,7 +20,7 @@ import numpy as np
 from h2cache.schedule import Course
 
 SHIPPED = Path(__file__).parent / "tuned_plans"
-NINE_IN_TEN = 1.4  # standard deviations below the mean; 1.28 would be that of a known normal distribution
+NINE_IN_TEN = 1.28  # standard deviations below the mean, of a normal distribution
 COMMAND = "python -m analysis.tune --model FOLDER --prompts FILE, in a checkout of the repository"
 
 
@@ -118,7 +118,14 @@ class Tuned:
         known = self.estimate
         if known is None or plan is None or not plan.errors or plan.errors[-1] <= 0:
             return known
-        offset = plan.mean + known.within * 20 * math.log10(plan.errors[-1])
+        return self.beside(plan, plan.errors[-1])
+
+    def beside(self, plan: TunedPlan, usual: float) -> Estimate | None:
+        """The same for a picture whose errors usually sum up to `usual`."""
+        known = self.estimate
+        if known is None or usual <= 0:
+            return known
+        offset = plan.mean + known.within * 20 * math.log10(usual)
         return Estimate(known.within, offset, known.within_error)
 
     def corrected(self, plan: TunedPlan, psnr: float, error: float, usual: float) -> TunedPlan:
