@@ -56,9 +56,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def solvers(pipeline: Any, count: int, steps: int) -> Iterator[tuple[str, Any, PlanConfig | None, int]]:
+def solvers(euler: Any, count: int, steps: int) -> Iterator[tuple[str, Any, PlanConfig | None, int]]:
     """Each contestant with `count` evaluations: name, scheduler, plan, and the steps to ask for."""
-    euler = pipeline.scheduler
     yield "plan", euler, PlanConfig(evaluations=count), steps
     yield "plan, default grid", euler, PlanConfig(evaluations=count, file="none"), steps
     yield "plan, ode", euler, PlanConfig(evaluations=count, file="none", target="ode"), steps
@@ -84,7 +83,7 @@ def run(args: argparse.Namespace) -> Path:
     path = args.out / "rows.jsonl"
     rows = keep.read_records(path)
     for prompt in prompts:
-        contestants = [(count, *each) for count in COUNTS for each in solvers(pipeline, count, args.steps)]
+        contestants = [(count, *each) for count in COUNTS for each in solvers(own, count, args.steps)]
         if all(f"{prompt.id} {name} {count}" in rows for count, name, *_ in contestants):
             continue
         references = [draw(prompt, own, None, args.steps), draw(prompt, own, None, args.converged)]
