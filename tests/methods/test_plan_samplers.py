@@ -15,7 +15,7 @@ from h2cache.schedule import Course, Schedule
 from tests.helpers.plans import SAMPLERS, STOCHASTIC, Loop, Toy, sampler
 
 FEW = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-MOST_WEIGHT = 25.0  # drawn out further than that, rounding in bfloat16 would show
+MOST_WEIGHT = 100.0  # 70 was seen, of Karras steps in large gaps; further out bfloat16 would show
 
 
 @cache
