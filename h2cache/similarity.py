@@ -20,7 +20,8 @@ def pooled_summary(features: Tensor, target: int, least: int = 1) -> Tensor:
     """Average-pool `features` (B, tokens, C) with a square window over neighbouring tokens and channels.
 
     The window is k = `pooling_window(tokens, target, least)`, its stride is k too; incomplete windows at the
-    end of either axis are dropped. With k = 1 the tensor itself comes back. Returns (B, tokens // k, C // k), same dtype.
+    end of either axis are dropped. With k = 1 the tensor itself comes back. Returns
+    (B, tokens // k, C // k), same dtype.
     """
     tokens, channels = features.shape[1:]
     k = pooling_window(tokens, target, least)

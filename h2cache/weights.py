@@ -87,7 +87,8 @@ def dmd(
 
     Only the newest run of equal gaps counts. Four residuals are needed; fewer fall back to a straight line,
     one to reuse, and so does whatever is not finite. Of a complex answer (an eigenvalue below 0 to a
-    fractional power) the real part is taken, as cache-dit does. tolerance: smallest singular value kept, of the largest.
+    fractional power) the real part is taken, as cache-dit does.
+    tolerance: smallest singular value kept, of the largest.
     trust: the forecast moves at most `trust` * k times as far as the last two residuals lie apart; None: no
     limit. Returns (weights, "dmd" | "taylor" | "reuse").
     """
