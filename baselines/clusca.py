@@ -2,12 +2,12 @@
 
 Source: arXiv 2509.10312 (ACM MM 2025) and the authors' code. Tokens are clustered at computed steps after the
 last double block; on a skipped step the mlps of the double blocks run for one random token of each cluster.
-As the authors', the next difference is taken against the corrected feature; that is 2 dB better on the embedded
-model than differences between computed features alone (anchor=True). Hi-ClusCa (basis="hermite"): the released
-code clusters once, at the first skipped step; here every computed step clusters anew.
-Deviations: each request has its own generator, whose numbers serve all images of a batch, so that each comes
-out as it would alone; empty clusters take the token that lies farthest from its centre; clustering in float32
-with a fixed number of rounds, so that it waits for nothing.
+As the authors', the next difference is taken against the corrected feature; that is 2 dB better on the
+embedded model than differences between computed features alone (anchor=True). Hi-ClusCa (basis="hermite"):
+the released code clusters once, at the first skipped step; here every computed step clusters anew.
+Deviations: each request has its own generator, whose numbers serve all images of a batch, so that each
+comes out as it would alone; empty clusters take the token that lies farthest from its centre; clustering in
+float32 with a fixed number of rounds, so that it waits for nothing.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ class ClusCaConfig(MethodConfig):
     sigma: float = 0.5
     """Contraction of the Hermite basis, in (0, 1]."""
     anchor: bool = False
-    """Differences between computed features only [ours]; False: corrections enter them, as the authors'."""
+    """Differences between computed features only [ours]; False: corrections enter them, as the authors'
+    (exactly so for order 1)."""
     exact_fresh: bool = False
     """Computed tokens are used as they are [ours]; False: drift is added to them too, as the authors do."""
     seed: int = 0

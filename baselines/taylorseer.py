@@ -35,8 +35,8 @@ class TaylorSeerConfig(MethodConfig):
     granularity: str = "module"
     """"module" as the authors, or "stage"."""
     schedule: str = "authors"
-    """"authors", or "diffusers": shifted, to compare with its numbers. The last step, often the longest, is computed
-    only where steps - warmup_steps is a multiple of the interval ("diffusers": steps - warmup_steps - 2): at
+    """"authors", or "diffusers": shifted, to compare with its numbers. The last step, often the longest, is
+    computed only where steps - warmup_steps is a multiple of the interval ("diffusers": steps - warmup_steps - 2): at
     interval 2 and 50 steps with 2 warm-up steps, not with 3."""
 
     def __post_init__(self) -> None:
