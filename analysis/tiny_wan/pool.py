@@ -22,7 +22,8 @@ class Pool:
 
     def __init__(self, source: Source, seed: str, workers: int, size: int, device: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["analysis.tiny_wan.train"])  # imported once, not by every worker
+        heavy = ["analysis.tiny_wan.model", "analysis.tiny_wan.text_encoder"]
+        context.set_forkserver_preload(heavy)  # imported once, not by every worker
         self.ready = context.Queue(maxsize=4 * workers)
         for rank in range(workers):
             arguments = (source, f"{seed} {rank}", self.ready)
