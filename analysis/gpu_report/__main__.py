@@ -70,7 +70,11 @@ def environment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     found = keep.machine(args.device) | {"date": keep.now(), "command": command}
     if torch.device(args.device).type == "cuda":
         properties = torch.cuda.get_device_properties(args.device)
-        query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,power.limit", "--format=csv,noheader"]
+        query = [
+            "nvidia-smi",
+            "--query-gpu=driver_version,clocks.max.sm,power.limit",
+            "--format=csv,noheader",
+        ]
         try:
             asked = subprocess.run(query, capture_output=True, text=True, timeout=20).stdout.strip()
         except (OSError, subprocess.TimeoutExpired):
@@ -114,7 +118,10 @@ def run_section(ctx: Context, name: str, seconds: float) -> tuple[list[dict], di
     except OutOfTime:
         told = {"outcome": "stopped: its time was over"}
     except Exception as error:
-        told = {"outcome": f"failed: {type(error).__name__}: {error}"[:300], "traceback": traceback.format_exc()}
+        told = {
+            "outcome": f"failed: {type(error).__name__}: {error}"[:300],
+            "traceback": traceback.format_exc(),
+        }
     return rows, told | {"seconds": round(time.monotonic() - start, 1)}
 
 

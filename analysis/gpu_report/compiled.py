@@ -45,8 +45,8 @@ def compiled(ctx: Context) -> Iterator[dict]:
 
 
 def shallow(ctx: Context) -> tuple[Loop, dict]:
-    """FLUX in real width (not if small) with few blocks."""
-    double, single = (2, 3) if ctx.small else (4, 8)
+    """FLUX in real width (not if small) with few blocks, so that compiling takes seconds."""
+    double, single = (2, 3) if ctx.small else (2, 4)
     model = build(double, single, ctx.small, ctx.device, ctx.dtype)
     return Loop(model), inputs_of(model, *ctx.tokens)
 
@@ -59,8 +59,7 @@ def draw(loop: Loop, inputs: dict, config: MethodConfig | None) -> Tensor:
 
 def graphs() -> Counter:
     """Graphs compiled so far, and breaks in them."""
-    found = Counter(graphs=counters["stats"]["unique_graphs"], breaks=sum(counters["graph_break"].values()))
-    return found
+    return Counter(graphs=counters["stats"]["unique_graphs"], breaks=sum(counters["graph_break"].values()))
 
 
 def whole(ctx: Context, options: dict | None) -> Iterator[dict]:
@@ -77,7 +76,8 @@ def whole(ctx: Context, options: dict | None) -> Iterator[dict]:
     yield {
         "what": "plan", "first call, s": round(seconds[0], 1), **first,
         "graphs more with the plan": added["graphs"], "breaks more with the plan": added["breaks"],
-        "equal at every step evaluated": torch.equal(right, every), "equal twice": torch.equal(planned, again),
+        "equal at every step evaluated": torch.equal(right, every),
+        "equal twice": torch.equal(planned, again),
     }  # fmt: skip
     if options is not None:
         text = "equal to the compiled uncached picture with every step evaluated: differences"

@@ -1,4 +1,4 @@
-"""Behaviour that could differ on a GPU: branches, batches, sizes, threads, errors; a small FLUX in float32."""
+"""Behaviour that could differ on a GPU: branches, batches, sizes, threads, errors; small, in float32."""
 
 from __future__ import annotations
 

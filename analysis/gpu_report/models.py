@@ -1,4 +1,4 @@
-"""What the sections run: FLUX of random weights in real shapes, a loop over it, and every method's settings."""
+"""What the sections run: FLUX of random weights in real shapes, a loop over it, every method's settings."""
 
 from __future__ import annotations
 
@@ -42,10 +42,10 @@ def build(double: int, single: int, small: bool, device: str, dtype: torch.dtype
 
     small: 64 wide in place of 3072.
     """
-    narrow = dict(
-        in_channels=16, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=48,
-        pooled_projection_dim=32, axes_dims_rope=(8, 12, 12),
-    )  # fmt: skip
+    narrow: dict[str, Any] = {
+        "in_channels": 16, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 48,
+        "pooled_projection_dim": 32, "axes_dims_rope": (8, 12, 12),
+    }  # fmt: skip
     before = torch.get_default_dtype()
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
@@ -95,7 +95,7 @@ class Loop:
         self.transformer = model
         self.scheduler = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         inputs: dict,
@@ -107,7 +107,8 @@ class Loop:
 
         texts: a text for each guidance branch, which are averaged; empty: one branch, the text of `inputs`.
         """
-        self.scheduler.set_timesteps(steps, device=self.transformer.device, mu=1.15)
+        sigmas = [1 - n / steps for n in range(steps)]  # as FluxPipeline asks for
+        self.scheduler.set_timesteps(sigmas=sigmas, device=self.transformer.device, mu=1.15)
         self.scheduler.set_begin_index(0)  # as pipelines do: looking for it would wait for the device
         given, found = dict(inputs), []
         latents = given.pop("hidden_states")

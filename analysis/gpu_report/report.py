@@ -11,7 +11,10 @@ def markdown(about: dict, sections: dict[str, tuple[list[dict], dict]]) -> str:
     lines = [f"# {about['device_name']}, {about['date']}", "", f"`{about['command']}`: {versions}", ""]
     goals = [{"section": n} | r for n, (rows, _) in sections.items() for r in rows if "goal" in r]
     lines += table([g | {"reached": "yes" if g["reached"] else "NO"} for g in goals])
-    lines += ["", *table([{"section": n} | told for n, (_, told) in sections.items()], without=("traceback",))]
+    lines += [
+        "",
+        *table([{"section": n} | told for n, (_, told) in sections.items()], without=("traceback",)),
+    ]
     for name, (rows, told) in sections.items():
         lines += ["", f"## {name}", "", *table([row for row in rows if "goal" not in row])]
         if "traceback" in told:

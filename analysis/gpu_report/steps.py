@@ -59,9 +59,7 @@ def of_batch(ctx: Context, batch: int, contestants: dict) -> Iterator[dict]:
                 continue
 
             def request(name: str = name, config=config, count: int = count, found: Times = found) -> None:
-                for kind, seconds, run, of in time_request(
-                    ctx, loops.get(name, loop), inputs, config, count
-                ):
+                for kind, seconds, run, of in time_request(ctx, loops.get(name, loop), inputs, config, count):
                     found[name, kind, run, of].append(seconds)
 
             if error := error_of(request):
@@ -116,7 +114,9 @@ def checks(ctx: Context, batch: int, times: Times) -> Iterator[dict]:
     with torch.inference_mode():
         for _ in range(23):
             with ctx.timed(seconds):
-                for x, pool, known in zip((image, joint), (config.pool1, config.pool2), references, strict=True):
+                for x, pool, known in zip(
+                    (image, joint), (config.pool1, config.pool2), references, strict=True
+                ):
                     relative_l1(known, pooled_summary(x, pool)).tolist()
     figures, full = spread(seconds[3:]), median(times, UNCACHED, "computed")
     yield {"batch": batch, "contestant": "both checks alone", "step": "checks"} | figures
