@@ -1,6 +1,7 @@
 """SpeCa and ClusCa against their specifications."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from h2cache.baselines.taylorseer import TaylorSeerConfig
 
 import h2cache
 from tests.helpers.inside import memory_of
-from tests.helpers.toys import denoise, make_inputs
+from tests.helpers.toys import denoise, generate, make_inputs
 
 INF = float("inf")
 
@@ -76,6 +77,27 @@ def test_speca_rejects_after_a_failed_check(flux, granularity):
     run(flux, config, steps=12)
     assert computed(flux) == [0, 2, 6, 10]
     assert h2cache.summary(flux).blocks_run == 4 * 7 + 2
+
+
+@pytest.mark.parametrize("granularity", ["module", "stage"])
+def test_images_of_a_batch_draft_each_for_itself(tiny, granularity):
+    """The two part company: computed at other steps, together they are what each is alone."""
+    prompts = ['a red round sign that says "CAFE" on a green background', 'a blue oval badge that says "Q"']
+    loose = {"base": 0.05, "decay": 1.0, "floor": 0.0, "min_drafts": 1, "measure": "norm"}
+    config = SpeCaConfig(granularity=granularity, **loose)
+    h2cache.enable(tiny, config)
+    both, steps = generate(tiny, prompts, steps=28, seed=5), [computed(tiny)]
+    alone = []
+    for n, prompt in enumerate(prompts):
+        alone.append(generate(tiny, prompt, steps=28, seed=5 + n)[0])
+        steps.append(computed(tiny))
+    assert steps[1] != steps[2]
+    assert set(steps[0]) == {*steps[1], *steps[2]}
+    for a, b in zip(both, alone, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    h2cache.enable(tiny, replace(config, reduce="mean"))
+    assert (generate(tiny, prompts, steps=28, seed=5)[1] - alone[1]).norm() > 1e-3 * alone[1].norm()
+    assert computed(tiny) != steps[0]
 
 
 def test_the_error_is_taken_in_float32():
