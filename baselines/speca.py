@@ -87,7 +87,7 @@ class SpeCaConfig(MethodConfig):
         return max(self.base * self.decay ** (step / total), self.floor)
 
     def bytes_needed(self, shape: Shape) -> int:
-        return forecast_bytes(shape, self.granularity, self.order + 1, stages=3)
+        return forecast_bytes(shape, self.granularity, self.order + 1, stages=3, text=True)
 
     def build(self) -> SpeCa:
         return SpeCa(self)

@@ -24,10 +24,14 @@ class Modules:
     answered: by name, each returns a tensor (B, tokens, C) or a tuple of such, before the gate.
     idle: their work only feeds answered modules. Where those are answered for, these give `(B, tokens, 0)`
     for each stream that they are given.
+    text: where text tokens are in the output of an answered module, by its name: "all" of it, the "second" of
+    its tensors, or its "first" or "last" tokens. Only of models whose output does not read the text: where
+    all modules are answered for, text may then be anything.
     """
 
     answered: dict[str, nn.Module]
     idle: tuple[nn.Module, ...] = field(default=())
+    text: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,9 +17,12 @@ from h2cache.baselines.teacache import TeaCacheConfig
 
 import h2cache
 from h2cache import H2Config, weights
+from h2cache.engines.divided import DividedBlocks
 from h2cache.forecasting import ModuleForecast
 from h2cache.method import Shape
 from h2cache.policies import interval_due
+from tests.helpers.families import recorded
+from tests.helpers.inside import memory_of
 from tests.helpers.toys import denoise, generate, make_flux, make_inputs
 
 
@@ -205,12 +209,49 @@ def test_memory_is_the_formula(flux, granularity, order):
     assert h2cache.summary(flux).bytes_held == config.bytes_needed(shape)
 
 
+CONFIGS = (
+    TaylorSeerConfig(interval=2, order=2),
+    HiCacheConfig(interval=3),
+    ClusCaConfig(interval=3, clusters=3),
+)
+
+
+@pytest.mark.parametrize("family", ["flux_kontext", "flux_controlnet", "hunyuan_image", "hunyuan_video"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
+def test_text_that_nobody_reads_changes_no_picture(config, family, monkeypatch):
+    """Where the engine does not say where text is, it is forecast as the authors do."""
+    case = recorded(family)
+    h2cache.enable(case.target, config)
+    without, held = case.run(), h2cache.summary(case.target).bytes_held
+    own = DividedBlocks.modules
+    monkeypatch.setattr(DividedBlocks, "modules", lambda self, block: replace(own(self, block), text={}))
+    h2cache.enable(case.target, replace(config))
+    assert all(map(torch.equal, without, case.run()))
+    assert held < h2cache.summary(case.target).bytes_held
+    h2cache.disable(case.target)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=lambda c: c.name)
+def test_what_is_held_is_no_part_of_something_larger(flux, config):
+    """A view would keep all of the tensor that it is cut from."""
+    h2cache.enable(flux, replace(config, interval=1), steps=12)
+    denoise(flux, 8)
+    outputs = memory_of(flux).state("forecast", dict).outputs
+    held = {s.data_ptr(): len(s) for t in _tensors(outputs) if (s := t.untyped_storage())}
+    shape = Shape(blocks=(3, 4), img=16, txt=5, width=32, out=8, itemsize=4)
+    assert sum(held.values()) == config.bytes_needed(shape)
+
+
+def _tensors(outputs: dict) -> list[torch.Tensor]:
+    return [tensor for kept in outputs.values() for parts in kept for tensor in parts]
+
+
 def test_memory_of_flux_dev_is_that_of_the_specification():
     dev = Shape(blocks=(19, 38), img=4096, txt=512, width=3072, out=64)
     for config, mib in (
-        (TaylorSeerConfig(), 4104),
-        (TaylorSeerConfig(order=2), 6156),
-        (HiCacheConfig(), 6156),
+        (TaylorSeerConfig(), 3648),
+        (TaylorSeerConfig(order=2), 5472),
+        (HiCacheConfig(), 5472),
         (TaylorSeerConfig(granularity="stage"), 108),
         (TaylorSeerLiteConfig(), 1.5),
         (TaylorSeerLiteConfig(order=1, lite_at="hidden"), 48),
