@@ -289,6 +289,8 @@ class BlockAttachment(Attachment):
 
     def _reserve(self, memory: Memory, x: Stream) -> None:
         """Refuse a request, before its first block, that would keep more than there is room for."""
+        call = self._current_call()
+        assert call is not None  # it asks
         tokens, width = x.img.shape[1:]
         answers = "output" in self.engine.offers
         out = (
@@ -307,6 +309,8 @@ class BlockAttachment(Attachment):
             batch=memory.batch,
             drawn=len(range(tokens)[memory.targets or slice(None)]),
             text_compared=self.stages[-1].joint,
+            modulated=call.inputs.modulated_tokens,
+            attention_parts=call.inputs.attention_parts,
         )
         others = [m for m in self.requests.newest.memories.values() if m is not memory]
         promised = sum(max(0, (m.bytes_needed or 0) - m.bytes_held) for m in others)

@@ -138,4 +138,5 @@ def forecast_bytes(shape: Shape, granularity: str, states: int, stages: int = 2,
     if granularity == "stage":
         return states * stages * shape.joint
     double, single = shape.blocks
-    return states * (2 * double + single) * (shape.joint if text else shape.tensor(shape.img))
+    img, further = shape.tensor(shape.img), shape.attention_parts - 2
+    return states * ((2 * double + single) * (shape.joint if text else img) + further * double * img)

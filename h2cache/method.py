@@ -31,6 +31,8 @@ class Shape:
     batch: int = 1
     drawn: int | None = None  # image tokens that are compared, without those of a reference; None: all
     text_compared: bool = True  # whether the detail stage's check looks at text tokens too
+    modulated: int | None = None  # tokens of the first block's modulated input; None: those compared
+    attention_parts: int = 2  # tensors that an attention of both streams gives; IP-Adapter's is a third
 
     @property
     def compared(self) -> tuple[int, int]:

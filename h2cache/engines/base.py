@@ -62,6 +62,8 @@ class Inputs:
     text: Tensor | None  # the text states (B, S, C) or classes: another tensor means another prompt
     conditions: tuple  # hashable; a change of it during a request makes stored residuals void
     adds_between: bool = True  # the model itself may add something after each block: it must see every index
+    attention_parts: int = 2  # tensors that an attention of both streams gives; IP-Adapter's is a third
+    modulated_tokens: int | None = None  # of the "modulated input"; None: the image tokens that are drawn
     targets: Callable[[], slice | None] = lambda: None  # image tokens that are drawn; asked once a branch
     guided: Callable[[], bool] = lambda: False  # batch is [cond, uncond]: one decision for both halves; ditto
 

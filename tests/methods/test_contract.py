@@ -9,6 +9,7 @@ import h2cache
 from h2cache import find_method, method_names
 from h2cache.method import Shape
 from tests.helpers.families import RECORDED, STEPS, Case, flux_cases, recorded, refused_by
+from tests.helpers.inside import request_of
 from tests.helpers.toys import denoise, generate, make_flux
 
 INF = float("inf")
@@ -187,6 +188,9 @@ def test_every_block_is_accounted_for_and_the_next_request_is_the_same(method, c
     ]
     assert len({r.branch for r in records}) == case.branches
     assert {r.stage for r in records} == set(stages)
+    if not of_whole(method):
+        reckoned = sum(request_of(model).bytes_needed for model in case.transformers)
+        assert h2cache.summary(case.target).bytes_held <= reckoned
     assert sum(r.blocks for r in records) == STEPS * case.branches * sum(case.stage_sizes)
     assert all(0 <= r.blocks_run <= r.blocks for r in records)
     assert all(r.blocks_run == r.blocks for r in records if r.step == 0 or r.outcome == "miss")

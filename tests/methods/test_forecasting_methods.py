@@ -22,7 +22,7 @@ from h2cache.forecasting import ModuleForecast
 from h2cache.method import Shape
 from h2cache.policies import interval_due
 from tests.helpers.families import recorded
-from tests.helpers.inside import memory_of
+from tests.helpers.inside import memory_of, request_of
 from tests.helpers.toys import denoise, generate, make_flux, make_inputs
 
 
@@ -240,6 +240,27 @@ def test_what_is_held_is_no_part_of_something_larger(flux, config):
     held = {s.data_ptr(): len(s) for t in _tensors(outputs) if (s := t.untyped_storage())}
     shape = Shape(blocks=(3, 4), img=16, txt=5, width=32, out=8, itemsize=4)
     assert sum(held.values()) == config.bytes_needed(shape)
+
+
+def test_the_estimate_has_ip_adapters_output_of_attention(flux):
+    forward = type(flux.transformer_blocks[0].attn.processor).__call__
+
+    class Processor(type(flux.transformer_blocks[0].attn.processor)):
+        def __call__(self, attn, hidden_states, *args, ip_hidden_states=None, **kwargs):
+            img, txt = forward(self, attn, hidden_states, *args, **kwargs)
+            return img, txt, img * 0.1
+
+    for block in flux.transformer_blocks:
+        block.attn.processor = Processor()
+    flux.encoder_hid_proj = torch.nn.Identity()
+    held = []
+    for config in (TaylorSeerConfig(interval=2), SpeCaConfig(max_drafts=0)):
+        h2cache.enable(flux, config, steps=8)
+        denoise(flux, 8, joint_attention_kwargs={"ip_adapter_image_embeds": torch.ones(1, 2, 4)})
+        held.append(h2cache.summary(flux).bytes_held)
+        shape = Shape((3, 4), img=16, txt=5, width=32, out=8, itemsize=4, attention_parts=3)
+        assert held[-1] == request_of(flux).bytes_needed == config.bytes_needed(shape)
+    assert held[0] == 2 * (3 * 3 + 4) * 16 * 32 * 4
 
 
 def _tensors(outputs: dict) -> list[torch.Tensor]:
