@@ -137,6 +137,14 @@ def forecast_bytes(shape: Shape, granularity: str, states: int, stages: int = 2,
     """
     if granularity == "stage":
         return states * stages * shape.joint
+    per_state = module_tensors(shape) * shape.tensor(shape.img)
+    if text:
+        per_state += (2 * shape.blocks[0] + shape.blocks[1]) * shape.tensor(shape.txt)
+    return states * per_state
+
+
+def module_tensors(shape: Shape) -> int:
+    """How many tensors of image tokens the modules of all blocks give."""
     double, single = shape.blocks
-    img, further = shape.tensor(shape.img), shape.attention_parts - 2
-    return states * ((2 * double + single) * (shape.joint if text else img) + further * double * img)
+    attention = shape.attention_parts - 1  # one of its tensors is text
+    return (attention + 1) * double + single

@@ -25,6 +25,7 @@ VARIANTS = {  # further settings of a method that must hold what every method mu
     "taylorseer of stages": ("taylorseer", {"granularity": "stage", "interval": 3, "order": 2}),
     "taylorseer_lite of hidden states": ("taylorseer_lite", {"lite_at": "hidden", "interval": 3}),
     "hicache of stages": ("hicache", {"granularity": "stage", "interval": 3}),
+    "hicache with its own sigma": ("hicache", {"adaptive": True, "interval": 3}),
     "speca of stages": ("speca", {"granularity": "stage"}),
     "clusca by Hermite": ("clusca", {"basis": "hermite", "exact_fresh": True, "interval": 3}),
 }

@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import TaylorSeerCacheConfig as DiffusersConfig
 from h2cache.baselines.clusca import ClusCaConfig
-from h2cache.baselines.hicache import PRESETS, HiCacheConfig
+from h2cache.baselines.hicache import PRESETS, AdaptiveForecast, HiCacheConfig
 from h2cache.baselines.magcache import MagCacheConfig
 from h2cache.baselines.speca import SpeCaConfig
 from h2cache.baselines.taylorseer import TaylorSeerConfig
@@ -325,6 +325,36 @@ def test_hicache_meets_taylorseer(flux, granularity):
     assert close(taylor[1], scaled, 1e-4)
     reuse = run(flux, TaylorSeerConfig(order=0, **common))
     assert close(reuse, run(flux, HiCacheConfig(order=2, sigma=1e-3, **common)), 1e-3)
+
+
+def test_adaptive_sigma_is_the_formula():
+    """Of a module of two images, one of which moves ten times as far."""
+    config = HiCacheConfig(adaptive=True, alpha=0.8, order=2)
+    forecast, q = AdaptiveForecast(config), torch.ones(2)
+    g = torch.Generator().manual_seed(0)
+    outs = [torch.randn(2, 6, 4, generator=g) * torch.tensor([1.0, 10.0])[:, None, None] for _ in range(3)]
+    for at, out in zip((2.0, 5.0, 8.0), outs, strict=True):
+        forecast.begin_computed(at)
+        assert forecast.learn(0, "ff", lambda x=out: x, (), {}) is out
+    for old, new in itertools.pairwise(outs):
+        first = (new - old) / 3
+        q = 0.99 * q + 0.01 * first.square().sum(-1).sqrt().mean(-1) ** 2
+    sigma = [min(1.0, 0.8 / (math.sqrt(2) * float(n) + 1e-6)) for n in q]
+    assert 0 < sigma[1] < sigma[0] < 1
+    forecast.begin_forecast(10.0)
+    got = forecast.predict(0, "ff", None, (), {})
+    for n, s in enumerate(sigma):
+        row = weights.hermite([2.0, 5.0, 8.0], 10.0, 2, s)
+        expected = sum(w * out[n] for w, out in zip(row, outs, strict=True))
+        assert torch.allclose(got[n], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adaptive_sigma_is_refused_where_it_does_not_apply():
+    for wrong in ({"granularity": "stage"}, {"basis": "taylor"}):
+        with pytest.raises(ValueError, match="leave both at their defaults"):
+            HiCacheConfig(adaptive=True, **wrong)
+    with pytest.raises(ValueError, match="alpha=0"):
+        HiCacheConfig(adaptive=True, alpha=0)
 
 
 def test_presets_of_hicache_are_the_published_settings():
