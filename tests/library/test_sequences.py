@@ -10,7 +10,7 @@ import os
 import random
 import threading
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import torch
@@ -91,9 +91,13 @@ def expected(asked: Picture) -> torch.Tensor:
 
 
 def random_picture(rng: random.Random, setting: str) -> Picture:
-    return Picture(
-        setting, rng.randrange(2), rng.choice([1, 2, 5, 8]), rng.choice([16, 32]), rng.choice([1, 1, 2])
-    )
+    steps, side, batch = rng.choice([1, 2, 5, 8]), rng.choice([16, 32]), rng.choice([1, 1, 2])
+    return Picture(setting, rng.randrange(2), steps, side, batch)
+
+
+def set_to(pipe: FluxPipeline, setting: str) -> None:
+    config = SETTINGS[setting]
+    h2cache.disable(pipe) if config is None else h2cache.enable(pipe, config)
 
 
 def bare_calls(model, rng: random.Random) -> None:
