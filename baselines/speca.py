@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from h2cache import weights
@@ -117,12 +118,20 @@ class Draft:
         return self.error is not None and not float(self.error) <= cfg.tolerance(step, total)
 
 
-def error_of(draft: Tensor, real: Tensor, measure: str) -> Tensor:
-    """One relative error for the batch, a float32 number on the device."""
+def error_of(
+    draft: Tensor, real: Tensor, measure: str, total: Callable[[Tensor], Tensor] = lambda sums: sums
+) -> Tensor:
+    """One relative error for the batch, a float32 number on the device.
+
+    total: sums over all processes where each has some of the tokens.
+    """
     difference, size = (draft.float() - real.float()).abs(), real.float().abs()
     if measure == "norm":
-        return difference.mean() / size.mean()
-    return (difference / (size + 1e-10)).mean()
+        error, whole = difference.sum(), size.sum()
+    else:
+        error, whole = (difference / (size + 1e-10)).sum(), size.new_tensor(size.numel())
+    error, whole = total(torch.stack([error, whole]))
+    return error / whole
 
 
 class SpeCa(Method):
@@ -158,7 +167,7 @@ class SpeCa(Method):
             guess = modules.predict(index, name, forward, args, kwargs)
             real = forward(*args, **kwargs)
             first, truth = (x if isinstance(x, Tensor) else x[0] for x in (guess, real))
-            draft.error = error_of(first, truth, cfg.measure)  # of the last module: the block's end
+            draft.error = error_of(first, truth, cfg.measure, memory.total)  # of the last module: the block's end
             return guess
 
         yield Drive(range(end - 1, end), compare, counts=True)
@@ -180,6 +189,6 @@ class SpeCa(Method):
             guess = slot.predictor.predict(at)
             if checked and name == "last block":
                 ran = yield Run(blocks, kept=[True] * memory.batch, stand_in=guess)
-                draft.error = error_of(guess.joint, ran.residual.joint, cfg.measure)
+                draft.error = error_of(guess.joint, ran.residual.joint, cfg.measure, memory.total)
             else:
                 yield Skip(blocks, guess)

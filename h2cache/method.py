@@ -58,6 +58,11 @@ class MethodConfig(ABC):
     instead: ClassVar[str] = ""  # what to use of an engine that cannot give that, as the end of a sentence
 
     @property
+    def undivided(self) -> str:
+        """Why all tokens of a picture must be in one process, as the beginning of a sentence; empty: no need."""
+        return ""
+
+    @property
     def requires(self) -> frozenset[str]:
         """What is needed of an engine beyond whole blocks: see `Engine.offers`."""
         return frozenset()
