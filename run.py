@@ -36,7 +36,7 @@ PROMPT = 'a red round sign that says "CAFE" on a striped green background'
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--prompt", default=PROMPT, help="what to draw")
+    what.add_argument("--prompt", help="what to draw (default: the model's example)")
     what.add_argument("--prompts", type=Path, help=".txt, one a line; or .jsonl with prompt or image_caption")
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
     parser.add_argument("--method", choices=method_names(), help="default: h2cache and plan")
@@ -47,7 +47,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tau1", help="structure threshold, >= 0")
     parser.add_argument("--tau2", help="detail threshold, >= 0")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other field")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, help="default: the model's, else 50")
     parser.add_argument("--seed", type=int, default=0, help="the same for every prompt (default: 0)")
     parser.add_argument("--height", type=int, help="pixels (default: the model's)")
     parser.add_argument("--width", type=int, help="pixels (default: the model's)")
@@ -56,14 +56,17 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
     parser.add_argument("--no-compare", action="store_true", help="do not draw the uncached image")
     args = parser.parse_args(argv)
-    return args if args.steps > 0 else parser.error(f"--steps {args.steps}: at least one is needed")
+    wrong = args.steps is not None and args.steps < 1
+    return parser.error(f"--steps {args.steps}: at least one is needed") if wrong else args
 
 
 def run(args: argparse.Namespace) -> None:
     contestants, uncached = chosen(args), find_method("none")()
     limits = Limits.of(args.model)
     limits.check_size(args.height, args.width)
-    prompts = read_prompts(args.prompts) if args.prompts else [Prompt("picture", args.prompt)]
+    args.steps = args.steps or limits.call.get("num_inference_steps", 50)
+    alone = Prompt("picture", args.prompt or limits.example or PROMPT)
+    prompts = read_prompts(args.prompts) if args.prompts else [alone]
     check_prompts(limits, prompts)
     args.out.mkdir(parents=True, exist_ok=True)
     keep.require_space(args.out, 16 + 8 * len(prompts))
@@ -82,8 +85,8 @@ def run(args: argparse.Namespace) -> None:
     gallery = Gallery(args.out, pipeline, name, call, bool(args.prompts), further)
     print(HEADER)
     for prompt in tqdm(prompts, unit="picture", delay=3, leave=False, disable=len(prompts) == 1):
-        alone = args.no_compare or configs == [uncached]
-        for row in gallery.row(prompt, None if alone else uncached, configs, args.seed):
+        only = args.no_compare or configs == [uncached]
+        for row in gallery.row(prompt, None if only else uncached, configs, args.seed):
             tqdm.write(table_line(row))
             if row["warning"]:
                 warn(row["warning"])

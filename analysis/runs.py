@@ -6,7 +6,7 @@ import argparse
 import json
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +98,10 @@ class Limits:
     width: tuple[int, ...] = ()
     quoted_word: str | None = None  # regular expression for a word in double quotes
     vocabulary: tuple[str, ...] = ()  # lower-case words it knows
+    word: str | None = None  # regular expression for what it can spell besides
     example: str | None = None
     cpu_threads: int | None = None  # too small for more: waiting threads starve each other on a busy machine
+    call: dict[str, Any] = field(default_factory=dict)  # of its pipeline, where nothing else is asked
 
     @classmethod
     def of(cls, model: str) -> Limits:
@@ -134,6 +136,7 @@ class Limits:
         if self.vocabulary:
             rest = re.sub(r'"[^"]*"', " ", prompt)
             unknown = [w for w in re.findall(r"[A-Za-z]+", rest) if w not in self.vocabulary]
+            unknown = [w for w in unknown if not (self.word and re.fullmatch(self.word, w))]
             if unknown:
                 names = ", ".join(dict.fromkeys(unknown))
                 found.append(f"this model does not know: {names}; example: {self.example}")
@@ -164,7 +167,8 @@ def call_arguments(
             call[name] = size
     if type(pipeline).__name__.startswith("Flux") and hasattr(pipeline, "tokenizer_2"):
         call["max_sequence_length"] = min(pipeline.tokenizer_2.model_max_length, 512)
-    return call
+    given = {"guidance_scale": guidance, "negative_prompt": negative}
+    return call | {name: value for name, value in limits.call.items() if given.get(name) is None}
 
 
 def prepare(
