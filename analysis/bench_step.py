@@ -71,7 +71,7 @@ def load_transformer(args: argparse.Namespace) -> torch.nn.Module:
             f"no model folder {args.model!r}, and it has not the form owner/name of a hub id"
         )
     model = FluxTransformer2DModel.from_pretrained(
-        args.model, subfolder="transformer", **{DTYPE: getattr(torch, dtype)}
+        args.model, subfolder="transformer", use_safetensors=True, **{DTYPE: getattr(torch, dtype)}
     )
     return model.to(args.device).eval()
 

@@ -91,7 +91,11 @@ def guidance_arguments(
 ) -> dict[str, Any]:
     """--guidance, --negative-prompt and --true-cfg as arguments of `pipeline`'s call, or its defaults."""
     given = {"guidance_scale": guidance, "negative_prompt": negative, "true_cfg_scale": true_cfg}
-    words = {"guidance_scale": "--guidance", "negative_prompt": "--negative-prompt", "true_cfg_scale": "--true-cfg"}
+    words = {
+        "guidance_scale": "--guidance",
+        "negative_prompt": "--negative-prompt",
+        "true_cfg_scale": "--true-cfg",
+    }
     for name, option in words.items():
         if given[name] is not None and not takes(pipeline, name):
             raise ValueError(f"{option}: {type(pipeline).__name__} takes none")

@@ -58,6 +58,7 @@ def whole(least: int, most: int = MANY) -> Callable[[str], int]:
 
 
 at_least_one = whole(1)
+side = whole(1, 2**40)  # pixels; what memory has room for is asked later
 seed = whole(-(2**63), 2**64 - 1)  # what torch.Generator takes
 
 

@@ -98,10 +98,16 @@ def check_text(text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt holds {text[error.start]!r}, half a character: write it in UTF-8") from None
+        raise ValueError(
+            f"the prompt holds {text[error.start]!r}, half a character: write it in UTF-8"
+        ) from None
 
 
 def _file_name(identity: str) -> str:
     """The id as the stem of a file: no folder, no surprising character, none that this system cannot write."""
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in identity).lstrip(".") or "_"
-    return name.encode(sys.getfilesystemencoding(), "replace").decode(sys.getfilesystemencoding()).replace("?", "_")
+    return (
+        name.encode(sys.getfilesystemencoding(), "replace")
+        .decode(sys.getfilesystemencoding())
+        .replace("?", "_")
+    )
