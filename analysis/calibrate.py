@@ -77,7 +77,7 @@ def configurations(args: argparse.Namespace) -> list[H2Config]:
         given = [f"{name}={part}" for name, part in zip(names, parts, strict=False)]
         if twice := [name for name in names[: len(parts)] if name in others]:
             raise ValueError(
-                f"--set {twice[0]}={others[twice[0]]}: --pairs, or --tau1 and --tau2, say that for each picture"
+                f"--set {twice[0]}={others[twice[0]]}: --pairs, or --tau1 and --tau2, say it already"
             )
         configs.append(H2Config(**others | parse_settings(H2Config, given)))
     return configs
@@ -101,16 +101,14 @@ def measure(args: argparse.Namespace) -> dict:
     settings = keep.as_before(settings, [row.get("settings") for row in earlier])
     done = {row["key"] for row in earlier}
     draw(pipeline, contestants[0], 0, prompt=prompts[0].text, **call)  # warm-up, untimed
-    for number, prompt in enumerate(progress(prompts, "prompt")):
+    for turn, prompt in enumerate(progress(prompts, "prompt")):
         seed = args.seed if prompt.seed is None else prompt.seed
         fixed = settings | {"prompt": prompt.text, "seed": seed}
         keys = [keep.run_key(**fixed, config=repr(config)) for config in contestants]
         if done.issuperset(keys):
             continue
         # All pictures first, then the metrics: reading words would leave cold caches to the next picture.
-        turns = [
-            (number + n) % len(contestants) for n in range(len(contestants))
-        ]  # each prompt another order
+        turns = [(turn + n) % len(contestants) for n in range(len(contestants))]  # each prompt another order
         found = {n: draw(pipeline, contestants[n], seed, prompt=prompt.text, **call) for n in turns}
         drawn = [found[n] for n in range(len(contestants))]
         rows = {}

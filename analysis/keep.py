@@ -89,7 +89,7 @@ def locked(path: Path) -> Iterator[None]:
 
 def _take(lock: Path) -> TextIO | None:
     """The lock file, held; None while another process holds it."""
-    file = open(lock, "a+", encoding="utf-8")
+    file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115  held by the caller
     try:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

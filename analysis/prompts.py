@@ -26,7 +26,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     """Read `.txt` (one prompt a line, id = line number) or `.jsonl`.
 
     A JSON line is {"prompt", "id"?, "words"?, "seed"?}, or the paper's {"file_path", "image_caption": [...]}
-    (id = stem of the file, first caption). Empty lines are skipped. A line ends at a line feed and nowhere else.
+    (id = stem of the file, first caption). Empty lines are skipped. A line ends at a line feed only.
     Raises ValueError naming the line for an empty or broken one and a duplicate id, OSError if unreadable.
     """
     if path.suffix not in (".txt", ".jsonl"):
@@ -94,7 +94,7 @@ def _from_json(line: str, number: int) -> Prompt:
 
 
 def check_text(text: str) -> None:
-    """ValueError for a prompt that is no text: half a character, from a terminal or a file of another encoding."""
+    """ValueError for a prompt that is no text, from a terminal or a file of another encoding."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -104,7 +104,7 @@ def check_text(text: str) -> None:
 
 
 def _file_name(identity: str) -> str:
-    """The id as the stem of a file: no folder, no surprising character, none that this system cannot write."""
+    """The id as the stem of a file: no folder, no surprising character."""
     name = "".join(c if c.isalnum() or c in "-_." else "_" for c in identity).lstrip(".") or "_"
     return (
         name.encode(sys.getfilesystemencoding(), "replace")
