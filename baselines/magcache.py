@@ -3,6 +3,7 @@
 Source: arXiv 2506.09045 (NeurIPS 2025) and the authors' repository. Their product over skipped steps says how
 far the stored residual has drifted, so the whole schedule follows from a table measured once on a checkpoint
 (`constants/magcache.json`, `analysis/fit_magcache.py`); no feature is compared. Text is not cached.
+With a table for each of two branches, calls are counted, not steps, as by the authors.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class MagCacheConfig(MethodConfig):
     max_consecutive_hits: int | None = None
     """Steps skipped in a row at most (K), >= 0. 0: always compute."""
     retention: float | None = None
-    """Share of the steps at the beginning that is always computed, in [0, 1]."""
+    """Share of the calls at the beginning that is always computed, in [0, 1]. A step is two calls where the
+    table has two branches: of an odd number of calls the branch with the prompt has one more."""
     round_retention: bool = True
     """Round that to whole steps, as the authors for FLUX; False: cut it, as for Qwen, Hunyuan and Wan."""
     ratios: tuple[float, ...] = ()
@@ -81,10 +83,12 @@ class MagCacheConfig(MethodConfig):
             return self._settled({}).schedule(total, uncond)
         ratios = resample(self.ratios_uncond if uncond and self.ratios_uncond else self.ratios, total)
         last = len(self.ratios) - 1
-        retained = max(1, int(retention * total + (0.5 if self.round_retention else 0.0)))
+        branches = 2 if self.ratios_uncond else 1
+        calls = int(branches * total * retention + (0.5 if self.round_retention else 0.0))
+        retained = max(1, (calls + branches - 1 - (uncond and branches == 2)) // branches)
         product, skipped, error, computed = 1.0, 0, 0.0, []
         for step, ratio in enumerate(ratios):
-            forced = step < retained or round(step * last / max(total - 1, 1)) in self.always_compute
+            forced = step < retained or round(step * (last / max(total - 1, 1))) in self.always_compute
             if step >= retained:
                 product, skipped = product * ratio, skipped + 1
                 error += abs(1.0 - product)
@@ -103,10 +107,14 @@ class MagCacheConfig(MethodConfig):
 
 
 def resample(ratios: tuple[float, ...], total: int) -> list[float]:
-    """The nearest entries of the table for another number of steps; first and last stay."""
+    """The nearest entries of the table for another number of steps; first and last stay.
+
+    The factor is rounded before it is multiplied, as by the authors: ties at 71, 75 or 99 steps depend on it.
+    """
     if total == 1:
         return [ratios[0]]
-    return [ratios[round(i * (len(ratios) - 1) / (total - 1))] for i in range(total)]
+    factor = (len(ratios) - 1) / (total - 1)
+    return [ratios[round(i * factor)] for i in range(total)]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 Source: arXiv 2503.06923 (ICCV 2025) and the authors' code; schedule and difference rule are the code's. Every
 attention and mlp is forecast before its gate, so modulation stays fresh. granularity="stage" [ours] forecasts
 the residual of whole stages instead: a few tensors instead of gigabytes, on every engine, with stale gates.
+Sums are taken in float32, the authors' in bfloat16: 0.6 to 1.1 % of the latents, of equal quality.
 """
 
 from __future__ import annotations
@@ -34,7 +35,9 @@ class TaylorSeerConfig(MethodConfig):
     granularity: str = "module"
     """"module" as the authors, or "stage"."""
     schedule: str = "authors"
-    """"authors", or "diffusers": shifted, to compare with its numbers."""
+    """"authors", or "diffusers": shifted, to compare with its numbers. The last step, often the longest, is
+    computed only where steps - warmup_steps is a multiple of the interval ("diffusers": less 2): at interval 2
+    and 50 steps with 2 warm-up steps, not with 3."""
 
     def __post_init__(self) -> None:
         check("interval", self.interval, 1, float("inf"), "it is a number of steps; 1 switches off")

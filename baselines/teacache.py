@@ -5,7 +5,9 @@ to the expected change of the output; it is fitted to a checkpoint (`constants/t
 `analysis/fit_teacache.py`). Text is not cached. Deviations: per-sample decisions, float32 means, non-finite
 values compute, the number of steps is the request's own. Of models with a reference image only the drawn
 tokens are looked at, for which the authors' polynomial of Kontext was not fitted: their changes are larger.
-Wan's input is the projected timestep embedding, of the authors' coefficients "use_ret_steps".
+Wan's input is the projected timestep embedding. The authors' coefficients for it belong to their mode
+"use_ret_steps", which computes the first five steps and does not force the last: give them together with
+warmup_steps=5, last_steps=0. Their other set is for another input, which is not offered.
 """
 
 from __future__ import annotations
@@ -35,6 +37,10 @@ class TeaCacheConfig(MethodConfig):
     """Lowest and highest change that the fit has seen; changes are clamped to it. Empty: not clamped."""
     checkpoint: str = ""
     """Whose coefficients to take; empty: the name of the folder or hub id that the model came from."""
+    warmup_steps: int = 1
+    """First steps that are always computed, >= 1."""
+    last_steps: int = 1
+    """Last steps that are always computed, >= 0."""
     clamp: bool = False
     """Take a negative value of the polynomial for 0; the authors let the sum fall."""
     max_consecutive_hits: int | None = None
@@ -46,12 +52,14 @@ class TeaCacheConfig(MethodConfig):
             raise ValueError(f"coefficients={self.coefficients}: five are needed, highest power first")
         if len(self.fitted_range) not in (0, 2):
             raise ValueError(f"fitted_range={self.fitted_range}: a lowest and a highest change are needed")
+        check("warmup_steps", self.warmup_steps, 1, float("inf"), "the first step must be computed")
+        check("last_steps", self.last_steps, 0, float("inf"), "it is a number of steps")
         if self.max_consecutive_hits is not None:
             check("max_consecutive_hits", self.max_consecutive_hits, 1, float("inf"), "use None for no limit")
 
     @property
     def needs_total_steps(self) -> bool:
-        return True  # the last step is always computed
+        return self.last_steps > 0
 
     def for_checkpoint(self, checkpoint: str | None) -> TeaCacheConfig:
         if self.coefficients:
@@ -79,7 +87,8 @@ class TeaCache(Method):
         modulated = yield Look()  # 1: block 0 itself does not run
         change = slot.compare(modulated)  # 2: against the previous step
         hit = [False] * memory.batch
-        if change is not None and not memory.in_last(1):
+        forced = memory.in_warmup(self.config.warmup_steps) or memory.in_last(self.config.last_steps)
+        if change is not None and not forced:
             sums[:] = [s + self.rescaled(c) for s, c in zip(sums, change, strict=True)]
             hit = [self._below(s, n) for s, n in zip(sums, slot.hits_in_a_row, strict=True)]
         compared = None if change is None else list(sums)

@@ -16,7 +16,7 @@ from h2cache.memory import Memory, Slot
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import SmartThreshold, below
 from h2cache.program import Program, Run, Skip, Stage
-from h2cache.similarity import pooled_summary
+from h2cache.similarity import pooled_summary, pooling_window
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,14 @@ class H2Config(MethodConfig):
     """PFS of the structure check: image tokens kept at least (window = tokens // pool1)."""
     pool2: int = 384
     """PFS of the detail check: joint tokens kept at least. Another pool asks for other thresholds."""
+    window1: int = 1
+    """PFS of the structure check: the smallest window, >= 1. The paper's rule does not pool below 1024x1024
+    here; 2 keeps as small a share of small pictures as there [ours], and asks for lower thresholds."""
+    window2: int = 1
+    """The same of the detail check; 12 is the share of 1024x1024."""
     reduce: str = "sample"
-    """"sample": every image decides for itself; "mean": one measure over the batch, as the authors do."""
+    """"sample": every image decides for itself, and comes out as it would alone; "mean": one measure over the
+    batch, as the authors do. Images that do not agree cost blocks: a step is skipped for all or for none."""
     warmup_steps: int = 0
     """First steps that are always computed, in steps. Raising it costs speed and fixes the layout."""
     last_steps: int = 0
@@ -70,7 +76,7 @@ class H2Config(MethodConfig):
                 float("inf"),
                 "a threshold is a relative change; 0 switches off",
             )
-        for field in ("pool1", "pool2"):
+        for field in ("pool1", "pool2", "window1", "window2"):
             check(field, getattr(self, field), 1, float("inf"), "it is a number of tokens")
         for field in ("warmup_steps", "last_steps"):
             check(field, getattr(self, field), 0, float("inf"), "it is a number of steps")
@@ -107,10 +113,15 @@ class H2Config(MethodConfig):
 
     def bytes_needed(self, shape: Shape) -> int:
         summaries = 0
-        for tokens, pool in zip(shape.compared, (self.pool1, self.pool2), strict=True):
-            k = max(1, int(tokens // pool))
+        for tokens, pool in zip(shape.compared, self._pools, strict=True):
+            k = int(pooling_window(tokens, *pool))
             summaries += shape.tensor(tokens // k, shape.width // min(k, shape.width))
         return 2 * self.states * shape.joint + summaries
+
+    @property
+    def _pools(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Tokens kept and smallest window, of the structure and the detail check."""
+        return (self.pool1, self.window1), (self.pool2, self.window2)
 
     def build(self) -> Method:
         return H2Cache(self)
@@ -127,12 +138,12 @@ class H2Cache(Method):
         if self._computes_blindly(memory):
             yield from compute_all(stages, memory)
             return
-        for stage, tau, pool in zip(stages, (cfg.tau1, cfg.tau2), (cfg.pool1, cfg.pool2), strict=True):
+        for stage, tau, pool in zip(stages, (cfg.tau1, cfg.tau2), cfg._pools, strict=True):
             slot = memory.slot(stage.name, cfg.new_predictor)
             head = yield Run(stage.head)  # 1: a stage's head always runs
             change, thresholds, forced = None, None, all(hit) and cfg.force_detail_hit
             if not forced:  # 2: a structure hit forces the detail hit, without a look
-                summary = pooled_summary(stage.measured(head), pool)
+                summary = pooled_summary(stage.measured(head), *pool)
                 change = slot.compare(summary, per_sample=cfg.reduce == "sample")
                 thresholds = self._thresholds(tau, stage, memory)
                 hit = self._hits(hit, change, thresholds, slot, stage, memory)

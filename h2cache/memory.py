@@ -6,7 +6,7 @@ A request is one pipeline call. Nothing outlives it: see `requests.py` for what 
 from __future__ import annotations
 
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -33,6 +33,8 @@ class Slot(Generic[Kept]):
     def clear(self) -> None:
         """Forget everything, in place: a method that holds this slot sees it empty."""
         self.predictor = self._new_predictor()
+        if isinstance(getattr(self.predictor, "answers", None), Counter):
+            self.predictor.answers = self._memory.answers  # type: ignore[attr-defined]  # one count of all
         self.reference: Tensor | None = None
         self._scale: Tensor | None = None  # magnitude of the reference, once it has been asked for
         self.hits_in_a_row = [0] * self._memory.batch
@@ -155,6 +157,11 @@ class Memory:
         self._step_length = (times[now] - after) / TRAINED or self._step_length
 
     @property
+    def answers(self) -> Counter[str]:
+        """How often which rule answered, where a predictor has several: of the whole request."""
+        return self._request.answers
+
+    @property
     def step(self) -> int:
         """Index of the current step in its request, from 0."""
         if self._pending is not None:
@@ -179,8 +186,8 @@ class Memory:
     def expect(self, estimate: Any, note: str) -> None:
         """Note how the fidelity of this request is estimated, and what its user should know."""
         self._request.estimate = estimate
-        if note and note not in self._request.notes:
-            self._request.notes.append(note)
+        if note and note not in self._request.said:
+            self._request.said.append(note)
 
     @property
     def total_steps(self) -> int:
@@ -337,7 +344,8 @@ class Request:
         self.controls: tuple[str, ...] = ()  # how far a pipeline's ControlNets act, at each step of `course`
         self.errors: list[tuple[str, Tensor]] = []  # of forecasts by branch, (B,) each, on the device
         self.estimate: Any = None  # of the fidelity that these errors mean
-        self.notes: list[str] = []  # what the user should know
+        self.said: list[str] = []  # by the method, what the user should know
+        self.answers: Counter[str] = Counter()  # of the predictors, by the rule that gave them
         self.began = time.monotonic_ns()
         self.reason = reason  # why it was started afresh, for the summary
         self.memories: dict[str, Memory] = {}
@@ -376,6 +384,15 @@ class Request:
             for branch in [b for b in kept if b != keep.branch]:
                 del kept[branch]
         self.records.clear()
+        self.answers.clear()
+
+    @property
+    def notes(self) -> list[str]:
+        """What the user should know."""
+        if not self.answers:
+            return self.said
+        counts = ", ".join(f"{n} by {who}" for who, n in self.answers.most_common())
+        return [*self.said, f"forecasts: {counts} (dmd needs four computed steps with equal gaps)"]
 
     @property
     def bytes_needed(self) -> int:

@@ -13,7 +13,7 @@ the stored residuals: weights are added to weights.
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -195,8 +195,9 @@ class Modes(Forecast):
     def __init__(self, history: int = 6, repay: bool = False) -> None:
         super().__init__(weights.last, history, repay)
         self._dots: list[dict[tuple[float, float], float]] = []  # <R_i, R_j> by times, of each sample
+        self._who: dict[int, str] = {}  # answered last, by sample
         self._unread: deque[tuple[Tensor, list[list[float]]]] = deque(maxlen=history)  # products, and whose
-        self.answered: dict[int, str] = {}  # who answered last, by sample: "dmd", "taylor" or "reuse"
+        self.answers: Counter[str] = Counter()  # who answered how often: "dmd", "taylor" or "reuse"
 
     def learn(self, residual: Stream, at: float = 0.0, kept: Sequence[bool] = ()) -> None:
         super().learn(residual, at, kept)
@@ -224,9 +225,13 @@ class Modes(Forecast):
         self._read()
         dots = self._dots[sample]
         gram = np.array([[dots[min(a, b), max(a, b)] for b in times] for a in times])
-        row, who = weights.dmd(times, at, gram)
-        self.answered[sample] = who
+        row, self._who[sample] = weights.dmd(times, at, gram)
         return row
+
+    def predict(self, at: float = 0.0, kept: Sequence[bool] = (), step_length: float = 1.0) -> Stream:
+        forecast = super().predict(at, kept, step_length)
+        self.answers.update(who for n, who in self._who.items() if not any(kept) or kept[n])
+        return forecast
 
 
 def _dots(a: Stream, b: Stream) -> Tensor:

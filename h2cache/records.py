@@ -148,6 +148,7 @@ class Summary:
             f"{self.block_ratio:.2f}x fewer; {len(self.branches)} branch(es); "
             f"{self.bytes_held / 2**20:.2f} MiB held"
         )
+        lines += [f"note: {note}" for note in self.notes]
         if self.warning:
             lines.append(f"warning: {self.warning}")
         return "\n".join(lines)

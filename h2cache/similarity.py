@@ -11,14 +11,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def pooled_summary(features: Tensor, target: int) -> Tensor:
+def pooling_window(tokens: int, target: int, least: int = 1) -> int:
+    """How many tokens a summary averages: as many as leave `target` of them, but `least` of them."""
+    return min(max(least, tokens // target), tokens)
+
+
+def pooled_summary(features: Tensor, target: int, least: int = 1) -> Tensor:
     """Average-pool `features` (B, tokens, C) with a square window over neighbouring tokens and channels.
 
-    The window is k = max(1, tokens // target), its stride is k too; incomplete windows at the end of either
-    axis are dropped. With k = 1 the tensor itself comes back. Returns (B, tokens // k, C // k), same dtype.
+    The window is k = `pooling_window(tokens, target, least)`, its stride is k too; incomplete windows at the
+    end of either axis are dropped. With k = 1 the tensor itself comes back. Returns
+    (B, tokens // k, C // k), same dtype.
     """
     tokens, channels = features.shape[1:]
-    k = max(1, tokens // target)
+    k = pooling_window(tokens, target, least)
     if k == 1:
         return features
     return F.avg_pool2d(features.unsqueeze(1), (k, min(k, channels))).squeeze(1)

@@ -86,7 +86,9 @@ def dmd(
     """Dynamic mode decomposition from the Gram matrix of the stored residuals, and who answered.
 
     Only the newest run of equal gaps counts. Four residuals are needed; fewer fall back to a straight line,
-    one to reuse, and so does whatever is not finite. tolerance: smallest singular value kept, of the largest.
+    one to reuse, and so does whatever is not finite. Of a complex answer (an eigenvalue below 0 to a
+    fractional power) the real part is taken, as cache-dit does.
+    tolerance: smallest singular value kept, of the largest.
     trust: the forecast moves at most `trust` * k times as far as the last two residuals lie apart; None: no
     limit. Returns (weights, "dmd" | "taylor" | "reuse").
     """
@@ -104,8 +106,6 @@ def dmd(
         return taylor(times, x, 1), "taylor"
     g = gram[-tail:, -tail:]
     change = _mode_change(g, k, tolerance)
-    if change is None:
-        return taylor(times, x, 1), "taylor"
     if not np.isfinite(change).all():
         return last(times, x), "reuse"
     if trust is not None:
@@ -117,8 +117,8 @@ def dmd(
     return [0.0] * (m - tail) + change.tolist(), "dmd"
 
 
-def _mode_change(g: np.ndarray, k: float, tolerance: float) -> np.ndarray | None:
-    """Weights of forecast minus newest residual at horizon `k` gaps; None where no real answer exists."""
+def _mode_change(g: np.ndarray, k: float, tolerance: float) -> np.ndarray:
+    """Weights of forecast minus newest residual at horizon `k` gaps."""
     n = len(g) - 1
     values, vectors = np.linalg.eigh(g[:n, :n])
     singular = np.sqrt(np.maximum(values, 0.0))
@@ -134,6 +134,4 @@ def _mode_change(g: np.ndarray, k: float, tolerance: float) -> np.ndarray | None
     amplitudes = np.linalg.lstsq(root @ q, root[:, -1].astype(complex), rcond=None)[0]
     with np.errstate(all="ignore"):
         c = q @ ((eigenvalues.astype(complex) ** k - 1) * amplitudes)
-    if np.abs(c.imag).max() > 1e-6 * np.abs(c).max():  # an unpaired negative eigenvalue
-        return None
     return np.concatenate([[0.0], c.real])

@@ -55,3 +55,11 @@ def test_a_zero_reference_is_never_finite():
     zero = torch.zeros(1, 4, 2)
     assert math.isnan(relative_l1(zero, zero).item())
     assert math.isinf(relative_l1(zero, zero + 1).item())
+
+
+def test_the_window_can_follow_a_small_picture():
+    """Of 512x512 the structure check keeps a quarter, as of 1024x1024, where nothing changes."""
+    small, large = torch.zeros(1, 1024, 64), torch.zeros(1, 4096, 64)
+    assert pooled_summary(small, 2048).shape == (1, 1024, 64)
+    assert pooled_summary(small, 2048, 2).shape == (1, 512, 32)
+    assert pooled_summary(large, 2048, 2).shape == pooled_summary(large, 2048).shape

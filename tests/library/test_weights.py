@@ -171,3 +171,14 @@ def test_dmd_does_not_depend_on_the_scale(scale, x):
     plain = weights.dmd([0.0, 1, 2, 3, 4], 4.0 + x, curve.T @ curve)[0]
     scaled = weights.dmd([0.0, 1, 2, 3, 4], 4.0 + x, scale**2 * curve.T @ curve)[0]
     assert scaled == pytest.approx(plain, rel=1e-4, abs=1e-4)
+
+
+def test_dmd_takes_the_real_part_of_a_complex_answer():
+    """A mode of the eigenvalue -0.9, asked for between two steps."""
+    times = [0.0, 2.0, 4.0, 6.0, 8.0]
+    a, b = np.random.default_rng(0).standard_normal((2, 200))
+    at = lambda k: a + b * (complex(-0.9) ** k).real  # noqa: E731
+    curve = np.stack([at(n) for n in range(5)], 1)
+    row, who = weights.dmd(times, 9.0, curve.T @ curve, tolerance=1e-7, trust=None)
+    assert who == "dmd"
+    assert np.allclose(curve @ row, at(4.5), atol=1e-6)

@@ -235,3 +235,15 @@ def test_memory_is_what_was_reckoned(method):
         assert held <= config.bytes_needed(shape)
     else:
         assert held == config.bytes_needed(shape)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_image_in_a_batch_comes_out_as_it_would_alone(method, tiny):
+    if usual(method).name == "speca":
+        pytest.skip("one error over the batch, as the authors: see speca.py")
+    prompts = ['a red round sign that says "CAFE" on a green background', 'a blue oval badge that says "Q"']
+    h2cache.enable(tiny, usual(method))
+    both = generate(tiny, prompts, steps=12, seed=5)
+    for n, prompt in enumerate(prompts):
+        alone = generate(tiny, prompt, steps=12, seed=5 + n)[0]
+        assert (both[n] - alone).norm() <= 1e-4 * alone.norm()

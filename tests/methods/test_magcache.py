@@ -4,6 +4,7 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from h2cache.baselines.magcache import MagCacheConfig, resample
@@ -153,3 +154,19 @@ def test_the_schedule_is_worked_out_once_a_request(flux, monkeypatch):
     h2cache.enable(flux, config, steps=8)
     denoise(flux, steps=8)
     assert len(made) == 1
+
+
+@pytest.mark.parametrize(("total", "cond", "uncond"), [(24, 5, 4), (28, 6, 5), (50, 10, 10)])
+def test_with_two_branches_the_retained_calls_are_counted(total, cond, uncond):
+    """int(2 * steps * 0.2) calls, the branch with the prompt first."""
+    config = MagCacheConfig(
+        ratios=ONES, ratios_uncond=ONES, retention=0.2, round_retention=False, max_consecutive_hits=99
+    )
+    assert computed(config, total) == list(range(cond))
+    assert computed(config, total, uncond=True) == list(range(uncond))
+
+
+@pytest.mark.parametrize("total", [71, 75, 99])
+def test_ties_are_rounded_as_numpy_does_with_the_factor_first(total):
+    table = tuple(float(n) for n in range(50))
+    assert resample(table, total) == np.round(np.arange(total) * ((50 - 1) / (total - 1))).tolist()
