@@ -467,4 +467,4 @@ def test_ctrl_c_and_a_limit_of_nothing_are_told_in_words(tmp_path, capsys, monke
     with pytest.raises(SystemExit) as end:
         script("trace")(["--run", "--limit", "0"])
     assert end.value.code == 2
-    assert "0 is no whole number of at least 1" in capsys.readouterr().err
+    assert "0: a whole number from 1" in capsys.readouterr().err
