@@ -7,6 +7,7 @@ Everything is kept on the object it was given: no global, no patched class. A tr
 from __future__ import annotations
 
 import re
+import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from h2cache.attachment import ATTRIBUTE, Attachment, BlockAttachment, check_usable, refuse_other_caches
+from h2cache.attachment import (
+    ATTRIBUTE,
+    COMPILED,
+    Attachment,
+    BlockAttachment,
+    check_usable,
+    refuse_hooked_caches,
+    refuse_other_caches,
+)
 from h2cache.engines import find_engine, whole_engine
 from h2cache.engines.base import class_names
 from h2cache.gate import Gate
@@ -25,6 +34,8 @@ from h2cache.modules import check_divisible
 from h2cache.plan import PlanConfig
 from h2cache.records import StepRecord, Summary, summarise
 from h2cache.schedule import DENOISERS, Course
+
+_CACHED = "_h2cache_models"  # of a pipeline: weak references to the models that were enabled through it
 
 
 def enable(
@@ -69,6 +80,8 @@ def enable(
     attach = _gate if "whole" in config.requires else _blocks
     attachments = [attach(denoiser, config, pipeline, steps, split) for denoiser in denoisers]
     disable(target)
+    if pipeline is not None:
+        vars(pipeline)[_CACHED] = [weakref.ref(denoiser) for denoiser in denoisers]
     try:
         for denoiser, attachment in zip(denoisers, attachments, strict=True):
             vars(denoiser)[ATTRIBUTE] = attachment
@@ -86,6 +99,7 @@ def _gate(
     if split is not None:
         raise ValueError(f"split={split!r}: {config.name} answers for the whole model and has no stages")
     refuse_other_caches(denoiser)
+    refuse_hooked_caches(denoiser)
     fitted = config.for_checkpoint(checkpoint_name(pipeline) or checkpoint_name(denoiser))
     return Gate(denoiser, whole_engine(denoiser), fitted, pipeline, steps)
 
@@ -95,13 +109,10 @@ def _blocks(
 ) -> Attachment:
     """A method that decides about blocks."""
     if "OptimizedModule" in class_names(denoiser):
-        raise ValueError(
-            "the transformer is wrapped by torch.compile, which would freeze the decisions into the graph: "
-            "give the plain one and compile its blocks, with transformer.compile_repeated_blocks(), or use "
-            "the plan, which works with a compiled model: h2cache.enable(pipe, speedup=5)"
-        )
+        raise ValueError(COMPILED)
     engine = find_engine(denoiser)
     check_usable(denoiser, engine)
+    refuse_hooked_caches(denoiser)
     if missing := config.requires - engine.offers:
         raise ValueError(
             f"{config.name} with these settings needs of the model: {', '.join(sorted(missing))}; the "
@@ -119,8 +130,12 @@ def _blocks(
 
 
 def disable(target: Any) -> Any:
-    """Put everything back as it was before `enable`; returns `target`. Harmless where none is on."""
-    for denoiser in denoisers_of(target):
+    """Put everything back as it was before `enable`; returns `target`. Harmless where none is on.
+
+    Of a pipeline whose transformer was exchanged since, the old one is put back as it was too.
+    """
+    before = [held() for held in vars(target).pop(_CACHED, ())]
+    for denoiser in [*denoisers_of(target), *(model for model in before if model is not None)]:
         for holder in _layers(denoiser):
             attachment = vars(holder).get(ATTRIBUTE)
             if attachment is not None:
@@ -144,6 +159,7 @@ def summary(target: Any) -> Summary:
         held,
         needed,
         requests[0].reason,
+        bytes_of_all=sum(attachment.requests.bytes_held for attachment in _attachments_of(target)),
         notes=tuple(dict.fromkeys(note for request in requests for note in request.notes)),
         **_expectation(requests),
     )
@@ -224,7 +240,8 @@ def _attachments_of(target: Any) -> list[Attachment]:
     ]
     known = [attachment for attachment in found if attachment is not None]
     if len(known) < len(found):
-        raise ValueError("no cache is enabled here: call h2cache.enable(pipe) first")
+        now = "any more, for the pipeline has another model" if _CACHED in vars(target) else "here"
+        raise ValueError(f"no cache is enabled {now}: call h2cache.enable(pipe) first")
     return known
 
 

@@ -7,11 +7,14 @@ for the whole model stands before its call (`gate.py`).
 from __future__ import annotations
 
 import itertools
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
+from inspect import signature
+from types import FrameType
 from typing import Any
 
 import torch
@@ -27,27 +30,96 @@ from h2cache.requests import Requests
 from h2cache.room import free_bytes, require_room
 from h2cache.schedule import DENOISERS
 
+COMPILED = (
+    "the transformer is compiled as a whole, which would freeze the decisions into the graph: compile its "
+    "blocks instead, with transformer.compile_repeated_blocks(), or use the plan, which works with a "
+    "compiled model: h2cache.enable(pipe, speedup=5)"
+)
+_CACHING = {  # diffusers' modules of caches; its text_kv_cache is exact
+    "faster_cache",
+    "first_block_cache",
+    "mag_cache",
+    "pyramid_attention_broadcast",
+    "sea_cache",
+    "taylorseer_cache",
+}
 _NOTHING = object()
 ATTRIBUTE = "_h2cache"  # of a denoiser, where its attachment is kept
 
 
 def check_usable(transformer: nn.Module, engine: Engine) -> None:
     """ValueError, with what to do, if `transformer` cannot be cached as it is now."""
-    if compiled_call(transformer) is not None:
-        raise ValueError(
-            "the transformer is compiled as a whole, which would freeze the decisions into the graph: "
-            "compile its blocks instead, with transformer.compile_repeated_blocks()"
-        )
+    if compiled_call(transformer) is not None or wrapper_of(transformer) is not None:
+        raise ValueError(COMPILED)
     refuse_other_caches(transformer)
+    refuse_other_forward(transformer)
     engine.check(transformer)
 
 
 def refuse_other_caches(denoiser: nn.Module) -> None:
-    """ValueError if another library's cache is on `denoiser`."""
+    """ValueError if another library's cache is on `denoiser`; quick, for every call."""
     if getattr(denoiser, "is_cache_enabled", False):
         raise ValueError(
             "diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first"
         )
+    if getattr(denoiser, "_is_cached", False):
+        raise ValueError(
+            "another library's cache is on the transformer (cache-dit, ParaAttention and nunchaku's "
+            "first-block cache mark it so): undo it first, with cache_dit.disable_cache(pipe), or load the "
+            "model anew"
+        )
+
+
+def refuse_hooked_caches(denoiser: nn.Module) -> None:
+    """ValueError if a cache of diffusers hooks into a part of `denoiser`; goes over all of its modules."""
+    for name, module in denoiser.named_modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        for hook, made in getattr(registry, "hooks", {}).items():
+            if type(made).__module__.rpartition(".")[2] in _CACHING:
+                where = f"transformer.{name}".rstrip(".")
+                raise ValueError(
+                    f"diffusers' own cache hooks into {where} ({hook}): remove it from all parts, with "
+                    f"_diffusers_hook.remove_hook({hook!r}), or load the model anew"
+                )
+
+
+def refuse_other_forward(denoiser: nn.Module) -> None:
+    """ValueError if somebody put another `forward` on `denoiser`: what it does between blocks is unknown.
+
+    Hooks of accelerate and diffusers (offload, casting, parallelism) do too, and call the model's own.
+    """
+    forward: Any = vars(denoiser).get("forward")
+    while isinstance(forward, partial):
+        forward = forward.func
+    maker = getattr(forward, "__module__", None) or "?"
+    if forward is not None and maker.partition(".")[0] not in ("accelerate", "diffusers"):
+        name = getattr(forward, "__qualname__", forward)
+        raise ValueError(
+            f"transformer.forward has been replaced, by {name} of {maker}: another cache, or inputs that "
+            "this one would not see. Put it back, with del transformer.forward, or use the plan, which "
+            "stands before it: h2cache.enable(pipe, speedup=5)"
+        )
+
+
+def _refuse_to_compile(*args: Any, **kwargs: Any) -> None:
+    """Stands for `Module.compile` of a model whose blocks are driven."""
+    raise ValueError(COMPILED)
+
+
+def wrapper_of(denoiser: nn.Module) -> Any:
+    """The wrapper of torch.compile by which `denoiser` is called right now; None: it is not."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, nn.Module) and getattr(caller, "_orig_mod", None) is denoiser:
+            return caller
+        frame = frame.f_back
+    return None
+
+
+def reason(text: str) -> dict[str, Any]:
+    """The keyword of `torch.compiler.disable` that says why; none in torch 2.7."""
+    return {"reason": text} if "reason" in signature(torch.compiler.disable).parameters else {}
 
 
 def compiled_call(denoiser: nn.Module) -> Callable | None:
@@ -68,7 +140,7 @@ class Attachment:
         self._held = weakref.ref(denoiser)  # it holds this object
         self._pipeline: Callable[[], Any] = weakref.ref(pipeline) if pipeline is not None else lambda: None
         self._placed: dict[str, tuple[Any, Any]] = {}  # on the denoiser by name: ours, and what was there
-        self.requests = Requests(denoiser, self._pipeline, steps, engine.starts, self._release_others)
+        self.requests = Requests(denoiser, self._pipeline, steps, engine.starts, self._request_began)
 
     def _denoiser(self) -> nn.Module:
         denoiser = self._held()
@@ -142,7 +214,7 @@ class Attachment:
                     own[name] = before
         self._placed.clear()
 
-    def _release_others(self, pipeline: Any) -> None:
+    def _request_began(self, pipeline: Any) -> None:
         """Free what the pipeline's other denoiser keeps: its turn is over when this one's begins."""
         for denoiser in [getattr(pipeline, name, None) for name in DENOISERS]:
             other = getattr(denoiser, ATTRIBUTE, None)
@@ -179,6 +251,7 @@ class BlockAttachment(Attachment):
             transformer.register_forward_pre_hook(self._begin, with_kwargs=True),
             transformer.register_forward_hook(self._end, always_call=True),
         )
+        self._place("compile", _refuse_to_compile)
         self._name_branches()
 
     def detach(self) -> None:
@@ -190,11 +263,16 @@ class BlockAttachment(Attachment):
             handle.remove()
         self._take_away()
 
+    def _request_began(self, pipeline: Any) -> None:
+        super()._request_began(pipeline)
+        self.engine.check_request(pipeline)
+
     # One forward call: `_begin`, the model's own forward over our stages, `_end`.
 
     def _current_call(self) -> Call | None:
         return self._calls.now
 
+    @torch.compiler.disable(**reason(COMPILED))  # where it is traced nevertheless, that is what is said
     def _begin(self, transformer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         check_usable(transformer, self.engine)  # something may have come since
         self.check_call()

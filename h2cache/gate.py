@@ -7,18 +7,15 @@ that are offloaded stay where they are on a skipped step.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from inspect import signature
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from h2cache.attachment import Attachment, refuse_other_caches
+from h2cache.attachment import Attachment, reason, refuse_other_caches, wrapper_of
 from h2cache.memory import Memory
 from h2cache.program import Program, Stand
 from h2cache.room import free_bytes, require_bytes
@@ -28,8 +25,6 @@ _COMPILE_FIRST = (
     "call h2cache.enable then, or compile in place, with model.compile()"
 )
 _CALL = "_compiled_call_impl"  # looked at by `nn.Module.__call__` before hooks and forward
-_HAS_REASON = "reason" in signature(torch.compiler.disable).parameters  # not in torch 2.7
-_TOLD = {"reason": _COMPILE_FIRST} if _HAS_REASON else {}
 
 
 class Gate(Attachment):
@@ -54,7 +49,7 @@ class Gate(Attachment):
                 raise
             return step.output
 
-        self._gate = torch.compiler.disable(gate, recursive=False, **_TOLD)
+        self._gate = torch.compiler.disable(gate, recursive=False, **reason(_COMPILE_FIRST))
         self._place(_CALL, self._gate)
         self._place("compile", self._compile_inside)
         self._name_branches()
@@ -115,13 +110,8 @@ class Gate(Attachment):
 
 def _is_in_one_graph(denoiser: nn.Module) -> bool:
     """Whether `denoiser` is called by a wrapper of torch.compile that wants a single graph of all of it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        wrapper = frame.f_locals.get("self")
-        if isinstance(wrapper, nn.Module) and getattr(wrapper, "_orig_mod", None) is denoiser:
-            return bool(getattr(wrapper.dynamo_ctx, "fullgraph", False))
-        frame = frame.f_back
-    return False
+    wrapper = wrapper_of(denoiser)
+    return wrapper is not None and bool(getattr(wrapper.dynamo_ctx, "fullgraph", False))
 
 
 @dataclass(slots=True)

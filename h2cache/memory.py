@@ -392,7 +392,7 @@ class Request:
         if not self.answers:
             return self.said
         counts = ", ".join(f"{n} by {who}" for who, n in self.answers.most_common())
-        return [*self.said, f"forecasts: {counts} (dmd needs four computed steps with equal gaps)"]
+        return [*self.said, f"forecasts: {counts}"]
 
     @property
     def bytes_needed(self) -> int:

@@ -54,11 +54,12 @@ class Summary:
     stages: tuple[StageSummary, ...]
     steps: int
     branches: tuple[str, ...]
-    bytes_held: int  # now
+    bytes_held: int  # at most, by this request
     bytes_needed: int  # as reckoned before the first block ran, at most
     started_because: str
     expected_psnr: tuple[float, ...] | None = None  # of each picture against the uncached one, dB
     expected_error: float | None = None  # root mean square of that expectation, dB
+    bytes_of_all: int = 0  # held at this moment, by the requests of all threads
     notes: tuple[str, ...] = ()  # what the user should know
     evaluated: tuple[int, ...] = ()  # steps at which some of the model ran
     gap_errors: tuple[float, ...] = ()  # of a method that forecasts outputs, as each evaluation shows it
@@ -125,8 +126,15 @@ class Summary:
         if self.expected_psnr:
             each = ", ".join(f"{psnr:.1f}" for psnr in self.expected_psnr)
             lines.append(f"expected PSNR {each} dB, +- {self.expected_error:.1f}")
-        lines += [f"note: {note}" for note in self.notes]
+        lines += self._further_lines
         return lines + ([f"warning: {self.warning}"] if self.warning else [])
+
+    @property
+    def _further_lines(self) -> list[str]:
+        lines = [f"note: {note}" for note in self.notes]
+        if self.bytes_of_all:
+            lines.append(f"held at this moment, by all threads: {self.bytes_of_all / 2**20:.2f} MiB")
+        return lines
 
     def __str__(self) -> str:
         if not self.stages:
@@ -148,7 +156,7 @@ class Summary:
             f"{self.block_ratio:.2f}x fewer; {len(self.branches)} branch(es); "
             f"{self.bytes_held / 2**20:.2f} MiB held"
         )
-        lines += [f"note: {note}" for note in self.notes]
+        lines += self._further_lines
         if self.warning:
             lines.append(f"warning: {self.warning}")
         return "\n".join(lines)

@@ -2,7 +2,8 @@
 
     python -m analysis.tiny_wan.assemble --work work/wan --out assets/tiny_wan
 
---work holds text_encoder and tokenizer (from text_encoder), vae (from vae) and checkpoint.pt (from train).
+--work holds text_encoder and tokenizer (from text_encoder), vae_checkpoint.pt (from vae) and checkpoint.pt
+(from train); what these two write as --export will do.
 Only the files of the pipeline and limits.json are written; others in --out stay.
 """
 
@@ -13,13 +14,14 @@ import tempfile
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline
+from diffusers import UniPCMultistepScheduler, WanPipeline
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from analysis.tiny_flux.assemble import forget_origin
 from analysis.tiny_wan.clips import BAD, FRAMES, SIZE
 from analysis.tiny_wan.model import load_transformer
 from analysis.tiny_wan.text_encoder import MAX_TOKENS
+from analysis.tiny_wan.vae import load_vae
 
 STEPS, GUIDANCE = 50, 3.0
 EXAMPLES = (
@@ -78,7 +80,7 @@ def assemble(work: Path, out: Path) -> None:
     pipe = WanPipeline(
         tokenizer=tokenizer,
         text_encoder=UMT5EncoderModel.from_pretrained(work / "text_encoder", dtype=torch.float32),
-        vae=AutoencoderKLWan.from_pretrained(work / "vae").half(),
+        vae=load_vae(work / "vae_checkpoint.pt").half(),
         scheduler=scheduler(),
         transformer=load_transformer(work / "checkpoint.pt").half(),
     )

@@ -62,7 +62,8 @@ def to_latent(clips: torch.Tensor) -> torch.Tensor:
     """uint8 (B, 17, H, W, 3) to latents (B, 16, 5, H/8, W/8)."""
     values = (clips.float() / 127.5).permute(0, 4, 1, 2, 3)  # one more than the value: the bias knows
     values = torch.cat([values[:, :, :1].expand(-1, -1, GROUP, -1, -1), values[:, :, 1:]], 2)
-    return torch.nn.functional.conv3d(values, *kernel(), stride=(GROUP, PATCH, PATCH))
+    projection = (part.to(clips.device) for part in kernel())
+    return torch.nn.functional.conv3d(values, *projection, stride=(GROUP, PATCH, PATCH))
 
 
 def from_latent(latents: torch.Tensor) -> torch.Tensor:

@@ -106,8 +106,8 @@ def find_edges(transformer: WanTransformer3DModel) -> None:
 class WanMuon(MuonAdamW):
     """MuonAdamW told which parameters of a Wan are block matrices."""
 
-    def __init__(self, transformer: torch.nn.Module) -> None:
-        super().__init__(transformer)  # finds no block matrix: tiny_flux's are called differently
+    def __init__(self, transformer: torch.nn.Module, device: str = "cpu") -> None:
+        super().__init__(transformer, device)  # finds no block matrix: tiny_flux's are called differently
         start = 0
         chosen = torch.ones(len(self.decayed), dtype=torch.bool)
         for name, parameter in transformer.named_parameters():
@@ -117,8 +117,8 @@ class WanMuon(MuonAdamW):
                 self.groups[tuple(parameter.shape)].append(place)
                 self.decayed[place] = DECAY
                 chosen[place] = False
-        self.adam = chosen.nonzero()[:, 0]
-        self.first, self.second = torch.zeros(len(self.adam)), torch.zeros(len(self.adam))
+        self.adam = chosen.nonzero()[:, 0].to(device)
+        self.first, self.second = (torch.zeros(len(self.adam), device=device) for _ in range(2))
 
 
 def load_transformer(checkpoint: Path) -> WanTransformer3DModel:
@@ -130,13 +130,13 @@ def load_transformer(checkpoint: Path) -> WanTransformer3DModel:
 
 
 @lru_cache
-def pair_swap(size: int, dtype: torch.dtype) -> torch.Tensor:
+def pair_swap(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Multiplying by it from the right turns the pairs (a, b) into (-b, a)."""
-    return torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]])] * (size // 2)).to(dtype)
+    return torch.block_diag(*[torch.tensor([[0.0, 1.0], [-1.0, 0.0]])] * (size // 2)).to(device, dtype)
 
 
 class BmmAttention:
-    """WanAttnProcessor's maths as plain products: bf16 SDPA's backward is slow on a CPU."""
+    """WanAttnProcessor's maths with fewer passes, and plain products on a CPU, where bf16 SDPA is slow."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states=None, attention_mask=None, rotary_emb=None):
         source = hidden_states if encoder_hidden_states is None else encoder_hidden_states
@@ -144,12 +144,17 @@ class BmmAttention:
         query, key, value = (t.unflatten(-1, (attn.heads, -1)) for t in (query, key, attn.to_v(source)))
         if rotary_emb is not None:
             cos, sin = (part.to(query.dtype) for part in rotary_emb)  # (1, tokens, 1, 32), every value twice
-            swap = pair_swap(query.shape[-1], query.dtype)  # a product: strided reads are slow in bf16
+            swap = pair_swap(
+                query.shape[-1], query.dtype, query.device
+            )  # a product: strided reads are slow in bf16
             query, key = query * cos + (query @ swap) * sin, key * cos + (key @ swap) * sin
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))  # (B, heads, tokens, 32)
-        scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
-        mixed = (torch.softmax(scores, -1) @ value).transpose(1, 2).flatten(2)
-        return attn.to_out[0](mixed)
+        if query.is_cuda:
+            mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        else:
+            scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+            mixed = torch.softmax(scores, -1) @ value
+        return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
 
 
 def use_bmm_attention(transformer: WanTransformer3DModel) -> None:

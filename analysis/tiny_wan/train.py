@@ -2,10 +2,12 @@
 
     python -m analysis.tiny_wan.train --work work/wan --minutes 90
 
+    python -m analysis.tiny_wan.train --work work/wan --device cuda --workers 10 --layers 12 --batch 512
+
 --work holds text_encoder and tokenizer (from text_encoder); checkpoint.pt is written there. Clips are
-drawn on the
-fly. One single-threaded process: two OpenMP threads collapse as soon as anything else runs. Eager, for
-torch.compile made it slower here (32 clips a core-second against 44).
+drawn on the fly. On a CPU one single-threaded process does all: two OpenMP threads collapse as soon as
+anything else runs; eager, for torch.compile made it slower (32 clips a core-second against 44). For a GPU,
+--workers processes draw clips into a pool on the device, and a step is one CUDA graph.
 """
 
 import argparse
@@ -13,7 +15,8 @@ import os
 import random
 import signal
 import time
-from functools import cache
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache, partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,7 +26,7 @@ import numpy as np
 import torch
 
 from analysis.tiny_flux.model import flatten, unflatten
-from analysis.tiny_flux.train import gradient_of, save
+from analysis.tiny_flux.train import save
 from analysis.tiny_wan.clips import (
     BAD,
     SIZE,
@@ -38,6 +41,7 @@ from analysis.tiny_wan.clips import (
 )
 from analysis.tiny_wan.latents import GROUP, LATENT_FRAMES, to_latent
 from analysis.tiny_wan.model import WanMuon, build_transformer, load_transformer, use_bmm_attention
+from analysis.tiny_wan.pool import Pool, captured
 from analysis.tiny_wan.text_encoder import FrozenEncoder
 
 TOKEN = 16  # pixels per side of a token
@@ -47,6 +51,7 @@ EMPTY, SPOILED = (
 )  # shares of clips with an empty prompt, and of spoiled ones with the negative prompt
 HIGH_NOISE = 0.5  # share of samples from uniform(.55, 1), the levels where words and places are decided
 COVER_WEIGHT = 3.0
+CHUNK = 64  # clips that a worker process delivers at once
 
 
 @cache
@@ -89,9 +94,10 @@ def flow_loss(
 ) -> torch.Tensor:
     """Weighted squared error of the velocity, and the noise level, one value per sample."""
     clean, text, weight = batch
-    count = len(clean)
-    sigma = torch.sigmoid(torch.randn(count) + 0.2)
-    sigma = torch.where(torch.rand(count) < HIGH_NOISE, 0.55 + 0.45 * torch.rand(count), sigma)
+    count, device = len(clean), clean.device
+    sigma = torch.sigmoid(torch.randn(count, device=device) + 0.2)
+    high = torch.rand(count, device=device) < HIGH_NOISE
+    sigma = torch.where(high, 0.55 + 0.45 * torch.rand(count, device=device), sigma)
     noise, level = torch.randn_like(clean), sigma[:, None, None, None, None]
     velocity = transformer(
         hidden_states=((1 - level) * clean + level * noise).to(dtype),
@@ -102,6 +108,32 @@ def flow_loss(
     error = (velocity.float() - (noise - clean)).pow(2).mean(1)  # (B, 5, 8, 8)
     error = error.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).mean((3, 5))  # (B, 5, 4, 4)
     return (error * weight).mean((1, 2, 3)), sigma
+
+
+def chunks(work: Path, seed: str) -> Iterator[list[np.ndarray]]:
+    """What a worker process delivers."""
+    encoder, rng = FrozenEncoder(work), random.Random(seed)
+    while True:
+        yield [part.half().numpy() for part in make_batch(encoder, rng, CHUNK)]
+
+
+def batches(args: argparse.Namespace, seed: str) -> Callable[[int], Sequence[torch.Tensor]]:
+    """A function of the count: drawn by this process, or from a pool on the device."""
+    if not args.workers:
+        encoder, rng = FrozenEncoder(args.work), random.Random(seed)
+        return lambda count: [part.to(args.device) for part in make_batch(encoder, rng, count)]
+    pool = Pool(partial(chunks, args.work), seed, args.workers, args.pool, args.device)
+    return lambda count: [part.float() for part in pool.draw(count)]
+
+
+def gradient(
+    transformer: torch.nn.Module, weights: torch.Tensor, *batch: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The flat gradient of the summed loss at `weights`; loss and noise level of every sample."""
+    unflatten(weights, transformer)
+    loss, sigma = flow_loss(transformer, batch, torch.bfloat16)
+    parts = torch.autograd.grad(loss.sum(), list(transformer.parameters()), materialize_grads=True)
+    return torch.cat([part.float().flatten() for part in parts]), loss.detach(), sigma
 
 
 def learning_rate(args: argparse.Namespace, step: int, done: float) -> float:
@@ -126,40 +158,41 @@ def starting_point(args: argparse.Namespace) -> dict:
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     state = starting_point(args)
+    draw = batches(args, f"{args.seed} {state['step']}")  # first: the workers start while this goes on
     torch.manual_seed(args.seed + 1 + state["step"])
-    rng = random.Random(f"{args.seed} {state['step']}")
-    encoder = FrozenEncoder(args.work)
     transformer = build_transformer(**state["sizes"])
-    weights, ema = state["weights"], state["ema"]
-    optimizer = WanMuon(transformer)
+    weights, ema = (state[name].to(args.device) for name in ("weights", "ema"))
+    optimizer = WanMuon(transformer, args.device)
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
     use_bmm_attention(transformer)
-    transformer.bfloat16()  # whole weights: autocast gives no speed-up on a CPU
+    transformer.to(args.device, torch.bfloat16)  # whole weights: autocast gives no speed-up on a CPU
+    compute = partial(gradient, transformer, weights)
+    if args.graph:
+        compute = captured(compute, draw(args.micro))
     step, seen = state["step"], state["seen"]
-    print(f"from step {step}, {len(weights) / 1e6:.2f} M parameters", flush=True)
+    print(f"from step {step}, {len(weights) / 1e6:.2f} M parameters, {args.device}", flush=True)
     began = time.time() - state["elapsed"]
+    budget = args.until - began if args.until else 60 * args.minutes
     logged = saved = time.time()
     logged_seen, losses = seen, []
     go_on, asked_to_stop = True, []
     signal.signal(signal.SIGTERM, lambda *_: asked_to_stop.append(True))  # kill PID: saves, then ends
     while go_on:
-        unflatten(weights, transformer)
-        transformer.zero_grad(set_to_none=True)
+        total = torch.zeros_like(weights)
         for _ in range(args.batch // args.micro):
-            loss, sigma = flow_loss(transformer, make_batch(encoder, rng, args.micro), torch.bfloat16)
-            (loss.sum() / args.batch).backward()
-            losses += zip(sigma.tolist(), loss.tolist(), strict=True)
+            part, loss, sigma = compute(*draw(args.micro))
+            total.add_(part, alpha=1 / args.batch)
+            losses.append(torch.stack([sigma, loss]))
         elapsed = time.time() - began
-        rate = learning_rate(args, step, elapsed / (60 * args.minutes))
-        optimizer.step(weights, gradient_of(transformer), rate)
+        optimizer.step(weights, total, learning_rate(args, step, elapsed / budget))
         ema.lerp_(weights, 1 - min(args.ema, (1 + step) / (10 + step)))
         step, seen = step + 1, seen + args.batch
-        go_on = elapsed < 60 * args.minutes and (args.max_steps is None or step < args.max_steps)
+        go_on = elapsed < budget and (args.max_steps is None or step < args.max_steps)
         go_on = go_on and not asked_to_stop
         now = time.time()
-        if now - logged > 20 or not go_on:
-            levels, values = torch.tensor(losses).T
+        if now - logged > args.log_seconds or not go_on:
+            levels, values = torch.cat(losses, 1).cpu()  # waits for the device
             bins = [
                 f"{values[(levels >= a) & (levels < b)].mean():.3f}"
                 for a, b in ((0, 0.5), (0.5, 0.9), (0.9, 1.1))
@@ -172,11 +205,13 @@ def train(args: argparse.Namespace) -> None:
             logged, logged_seen, losses = now, seen, []
         if now - saved > args.save_seconds or not go_on:
             saved = now
-            contents = {"weights": weights, "ema": ema, "optimizer": optimizer.state_dict(), "step": step}
+            averaged = {"ema": ema, "step": step, "seen": seen, "elapsed": elapsed, "sizes": state["sizes"]}
             save(
                 args.work / "checkpoint.pt",
-                contents | {"seen": seen, "elapsed": elapsed, "sizes": state["sizes"]},
+                averaged | {"weights": weights, "optimizer": optimizer.state_dict()},
             )
+            if args.export:
+                save(args.export, averaged)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -184,17 +219,27 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("work/wan"))
     parser.add_argument("--init", type=Path, help="start from the averaged weights of this checkpoint")
     parser.add_argument("--minutes", type=float, default=90, help="of training in all, resumed runs included")
+    parser.add_argument("--until", type=float, help="end then, seconds since 1970, whatever --minutes says")
     parser.add_argument("--max-steps", type=int)
     parser.add_argument("--width", type=int, default=128, help="a multiple of 32")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--batch", type=int, default=48)
-    parser.add_argument("--micro", type=int, default=48, help="clips a forward pass")
+    parser.add_argument("--micro", type=int, help="clips a forward pass; all of --batch if not given")
     parser.add_argument("--lr", type=float, default=2.5e-3)
     parser.add_argument("--ema", type=float, default=0.997)
     parser.add_argument("--decay", type=float, default=0.4)
     parser.add_argument("--save-seconds", type=float, default=120)
+    parser.add_argument("--log-seconds", type=float, default=20)
+    parser.add_argument("--export", type=Path, help="the averaged weights alone, written at every save")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw clips; 0: this one does")
+    parser.add_argument("--pool", type=int, default=400_000, help="clips kept on the device, 16 KB each")
+    parser.add_argument("--no-graph", dest="graph", action="store_false", help="on a GPU, no CUDA graph")
     parser.add_argument("--seed", type=int, default=0)
-    train(parser.parse_args(argv))
+    args = parser.parse_args(argv)
+    args.micro = args.micro or args.batch
+    args.graph = args.graph and torch.device(args.device).type == "cuda"
+    train(args)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,10 @@ class Engine(ABC):
         """Raise ValueError, with what to do, if `transformer` cannot be cached as it is now."""
         return None
 
+    def check_request(self, pipeline: Any) -> None:
+        """Raise ValueError, with what to do, if the call of `pipeline` that begins cannot be cached."""
+        return None
+
     def count(self, transformer: Any, cut: Cut) -> int:
         """How many blocks are in the list of `cut`."""
         return len(getattr(transformer, cut.blocks))

@@ -13,6 +13,12 @@ from torch import Tensor
 
 from h2cache.engines.base import Engine, Inputs, one_stack, same_halves
 from h2cache.engines.forms import TwoStreams, argument
+from h2cache.schedule import local_of
+
+_SKIPS_LAYERS = (
+    "skip-layer guidance leaves out blocks by itself, which a cache of blocks cannot follow: call the "
+    "pipeline without skip_guidance_layers, or use the plan: h2cache.enable(pipe, speedup=5)"
+)
 
 
 class SD3Diffusers(Engine):
@@ -23,12 +29,13 @@ class SD3Diffusers(Engine):
     cuts = one_stack("transformer_blocks", TwoStreams(text_first=True))
     offers = frozenset({"modulated input"})
 
+    def check_request(self, pipeline: Any) -> None:
+        if local_of(pipeline, "skip_guidance_layers"):  # it begins after some steps only
+            raise ValueError(_SKIPS_LAYERS)
+
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         if argument(args, kwargs, 7, "skip_layers"):
-            raise ValueError(
-                "skip-layer guidance leaves out blocks by itself, which a cache cannot follow: call the "
-                "pipeline without skip_guidance_layers, or h2cache.disable it"
-            )
+            raise ValueError(_SKIPS_LAYERS)
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, H, W)
         attention = argument(args, kwargs, 5, "joint_attention_kwargs") or {}
         controlled = argument(args, kwargs, 4, "block_controlnet_hidden_states") is not None

@@ -1,6 +1,7 @@
 """Tuned plans: found by measuring, kept in a file, found again by model, sampler and number of steps."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -29,9 +30,25 @@ def draw(pipe, **further):
     return pipe(**given, generator=torch.Generator().manual_seed(0)).images
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, _tiny_pipeline):
+    """One search, and the folder that it left its plans in."""
+    folder = tmp_path_factory.mktemp("searched")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        patch.setattr(tuned, "SHIPPED", folder / "shipped")
+        found = h2cache.tune(
+            _tiny_pipeline, PROMPTS, held_out=OTHER, speedups=(2, 3.3), progress=False, **CALL
+        )
+    h2cache.disable(_tiny_pipeline)
+    return found, folder
+
+
 @pytest.fixture
-def found(tiny):
-    return h2cache.tune(tiny, PROMPTS, held_out=OTHER, speedups=(2, 3.3), progress=False, **CALL)
+def found(searched, tmp_path):
+    found, folder = searched
+    shutil.copytree(folder, tmp_path / "cache", dirs_exist_ok=True)
+    return found
 
 
 def test_a_search_never_ends_below_its_start(tiny, found):
