@@ -95,6 +95,7 @@ def run(args: argparse.Namespace) -> None:
             tqdm.write(table_line(row))
             if row.get("warning"):
                 warn(row["warning"])
+    keep.tidy(args.out / "records.jsonl")
     print(f"pictures and records.jsonl are in {args.out}/")
 
 

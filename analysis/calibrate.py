@@ -131,6 +131,7 @@ def measure(args: argparse.Namespace) -> dict:
                 "clip_iqa": clip(result.image) if clip else None,
             }
         keep.add_records(path, rows)
+    keep.tidy(path)
     return settings
 
 

@@ -24,6 +24,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -124,12 +125,15 @@ class Experiment:
 
     def __init__(self, args: argparse.Namespace, state: PartialState) -> None:
         self.args, self.state = args, state
+        args.out.mkdir(parents=True, exist_ok=True)
         path = args.prompts or (CUTE80_TINY if is_embedded(args.model) else CUTE80)
         self.prompts = read_prompts(path)[: args.limit]
         self.unread = None if args.no_words else ocr.problem()
         if args.clip:
             ClipIqa(args.clip)  # before the hours of drawing: OSError with what to do
-        device = args.device or (str(state.device) if state.num_processes > 1 else default_device())
+        device = args.device
+        if device is None:
+            device = str(state.device) if state.num_processes > 1 else default_device()
         shown = self.prompts if state.is_main_process else ()
         self.pipeline, _, self.call, settings = start(args, shown, device)
         self.contestants = contestants(args.methods, args.model, checkpoint_name(self.pipeline))
@@ -213,8 +217,10 @@ class Experiment:
         """One whole uncached picture, and a few steps of each method, untimed."""
         few = self.call | {"num_inference_steps": min(4, self.args.steps), "output_type": "latent"}
         draw(self.pipeline, self.contestants[0].config, 0, prompt=prompt.text, **self.call)
-        for config in {c.config.name: c.config for c in self.contestants}.values():
-            draw(self.pipeline, config, 0, prompt=prompt.text, **few)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*too few steps")  # of these four
+            for config in {c.config.name: c.config for c in self.contestants}.values():
+                draw(self.pipeline, config, 0, prompt=prompt.text, **few)
 
     def _draw(self, prompt: Prompt, contestant: Contestant) -> None:
         seed = self.args.seed if prompt.seed is None else prompt.seed

@@ -56,7 +56,7 @@ class Gallery:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.rows = keep.read_records(self.folder / "records.jsonl")
+        self.rows = keep.tidy(self.folder / "records.jsonl")
         named = {"model": self.model, **self.further}
         self.model, self.further = (before := keep.as_before(named, self.rows.values())).pop("model"), before
 
@@ -113,8 +113,9 @@ class Gallery:
                 "speed_up": round(uncached[1]["seconds"] / row["seconds"], 3) if row["seconds"] > 0 else None,
                 **fidelity(image, uncached[0]),
             }
-        self.rows[key] = row
-        keep.add_records(self.folder / "records.jsonl", {key: row})
+        if row != self.rows.get(key):
+            keep.add_records(self.folder / "records.jsonl", {key: row})
+            self.rows[key] = row
         return image, row
 
     def row(

@@ -16,12 +16,12 @@ import shutil
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime, timezone
 from io import BytesIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import diffusers
 import torch
@@ -65,26 +65,35 @@ def write_atomically(path: Path, data: bytes) -> None:
     except OSError as error:  # a full disk names no file
         raise OSError(error.errno, error.strerror, str(path)) from None
     finally:
-        half.unlink(missing_ok=True)
+        with suppress(OSError):
+            half.unlink(missing_ok=True)
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
+def locked(path: Path, patience: float = PATIENCE) -> Iterator[None]:
     """Keep other processes from `path` until the end; one that was killed holds nothing.
 
-    Raises TimeoutError that names who holds it, when that takes longer than a minute.
+    Raises TimeoutError that names who holds it, when that takes longer than `patience` seconds.
     """
-    lock, until = path.with_name(f".{path.name}.lock"), time.monotonic() + PATIENCE
+    lock, until = path.with_name(f".{path.name}.lock"), time.monotonic() + patience
     while (file := _take(lock)) is None:
         if time.monotonic() > until:
             holder = lock.read_text(encoding="utf-8") if lock.is_file() else "another process"
-            raise TimeoutError(f"{path} is held by {holder}: end that one, or give another folder")
+            raise TimeoutError(f"{path.parent}: {holder} writes there: end it or wait, or give another --out")
         time.sleep(0.02)
     try:
         yield
     finally:
         lock.unlink(missing_ok=True)  # while it is held: who waits for it sees that it is another file
         file.close()
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Make `folder`, and refuse it to others that would hold it, until the end."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder / "run", patience=0):
+        yield
 
 
 def _take(lock: Path) -> TextIO | None:
@@ -153,18 +162,23 @@ def whole_picture(path: Path) -> Image.Image | None:
 def read_records(path: Path) -> dict[str, dict]:
     """The rows of a `records.jsonl` (or .jsonl.gz) by key.
 
-    A broken line is left out with a warning that names it, and kept in `NAME.broken` beside the file, since
-    the next `write_records` leaves it out too.
+    Of one key, the last line counts. A broken line is left out with a warning that names it, and kept in
+    `NAME.broken` beside the file, since the next `write_records` leaves it out too; half a line at the end,
+    which a killed process left, is left out for good.
     """
     if not path.is_file():
         return {}
     rows, broken = {}, []
     lines, broken_off = lines_of(path)
+    torn = path.suffix != ".gz" and not path.read_bytes().endswith(b"\n")
     for number, line in lines:
         try:
             row = row_of(line, {"key": str})
             rows[row["key"]] = row
         except ValueError as error:
+            if torn and number == lines[-1][0]:
+                warnings.warn(f"{path} breaks off in line {number}", BrokenLine, stacklevel=2)
+                break
             broken.append(line)
             warnings.warn(f"{path} line {number} is left out: {error}", BrokenLine, stacklevel=2)
     if broken_off:
@@ -185,15 +199,58 @@ def _keep_broken(path: Path, broken: list[bytes]) -> None:
 
 
 def add_records(path: Path, rows: dict[str, dict]) -> None:
-    """Put `rows` into a file of records, which other processes may do too: theirs stay."""
+    """Add a line for each of `rows`, which other processes may do too: of one key, the last line counts.
+
+    Half a line that a killed process left at the end is taken away. See `tidy` for lines that do not count.
+    """
+    with locked(path), open(path, "a+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        try:
+            end = _whole_lines(file, end)
+            file.write(_lines(rows))
+            file.flush()
+            os.fsync(file.fileno())
+        except OSError as error:  # a full disk: no half line stays
+            with suppress(OSError):
+                os.truncate(path, end)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _whole_lines(file: BinaryIO, end: int) -> int:
+    """Make `file` end with a whole line; its new length."""
+    file.seek(max(0, end - 1))
+    if file.read() in (b"", b"\n"):
+        return end
+    file.seek(0)
+    data = file.read()
+    start = data.rfind(b"\n") + 1
+    try:
+        row_of(data[start:], {})
+    except ValueError:
+        file.truncate(start)
+        return start
+    file.write(b"\n")  # an editor left it out
+    return end + 1
+
+
+def tidy(path: Path) -> dict[str, dict]:
+    """The rows of a file of records, once lines that do not count any more are taken out of it."""
+    if not path.is_file():
+        return {}
     with locked(path):
-        write_records(path, read_records(path) | rows)
+        rows = read_records(path)
+        if path.read_bytes().count(b"\n") != len(rows):
+            write_records(path, rows)
+    return rows
 
 
 def write_records(path: Path, rows: dict[str, dict]) -> None:
     """Write all rows, one JSON object a line, atomically."""
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows.values())
-    write_atomically(path, text.encode())
+    write_atomically(path, _lines(rows))
+
+
+def _lines(rows: dict[str, dict]) -> bytes:
+    return "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows.values()).encode()
 
 
 def write_json(path: Path, row: dict) -> None:

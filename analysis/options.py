@@ -62,6 +62,22 @@ side = whole(1, 2**40)  # pixels; what memory has room for is asked later
 seed = whole(-(2**63), 2**64 - 1)  # what torch.Generator takes
 
 
+def positive(text: str) -> float:
+    """The type of an option: a finite number above 0."""
+    value = finite(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: a number above 0 is needed")
+    return value
+
+
+def not_negative(text: str) -> float:
+    """The type of an option: a finite number, 0 or above."""
+    value = finite(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text}: a number of 0 or above is needed")
+    return value
+
+
 def finite(text: str) -> float:
     """The type of an option: a number, not nan or inf."""
     value = number(text)

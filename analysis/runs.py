@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import time
+import warnings
 from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from analysis.families import (
     with_prompt,
 )
 from analysis.peak import PeakMemory
+from analysis.prompts import check_text
 from h2cache import MethodConfig, Summary
 from h2cache.room import free_bytes
 
@@ -259,6 +261,8 @@ def prepare(
 
     Returns the pipeline to call, the arguments of the call, and those of them that records must tell apart.
     """
+    if args.negative_prompt:
+        check_text(args.negative_prompt)
     if args.input_image:
         pipeline = for_picture(pipeline)
     call = call_arguments(
@@ -284,7 +288,9 @@ def warm_up(pipeline: DiffusionPipeline, config: MethodConfig, call: dict[str, A
     """
     h2cache.enable(pipeline, config)
     try:
-        pipeline(**with_prompt(pipeline, call | {"num_inference_steps": 2, "output_type": "latent"}))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*too few steps")  # of these two
+            pipeline(**with_prompt(pipeline, call | {"num_inference_steps": 2, "output_type": "latent"}))
         needed = h2cache.summary(pipeline).bytes_needed
     finally:
         h2cache.disable(pipeline)

@@ -122,6 +122,7 @@ def guarded(work: Callable[[], int | None], kept: str) -> int:
             warn(str(message)) if issubclass(category, UserWarning) else usual(message, category, *where)
 
         warnings.showwarning = show
+        warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers|torch")
         try:
             code = work() or 0
             sys.stdout.flush()
@@ -228,7 +229,7 @@ def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     add_family_arguments(parser)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
-    parser.set_defaults(engine="diffusers", checkpoint=None, lora=None, lora_scale=1.0, offload=False)
+    parser.set_defaults(engine="diffusers", checkpoint=None, lora=None, lora_scale=None, offload=False)
 
 
 MEASURING = (

@@ -1,74 +1,159 @@
 """Bad input to any option of any command: one line, exit code 2, nothing written."""
 
+import io
 import json
 import os
 import random
+import re
+import signal
 import subprocess
 import sys
 import threading
+from contextlib import redirect_stdout, suppress
+from types import ModuleType
 
 import pytest
 
 import run
-from analysis import calibrate, keep
+from analysis import (
+    bench_step,
+    cache_memory,
+    calibrate,
+    experiment,
+    family_table,
+    fit_magcache,
+    fit_teacache,
+    keep,
+    ocr,
+    overhead,
+    pareto,
+    pfs,
+    quality,
+    report,
+    schematic,
+    separation,
+    solvers,
+    table,
+    thresholds,
+    trace,
+    tune,
+)
 from analysis.prompts import read_prompts
 from analysis.runs import Limits, load_pipeline
 
 NUMBERS = ["nan", "x", "", "1e999999", "99999999999999999999", "\ud800"]
 COUNTS = [*NUMBERS, "0", "-1", "1.5", "inf"]
 SIZES = [*COUNTS, "15", "256", "1000000000"]
+FILES = ["none", "README.md/x"]
 BAD = {  # option: values that it cannot take
-    "--steps": COUNTS,
-    "--seed": ["nan", "1.5", "x", "", "-99999999999999999999", "99999999999999999999"],
-    "--height": SIZES,
-    "--width": SIZES,
-    "--frames": [*COUNTS, "3"],
-    "--guidance": ["nan", "inf", "-inf", "x", ""],
-    "--true-cfg": ["nan", "inf", "x", "2"],
-    "--lora-scale": ["nan", "inf", "x"],
+    "--batch": COUNTS,
+    "--burst": COUNTS,
+    "--checkpoint": ["", "x.bin", "x.safetensors"],
+    "--clip": ["./none", "tests"],
+    "--converged": COUNTS,
     "--device": ["meta", "nonsense", "", "cuda:99", "cpu:x", "xla"],
+    "--double": [*NUMBERS, "-1", "1.5", "inf"],
     "--dtype": ["fp16", "", "float64"],
     "--engine": ["", "onnx"],
-    "--checkpoint": ["x.bin", "x.safetensors"],
-    "--lora": ["none.safetensors", "a/none.safetensors", "./none.safetensors", "x.bin", "a/b/c/d"],
-    "--input-image": ["none.png", "README.md", "tests"],
+    "--evaluations": ["0", "nan", "1.5", "x"],
+    "--families": ["", "nope"],
+    "--folder": FILES,
+    "--frames": [*COUNTS, "3"],
+    "--free-gib": ["nan", "-1", "x", "inf"],
+    "--guidance": ["nan", "inf", "-inf", "x", ""],
+    "--heads": COUNTS,
+    "--height": SIZES,
+    "--held-out": ["-1", "1.5", "x"],
+    "--image-tokens": COUNTS,
+    "--img": COUNTS,
+    "--input-image": ["none.png", "README.md", "tests", ""],
+    "--itemsize": COUNTS,
+    "--label": ["nope"],
+    "--limit": COUNTS,
+    "--lora": ["", "none.safetensors", "a/none.safetensors", "./none.safetensors", "x.bin", "a/b/c/d"],
+    "--lora-scale": ["nan", "inf", "x", "0.5"],
+    "--megabytes": ["0", "-1", "nan", "inf", "x"],
+    "--method": ["nope", ""],
+    "--methods": ["nope", "h2cache:tau1=x", ""],
+    "--metric": ["nope", ""],
     "--model": ["tests", "README.md", "no/such/folder", "x y"],
+    "--negative-prompt": ["\ud800"],
+    "--out": ["README.md/x"],
+    "--out-channels": COUNTS,
+    "--pairs": ["0.3", "a/b", "nan/1", "1/2/3/4", "-1/1"],
+    "--parts": ["nope", ""],
+    "--preset": ["nope", ""],
+    "--prompt": ["\ud800"],
+    "--prompts": ["none.txt", "tests", "README.md", ""],
+    "--psnr": ["nan", "x"],
+    "--records": FILES,
+    "--rounds": COUNTS,
+    "--seed": ["nan", "1.5", "x", "", "-99999999999999999999", "99999999999999999999"],
     "--set": ["tau1", "=", "colour=red", "tau1=nan", "tau1=x", "tau1=-1", "pool1=x"],
     "--shard": ["2/2", "x", "-1/2", "1/0"],
-    "--pairs": ["0.3", "a/b", "nan/1", "1/2/3/4", "-1/1"],
+    "--side": [*COUNTS, "15"],
+    "--single": [*NUMBERS, "-1", "1.5", "inf"],
+    "--speedup": ["nan", "0", "x", "-inf"],
+    "--speedups": ["nan", "0", "x", "-1"],
+    "--steps": COUNTS,
     "--tau1": ["nan", "x", "-1"],
     "--tau2": ["nan", "x", "-1"],
-    "--prompts": ["none.txt", "tests", "README.md"],
-    "--method": ["nope", ""],
-    "--preset": ["nope", ""],
-    "--speedup": ["nan", "0", "x", "-inf"],
-    "--evaluations": ["0", "nan", "1.5", "x"],
-    "--psnr": ["nan", "x"],
+    "--text": COUNTS,
+    "--text-tokens": ["nan", "x", "-1"],
+    "--threads": COUNTS,
+    "--tokens": COUNTS,
+    "--true-cfg": ["nan", "inf", "x", "2"],
+    "--txt": ["nan", "x", "-1"],
+    "--width": COUNTS,
 }
-ONLY = {
-    run: {"--method", "--preset", "--speedup", "--evaluations", "--psnr"},
-    calibrate: {"--shard", "--pairs"},
-}
+ANY = {"--id", "--pictured", "--save"}  # names, which may be of nothing
+OUT = ["--out", "OUT"]
+COMMANDS = {  # and what is given besides
+    run: OUT, calibrate: OUT, experiment: OUT, fit_teacache: OUT, fit_magcache: [], tune: [], bench_step: [],
+    overhead: ["--width", "48"], cache_memory: [], family_table: OUT, table: [], ocr: [],
+    pareto: [*OUT, "--run"], pfs: [*OUT, "--run"], quality: [*OUT, "--run"], report: [*OUT, "--run"],
+    schematic: OUT, separation: [*OUT, "--run"], solvers: [*OUT, "--run"], thresholds: [*OUT, "--run"],
+    trace: [*OUT, "--run"],
+}  # fmt: skip
+DRAWN = {"--records", "--folder", "--label", "--metric", "--megabytes"}  # of figures, without --run
+
+
+def options(module: ModuleType) -> list[str]:
+    """The options of a command that take a value, from its help."""
+    told = io.StringIO()
+    with redirect_stdout(told), suppress(SystemExit):
+        module.main(["--help"])
+    return re.findall(r"^ +(--[\w-]+) [A-Z{\[]", told.getvalue(), re.MULTILINE)
 
 
 def cases() -> list[tuple]:
-    """150 of all, of each command."""
-    other = {run: ONLY[calibrate], calibrate: ONLY[run]}
-    every = [(m, o, v) for m in (run, calibrate) for o, vs in BAD.items() if o not in other[m] for v in vs]
-    return random.Random(0).sample(every, 150)
+    """Every option of every command, with 250 of the values they cannot take."""
+    pairs = [(m, o) for m in COMMANDS for o in options(m) if o not in ANY]
+    more = [(m, o, v) for m, o in pairs for v in BAD[o]]
+    one = [(m, o, random.Random(f"{m}{o}").choice(BAD[o])) for m, o in pairs]
+    return [*one, *random.Random(0).sample(more, 250)]
+
+
+def too_long(*_) -> None:
+    raise AssertionError("it began to work")
 
 
 @pytest.mark.parametrize(("module", "option", "value"), cases())
 def test_bad_input_is_one_line(module, option, value, tmp_path, capsys, recwarn):
-    out = tmp_path / "out"
+    before, out = signal.signal(signal.SIGALRM, too_long), tmp_path / "out"
+    signal.alarm(20)
+    given = [str(out) if part == "OUT" else part for part in COMMANDS[module]]
     try:
-        code = module.main([f"{option}={value}", "--out", str(out)])
+        code = module.main([*(p for p in given if p != "--run" or option not in DRAWN), f"{option}={value}"])
     except SystemExit as stopped:
         code = stopped.code
-    told = capsys.readouterr().err.strip().split("\n")
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+    told = [line for line in capsys.readouterr().err.strip().split("\n") if not line.endswith(" to go")]
     assert code == 2, told
-    assert [line.startswith("error: ") for line in told].count(True) == 1
-    assert all(line.startswith(("error: ", "warning: ")) for line in told)
+    assert [line.startswith("error: ") for line in told].count(True) == 1, told
+    assert all(line.startswith(("error: ", "warning: ")) for line in told), told
     assert not out.exists() or not os.listdir(out)
 
 
