@@ -1,5 +1,6 @@
 """Bad input to any option of any command: one line, exit code 2, nothing written."""
 
+import errno
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import threading
 from contextlib import redirect_stdout, suppress
+from pathlib import Path
 from types import ModuleType
 
 import pytest
@@ -40,7 +42,9 @@ from analysis import (
 )
 from analysis.prompts import read_prompts
 from analysis.runs import Limits, load_pipeline
+from analysis.scripts import guarded
 
+CHECKOUT = Path(__file__).resolve().parents[2]
 NUMBERS = ["nan", "x", "", "1e999999", "99999999999999999999", "\ud800"]
 COUNTS = [*NUMBERS, "0", "-1", "1.5", "inf"]
 SIZES = [*COUNTS, "15", "256", "1000000000"]
@@ -245,8 +249,137 @@ def test_pickled_weights_are_refused(tmp_path):
         load_pipeline(str(tmp_path), "cpu", None)
 
 
-def test_closed_stdout_is_no_traceback(tmp_path):
-    command = f'exec "{sys.executable}" run.py --steps nan >&-'
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "Traceback" not in done.stderr
+def test_two_runs_in_one_folder_lose_no_record(tmp_path):
+    (tmp_path / "p.txt").write_text("".join(f'a red round sign that says "{c}"\n' for c in "ABCD"))
+    command = [sys.executable, str(CHECKOUT / "run.py"), "--prompts", "p.txt", "--steps", "2", "--no-compare"]
+    command += ["--method", "none", "--seed"]
+    runs = [subprocess.Popen([*command, s], cwd=tmp_path, stdout=subprocess.DEVNULL) for s in "12"]
+    assert [process.wait(120) for process in runs] == [0, 0]
+    rows = keep.read_records(tmp_path / "outputs" / "records.jsonl")
+    assert len(rows) == 8
+    assert {row["file"] for row in rows.values()} | {"records.jsonl"} == set(os.listdir(tmp_path / "outputs"))
+
+
+def test_ctrl_c_while_modules_load_is_one_line():
+    process = subprocess.Popen(
+        [sys.executable, "-v", "run.py"],
+        cwd=CHECKOUT,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    assert any(b"import 'torch._C'" in line for line in process.stderr)  # -v names what is loaded
+    process.send_signal(signal.SIGINT)
+    told = process.communicate(timeout=60)[1].decode()
+    assert process.returncode == 130
+    assert "stopped: nothing has begun\n" in told
+    assert "Traceback" not in told
+
+
+def test_one_step_is_drawn_and_explained(tmp_path, capsys):
+    assert run.main(["--steps", "1", "--out", str(tmp_path)]) == 0
+    told = capsys.readouterr().err.strip().split("\n")
+    assert [line for line in told if "nothing can be skipped" in line] == told[:1]
+    rows = keep.read_records(tmp_path / "records.jsonl").values()
+    assert [row["identical"] for row in rows if row["method"] != "none"] == [True, True]
+
+
+def test_records_of_no_seconds_and_of_another_spelling_are_taken(tmp_path, capsys):
+    (tmp_path / "p.txt").write_text('a red round sign that says "A"\n')
+    command = ["--prompts", str(tmp_path / "p.txt"), "--steps", "2", "--tau1", "1", "--tau2", "1"]
+    command += ["--out", str(tmp_path / "out"), "--model"]
+    assert run.main([*command, "./assets/tiny_flux/"]) == 0
+    path = tmp_path / "out" / "records.jsonl"
+    before = [json.loads(line) for line in path.read_text().splitlines()]
+    settings = (
+        "prompt",
+        "seed",
+        "model",
+        "steps",
+        "height",
+        "width",
+        "guidance",
+        "device",
+        "dtype",
+        "method",
+    )
+    for row in before:  # as an older version wrote them, with the spelling in the key
+        row |= {"model": "./assets/tiny_flux/", "seconds": 0.0, "speed_up": None, "psnr": None, "ssim": None}
+        row["identical"] = None
+        old = row["file"]
+        decisive = {name: row[name] for name in (*settings, "method", "config")}
+        row["key"] = keep.run_key(id=row["id"], **decisive)
+        row["file"] = f"{row['id']}-{row['method']}-{row['key'][:6]}.png"
+        os.rename(path.parent / old, path.parent / row["file"])
+    path.write_text("".join(json.dumps(row) + "\n" for row in before))
+    assert run.main([*command, "assets/tiny_flux"]) == 0
+    after = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [row["date"] for row in after] == [row["date"] for row in before]  # not drawn again
+    assert [row["key"] for row in after] == [row["key"] for row in before]
+    assert after[1]["ssim"] is not None
+    assert after[1]["speed_up"] is None
+
+
+def test_half_a_line_at_the_end_is_left_out_and_repaired(tmp_path):
+    path = tmp_path / "records.jsonl"
+    path.write_text('{"key": "a"}\n{"key": "b", "x')
+    with pytest.warns(keep.BrokenLine, match="breaks off in line 2"):
+        assert list(keep.read_records(path)) == ["a"]
+    keep.add_records(path, {"c": {"key": "c"}})
+    keep.add_records(path, {"a": {"key": "a", "new": 1}})
+    assert path.read_text() == '{"key": "a"}\n{"key": "c"}\n{"key": "a", "new": 1}\n'
+    assert keep.tidy(path) == {"a": {"key": "a", "new": 1}, "c": {"key": "c"}}
+    assert path.read_text() == '{"key": "a", "new": 1}\n{"key": "c"}\n'
+    path.write_text('{"key": "a"}')  # an editor left the end of the line out
+    keep.add_records(path, {"c": {"key": "c"}})
+    assert list(keep.read_records(path)) == ["a", "c"]
+
+
+def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
+    path = tmp_path / "records.jsonl"
+    keep.add_records(path, {"a": {"key": "a"}})
+
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match=r"No space left on device: .*records\.jsonl"):
+            keep.add_records(path, {"b": {"key": "b"}})
+    assert path.read_text() == '{"key": "a"}\n'
+
+
+@pytest.mark.parametrize(
+    ("number", "advice"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EACCES, "read and write"),
+        (errno.EROFS, "write to"),
+        (errno.EIO, "check that place"),
+    ],
+)
+def test_an_error_that_is_a_number_names_the_place_and_what_to_do(number, advice, capsys):
+    def work() -> None:
+        raise OSError(number, os.strerror(number), "some/place")
+
+    assert guarded(work, "") == 2
+    told = capsys.readouterr().err
+    assert told.startswith(f"error: some/place: {os.strerror(number)}: ")
+    assert advice in told
+
+
+def test_a_second_run_in_a_held_folder_is_refused(tmp_path, capsys):
+    with keep.held(tmp_path):
+        assert trace.main(["--run", "--limit", "1", "--out", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert f"process {os.getpid()}" in told
+    assert "give another --out" in told
+    assert not os.listdir(tmp_path)
+
+
+def test_closed_stdout_is_no_traceback(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)  # what Python makes of it
+    assert run.main(["--steps", "2", "--method", "none", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(sys, "stderr", None)
+    with pytest.raises(SystemExit) as stopped:
+        run.main(["--steps", "nan"])
+    assert stopped.value.code == 2

@@ -14,7 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis import bench_step, calibrate, family_table, fit_magcache, fit_teacache, keep, ocr, table
+from analysis import (
+    bench_step,
+    calibrate,
+    family_table,
+    fit_magcache,
+    fit_teacache,
+    keep,
+    ocr,
+    overhead,
+    table,
+)
 from analysis.peak import PeakMemory
 from analysis.scripts import guarded, is_embedded, shard, shipped
 from analysis.sheets import fitted, grid
@@ -88,6 +98,7 @@ def test_a_script_names_what_is_wrong(capsys, main, arguments, message):
         (calibrate.main, ["--dtype", "fp16"], "invalid choice: 'fp16'"),
         (fit_teacache.main, ["--dtype", "fp16"], "invalid choice: 'fp16'"),
         (fit_magcache.main, ["--dtype", "fp16"], "invalid choice: 'fp16'"),
+        (overhead.main, ["--dtype", "fp16"], "invalid choice: 'fp16'"),
     ],
 )
 def test_a_broken_option_is_a_usage_error(capsys, main, arguments, message):
@@ -97,18 +108,9 @@ def test_a_broken_option_is_a_usage_error(capsys, main, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_overhead_refuses_an_unknown_dtype():
-    command = [sys.executable, "-m", "analysis.overhead", "--dtype", "fp16"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "invalid choice: 'fp16'" in done.stderr
-
-
-@pytest.mark.parametrize("module", ["calibrate", "fit_teacache", "fit_magcache"])
-def test_ctrl_c_is_no_traceback(tmp_path, module):
-    out = [] if module == "fit_magcache" else ["--out", str(tmp_path)]
+def test_ctrl_c_is_no_traceback(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", f"analysis.{module}", *out],
+        [sys.executable, "-u", "-m", "analysis.calibrate", "--out", str(tmp_path)],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -124,19 +126,20 @@ def test_ctrl_c_is_no_traceback(tmp_path, module):
     assert "Traceback" not in told
 
 
-def test_the_shell_script_needs_no_command_named_python(tmp_path):
+def test_the_shell_script_needs_no_command_named_python_and_writes_where_it_is_called(tmp_path):
     """On many machines there is python3 only."""
     for name in ("bash", "dirname"):
         (tmp_path / name).symlink_to(shutil.which(name))
     path = tmp_path / "python3"
     path.write_text(f'#!{shutil.which("bash")}\nexec {sys.executable} "$@"\n')
     path.chmod(0o755)
-    command = ["bash", "run_exper.sh", "--quick", "--help"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PATH": str(tmp_path)}
-    )
+    command = ["bash", str(CHECKOUT / "run_exper.sh"), "--quick", "--limit", "1", "--methods", "none"]
+    command += ["--no-words", "--steps", "2", "--out", "here"]
+    environment = os.environ | {"PATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "usage: " in done.stdout
+    assert "| none |" in (tmp_path / "here" / "table.md").read_text()
+    assert not (CHECKOUT / "here").exists()
     path.unlink()
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | {"PATH": str(tmp_path)}
