@@ -225,8 +225,10 @@ LIMITS: dict[str, Callable[[Any], bool]] = {
     "width": _list_of(_count),
     "quoted_word": _pattern,
     "vocabulary": _list_of(_text),
+    "word": _pattern,
     "example": _text,
     "cpu_threads": _count,
+    "call": lambda value: isinstance(value, dict),
 }
 
 
