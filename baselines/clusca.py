@@ -81,6 +81,10 @@ class ClusCaConfig(MethodConfig):
             return partial(weights.hermite, order=self.order, sigma=self.sigma)
         return partial(weights.taylor, order=self.order)
 
+    @property
+    def undivided(self) -> str:
+        return "clusca forms clusters of all tokens (clusters=0 does not)" if self.clusters else ""
+
     def bytes_needed(self, shape: Shape) -> int:
         return (
             forecast_bytes(shape, "module", self.order + 1)

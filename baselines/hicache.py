@@ -83,6 +83,10 @@ class HiCacheConfig(MethodConfig):
     def requires(self) -> frozenset[str]:
         return frozenset({"modules"} if self.granularity == "module" else ())
 
+    @property
+    def undivided(self) -> str:
+        return "hicache with adaptive=True measures all tokens" if self.adaptive else ""
+
     def bytes_needed(self, shape: Shape) -> int:
         held = forecast_bytes(shape, self.granularity, self.order + 1)
         return held + self.adaptive * shape.batch * module_tensors(shape) * 4  # mean squares

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from h2cache import weights
@@ -145,14 +146,26 @@ class Drafts:
         return [not full for full, _ in decided], any(self.checked)
 
 
-def error_of(draft: Tensor, real: Tensor, measure: str, reduce: str = "sample") -> Tensor:
-    """The relative errors, float32 numbers on the device: (B,), or (1,) over the batch."""
-    first = 0 if reduce == "mean" else 1
-    draft, real = draft.float().flatten(first), real.float().flatten(first)
+def error_of(
+    draft: Tensor,
+    real: Tensor,
+    measure: str,
+    reduce: str = "sample",
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
+) -> Tensor:
+    """The relative errors, float32 numbers on the device: (B,), or (1,) over the batch.
+
+    total: sums over all processes where each has some of the tokens.
+    """
+    rows = 1 if reduce == "mean" else len(draft)
+    draft, real = draft.float().reshape(rows, -1), real.float().reshape(rows, -1)
     difference, size = (draft - real).abs(), real.abs()
     if measure == "norm":
-        return (difference.mean(-1) / size.mean(-1)).reshape(-1)
-    return (difference / (size + 1e-10)).mean(-1).reshape(-1)
+        error, whole = difference.sum(-1), size.sum(-1)
+    else:
+        error, whole = (difference / (size + 1e-10)).sum(-1), torch.full_like(size[:, 0], size.shape[1])
+    error, whole = total(torch.stack([error, whole]))
+    return error / whole
 
 
 class SpeCa(Method):
@@ -192,7 +205,8 @@ class SpeCa(Method):
             guess = modules.predict(index, name, forward, args, kwargs)
             real = forward(*args, **kwargs)
             first, truth = (x if isinstance(x, Tensor) else x[0] for x in (guess, real))
-            drafts.errors = error_of(first, truth, cfg.measure, cfg.reduce)  # of the last module: the end
+            # Of the last module: the block's end.
+            drafts.errors = error_of(first, truth, cfg.measure, cfg.reduce, memory.total)
             return guess if skips else modules.learn(index, name, lambda *_, **__: real, args, kwargs)
 
         yield Drive(range(end - 1, end), compare, counts=True)
@@ -219,6 +233,7 @@ class SpeCa(Method):
                 continue
             ran = yield Run(blocks, kept=drafted, stand_in=guess)
             if measured:
-                drafts.errors = error_of(guess.joint, ran.residual.joint, cfg.measure, cfg.reduce)
+                real = ran.residual.joint
+                drafts.errors = error_of(guess.joint, real, cfg.measure, cfg.reduce, memory.total)
             if not all(drafted):
                 slot.predictor.learn(ran.residual, at=at, kept=drafted)

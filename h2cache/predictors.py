@@ -197,6 +197,7 @@ class Modes(Forecast):
         self._who: dict[int, str] = {}  # answered last, by sample
         self._unread: deque[tuple[Tensor, list[list[float]]]] = deque(maxlen=history)  # products, and whose
         self.answers: Counter[str] = Counter()  # who answered how often: "dmd", "taylor" or "reuse"
+        self.total: Callable[[Tensor], Tensor] = lambda dots: dots  # sums them over processes, up to a factor
 
     def learn(self, residual: Stream, at: float = 0.0, kept: Sequence[bool] = ()) -> None:
         super().learn(residual, at, kept)
@@ -206,7 +207,7 @@ class Modes(Forecast):
     def _read(self) -> None:
         if not self._unread:
             return
-        columns = torch.cat([dots for dots, _ in self._unread], 1).tolist()  # a wait
+        columns = self.total(torch.cat([dots for dots, _ in self._unread], 1)).tolist()  # a wait
         self._dots = self._dots or [{} for _ in columns]
         start = 0
         for table, then in self._unread:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 _LEAST_ALPHA = 2.0**-24  # as diffusers has it where the last step is pure noise
 _LEAST_NOISE = 1e-2
 _STOCHASTIC = ("Ancestral", "LCM", "DDPM", "SDE", "TCD", "SASolver", "CogVideoXDPM", "Stochastic")
+_NEAR = 0.004  # of the largest timestep: what rounding to bfloat16 may move one by
 TRAINED = 1000.0  # timesteps of a scheduler at noise level 1
 DENOISERS = ("transformer", "transformer_2", "unet")  # attributes of a pipeline
 
@@ -187,14 +188,15 @@ class Schedule:
 
         Where two steps have one timestep (PNDM), the one after `last` is meant.
         """
-        largest = max(map(abs, self.timesteps), default=0.0)
-        for scale in (1.0, 1000.0):
-            distances = [abs(known / scale - timestep) for known in self.timesteps]
-            nearest = min(distances, default=float("inf"))
-            if nearest <= 0.004 * largest / scale:
-                found = [index for index, distance in enumerate(distances) if distance == nearest]
-                return next((index for index in found if last is not None and index > last), found[0])
-        return None
+        known, best, index = self.timesteps, _NEAR * max(map(abs, self.timesteps), default=0.0), None
+        for scale in (1.0, TRAINED):  # 1.0 may be the first step, divided, or near the last one, undivided
+            distances = [abs(t - timestep * scale) for t in known]
+            nearest = min(distances, default=math.inf)
+            if nearest <= best and (index is None or nearest < best):
+                found = [n for n, distance in enumerate(distances) if distance == nearest]
+                index = next((n for n in found if last is not None and n > last), found[0])
+                best = nearest
+        return index
 
 
 def _same_storage(a: Tensor, b: Tensor) -> bool:
