@@ -167,7 +167,9 @@ class SpeCa(Method):
             guess = modules.predict(index, name, forward, args, kwargs)
             real = forward(*args, **kwargs)
             first, truth = (x if isinstance(x, Tensor) else x[0] for x in (guess, real))
-            draft.error = error_of(first, truth, cfg.measure, memory.total)  # of the last module: the block's end
+            draft.error = error_of(
+                first, truth, cfg.measure, memory.total
+            )  # of the last module: the block's end
             return guess
 
         yield Drive(range(end - 1, end), compare, counts=True)

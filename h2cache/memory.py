@@ -48,7 +48,9 @@ class Slot(Generic[Kept]):
         memory = self._memory
         if self.reference is None:
             if memory.group is not None:  # another process may have one: it must compute too
-                unknown = current.new_full((memory.batch if per_sample else 1,), math.nan, dtype=torch.float32)
+                unknown = current.new_full(
+                    (memory.batch if per_sample else 1,), math.nan, dtype=torch.float32
+                )
                 memory.ratio(unknown, unknown)
             return None
         if self._scale is None:
@@ -283,7 +285,11 @@ class Memory:
         numbers = torch.cat(parts).tolist()  # the one wait of a decision
         goes_on = timestep is None or self._resolve(numbers[-1])
         count = len(values)
-        if self.group is not None and marks is not None and not self.group.in_step(numbers[count : count + 2]):
+        if (
+            self.group is not None
+            and marks is not None
+            and not self.group.in_step(numbers[count : count + 2])
+        ):
             self._begin_anew("the processes were at different steps")
             return None
         return numbers[:count] if goes_on else None
