@@ -24,6 +24,7 @@ import json
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -33,16 +34,16 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from PIL import Image
-from tqdm import tqdm
 
 from analysis import keep, ocr
 from analysis.families import add_family_arguments
 from analysis.flops import count_step
 from analysis.loading import add_loading_arguments
 from analysis.metrics import ClipIqa, fidelity, lpips_model, more_fidelity
+from analysis.options import Parser, at_least_one, seed, side
 from analysis.prompts import Prompt, read_prompts
 from analysis.runs import default_device, draw
-from analysis.scripts import TINY, command_of, guarded, is_embedded, shipped, size_of, start, warn
+from analysis.scripts import TINY, command_of, guarded, is_embedded, progress, shipped, size_of, start, warn
 from analysis.settings import parse_settings
 from analysis.table import write_tables
 from h2cache import MethodConfig, find_method
@@ -56,19 +57,17 @@ OURS = ("plan", "plan:file=none")  # the plan, tuned and by its default grid
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
     parser.add_argument(
         "--prompts", type=Path, help="default: our 80 for CUTE80, its short words for the embedded"
     )
-    parser.add_argument("--limit", type=int, help="only the first N prompts")
+    parser.add_argument("--limit", type=at_least_one, help="only the first N prompts")
     parser.add_argument("--methods", nargs="+", metavar="METHOD[:KEY=VALUE...]")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="the same for every prompt, as in the paper")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
+    parser.add_argument("--steps", type=at_least_one, default=50)
+    parser.add_argument("--seed", type=seed, default=0, help="the same for every prompt, as in the paper")
+    parser.add_argument("--height", type=side)
+    parser.add_argument("--width", type=side)
     add_family_arguments(parser)
     add_loading_arguments(parser, None)  # one accelerator for each process
     parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id (default: the hub's cache)")
@@ -76,8 +75,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("outputs/experiment"))
     args = parser.parse_args(argv)
     args.methods = args.methods or [*PAPER, *OURS]
-    if args.steps < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--steps and --limit must be at least 1")
     return args
 
 
@@ -128,12 +125,15 @@ class Experiment:
 
     def __init__(self, args: argparse.Namespace, state: PartialState) -> None:
         self.args, self.state = args, state
+        args.out.mkdir(parents=True, exist_ok=True)
         path = args.prompts or (CUTE80_TINY if is_embedded(args.model) else CUTE80)
         self.prompts = read_prompts(path)[: args.limit]
         self.unread = None if args.no_words else ocr.problem()
         if args.clip:
             ClipIqa(args.clip)  # before the hours of drawing: OSError with what to do
-        device = args.device or (str(state.device) if state.num_processes > 1 else default_device())
+        device = args.device
+        if device is None:
+            device = str(state.device) if state.num_processes > 1 else default_device()
         shown = self.prompts if state.is_main_process else ()
         self.pipeline, _, self.call, settings = start(args, shown, device)
         self.contestants = contestants(args.methods, args.model, checkpoint_name(self.pipeline))
@@ -143,6 +143,8 @@ class Experiment:
             "dtype": str(self.pipeline.dtype),
             "processes": state.num_processes,
         }
+        earlier = [keep.read_json(path) for path in (args.out / "runs").glob("*/settings.json")]
+        self.settings = keep.as_before(self.settings, earlier)
         self.folder = args.out / "runs" / keep.run_key(**self.settings)[:8]
 
     def warn(self) -> None:
@@ -183,6 +185,11 @@ class Experiment:
     def score_path(self, key: str) -> Path:
         return self.folder / "scores" / f"{key}.json"
 
+    def drawn(self, key: str) -> bool:
+        """Whether the row and the picture are there, and whole."""
+        row = keep.read_json(self.row_path(key))
+        return row is not None and keep.whole_picture(self.image_path(key)) is not None
+
     def mine(self) -> list[tuple[int, Prompt]]:
         """The prompts of this process, with their numbers."""
         with self.state.split_between_processes(list(enumerate(self.prompts))) as part:
@@ -194,13 +201,11 @@ class Experiment:
         for number, prompt in self.mine():
             shift = number % len(self.contestants)
             order = self.contestants[shift:] + self.contestants[:shift]
-            turns += [(prompt, c) for c in order if not self.row_path(self.key(prompt, c)).is_file()]
+            turns += [(prompt, c) for c in order if not self.drawn(self.key(prompt, c))]
         if turns:
             self._warm_up(turns[0][0])
         failed = 0
-        for prompt, contestant in tqdm(
-            turns, "drawing", unit="picture", disable=not self.state.is_main_process
-        ):
+        for prompt, contestant in progress(turns, "picture", "drawing", self.state.is_main_process):
             try:
                 self._draw(prompt, contestant)
             except Exception:  # the others can still be drawn; this one is tried again at the next run
@@ -212,8 +217,10 @@ class Experiment:
         """One whole uncached picture, and a few steps of each method, untimed."""
         few = self.call | {"num_inference_steps": min(4, self.args.steps), "output_type": "latent"}
         draw(self.pipeline, self.contestants[0].config, 0, prompt=prompt.text, **self.call)
-        for config in {c.config.name: c.config for c in self.contestants}.values():
-            draw(self.pipeline, config, 0, prompt=prompt.text, **few)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*too few steps")  # of these four
+            for config in {c.config.name: c.config for c in self.contestants}.values():
+                draw(self.pipeline, config, 0, prompt=prompt.text, **few)
 
     def _draw(self, prompt: Prompt, contestant: Contestant) -> None:
         seed = self.args.seed if prompt.seed is None else prompt.seed
@@ -261,7 +268,7 @@ class Experiment:
                     continue  # could not be drawn
                 if (keep.read_json(self.score_path(key)) or {}).get("how") != mine:
                     tasks.append((key, base, mine))
-        for key, base, mine in tqdm(tasks, "scoring", unit="picture", disable=not self.state.is_main_process):
+        for key, base, mine in progress(tasks, "picture", "scoring", self.state.is_main_process):
             image, uncached = Image.open(self.image_path(key)), Image.open(self.image_path(base))
             score = {
                 "how": mine,

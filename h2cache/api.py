@@ -152,15 +152,16 @@ def summary(target: Any) -> Summary:
     Raises ValueError when no cache is enabled on `target`.
     """
     requests = _newest_requests(target)
-    name = _attachments_of(target)[0].config.name
+    config = _attachments_of(target)[0].config
     held = max(request.most_bytes_held for request in requests)  # of two transformers one after the other
     needed = sum(request.bytes_needed for request in requests)
     return summarise(
-        name,
+        config.name,
         step_records(target),
         held,
         needed,
         requests[0].reason,
+        reuses=config.reuses,
         bytes_of_all=sum(attachment.requests.bytes_held for attachment in _attachments_of(target)),
         notes=tuple(dict.fromkeys(note for request in requests for note in request.notes)),
         **_expectation(requests),

@@ -54,6 +54,7 @@ class MethodConfig(ABC):
 
     name: ClassVar[str]  # as written in records and tables
     outputs_held: ClassVar[int] = 0  # of the model, in each branch, by a method that requires "whole"
+    reuses: ClassVar[bool] = True  # False: a control that runs everything, so that no hit is no surprise
     instead: ClassVar[str] = ""  # what to use of an engine that cannot give that, as the end of a sentence
 
     @property

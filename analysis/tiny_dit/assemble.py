@@ -14,21 +14,18 @@ from pathlib import Path
 
 from diffusers import AutoencoderKL, DiTPipeline
 
-from analysis.tiny_dit.digits import NAMES, SIDE
+from analysis.tiny_dit.digits import NAMES
 from analysis.tiny_dit.train import load_transformer, scheduler
 
-STEPS, GUIDANCE, EXAMPLE = 50, 4.0, "seven"
+STEPS, GUIDANCE, EXAMPLE = 50, 1.5, "seven"
 
 
 def limits() -> dict:
     """What the model can be asked for, and with which settings, in the form the command line reads."""
     return {
-        "height": [SIDE],
-        "width": [SIDE],
         "vocabulary": list(NAMES),
         "example": EXAMPLE,
-        "steps": STEPS,
-        "guidance": GUIDANCE,
+        "call": {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE},
         "cpu_threads": 1,  # so small a model only loses by sharing its work
     }
 

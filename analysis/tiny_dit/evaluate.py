@@ -133,10 +133,10 @@ def neighbour_sheet(neighbours: Neighbours, drawn: digits.Digits, count: int = 2
 
 
 def evaluate(args: argparse.Namespace) -> dict:
-    limits = json.loads((args.model / "limits.json").read_text())
+    usual = json.loads((args.model / "limits.json").read_text())["call"]["guidance_scale"]
     drawn, seconds, guided = {}, {}, {}
     for steps in sorted(args.steps):
-        drawn[steps], seconds[steps] = drawn_once(args, steps, limits["guidance"])
+        drawn[steps], seconds[steps] = drawn_once(args, steps, usual)
     for guidance in args.guidances:
         guided[guidance], _ = drawn_once(args, GUIDANCE_STEPS, guidance)
     judge = Judge.of(args.model / "judge")
@@ -148,7 +148,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     real |= {"equally_many": len(few), "frechet_equally_many": judge.distance(few)}
     copied = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(2))[: len(few)]
     varied = digits.vary(train_set.pictures[copied], torch.Generator().manual_seed(2))
-    result = {"machine": machine(), "guidance": limits["guidance"], "held_out_scans": real}
+    result = {"machine": machine(), "guidance": usual, "held_out_scans": real}
     result["varied_training_scans"] = scores(
         judge, neighbours, digits.Digits(varied, train_set.labels[copied]), real
     )

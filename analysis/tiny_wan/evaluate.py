@@ -309,11 +309,11 @@ class Drawer:
     def __init__(self, folder: str, guidance: float | None, negative: str | None) -> None:
         from diffusers import WanPipeline
 
-        self.limits = json.loads((Path(folder) / "limits.json").read_text())
+        self.usual = json.loads((Path(folder) / "limits.json").read_text())["call"]
         self.pipe = WanPipeline.from_pretrained(folder)
         self.pipe.set_progress_bar_config(disable=True)
-        self.guidance = self.limits["guidance_scale"] if guidance is None else guidance
-        self.negative = self.limits["negative_prompt"] if negative is None else negative
+        self.guidance = self.usual["guidance_scale"] if guidance is None else guidance
+        self.negative = self.usual["negative_prompt"] if negative is None else negative
 
     def __call__(self, prompts: list[str], seeds: list[int], steps: int) -> list[np.ndarray]:
         drawn = self.pipe(
@@ -324,7 +324,7 @@ class Drawer:
             num_frames=FRAMES,
             num_inference_steps=steps,
             guidance_scale=self.guidance,
-            max_sequence_length=self.limits["max_sequence_length"],
+            max_sequence_length=self.usual["max_sequence_length"],
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
         ).frames
         return list((drawn * 255).round().astype(np.uint8))
@@ -373,7 +373,7 @@ def main() -> None:
     }
     if drawer is not None:
         record |= {"guidance_scale": drawer.guidance, "negative_prompt": drawer.negative}
-    counts = args.steps or ([0] if drawer is None else [drawer.limits["num_inference_steps"]])
+    counts = args.steps or ([0] if drawer is None else [drawer.usual["num_inference_steps"]])
     summaries = {}
     for steps in counts:
         drawn = draw_all(args, specs, steps, drawer)

@@ -18,10 +18,10 @@ def test_memory_is_told_before_the_run(capsys):
 @pytest.mark.parametrize(
     ("broken", "message"),
     [
-        (["--width", "0"], "--width 0: at least 1"),
-        (["--out-channels", "0"], "--out-channels 0: at least 1"),
+        (["--width", "0"], "--width: 0: a whole number from 1"),
+        (["--out-channels", "0"], "--out-channels: 0: a whole"),
         (["--double", "0", "--single", "0"], "one block at least"),
-        (["--free-gib", "-1"], "--free-gib -1.0"),
+        (["--free-gib", "-1"], "--free-gib: -1"),
     ],
 )
 def test_sizes_that_cannot_be_are_refused(capsys, broken, message):

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+import run
+from analysis.runs import Limits
 from analysis.tiny_wan import clips, evaluate
 from analysis.tiny_wan.latents import from_latent, to_latent
 
-MODEL = Path(__file__).parents[1] / "assets/tiny_wan"
+MODEL = Path(__file__).parents[2] / "assets/tiny_wan"
 EXAMPLES = {
     "a red circle moves left over a green background": clips.ClipSpec(
         "green", (clips.Thing("red", "circle", "moves left"),)
@@ -61,7 +64,6 @@ def test_the_first_latent_frame_knows_the_first_frame_only():
     assert from_latent(to_latent(frames)).shape == frames.shape
 
 
-@pytest.mark.skipif(not MODEL.exists(), reason="the weights are not in this checkout")
 def test_the_shipped_folder_loads_in_one_precision_and_draws():
     from diffusers import WanPipeline
 
@@ -70,13 +72,28 @@ def test_the_shipped_folder_loads_in_one_precision_and_draws():
     parts = (pipe.text_encoder, pipe.transformer, pipe.vae)
     assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.float32}
     limits = json.loads((MODEL / "limits.json").read_text())
-    given = {
-        "height": limits["height"][0],
-        "width": limits["width"][0],
-        "num_frames": limits["num_frames"][0],
-    }
-    given |= {name: limits[name] for name in ("negative_prompt", "guidance_scale", "max_sequence_length")}
+    given = limits["call"] | {"height": limits["height"][0], "width": limits["width"][0]}
     seeded = torch.Generator().manual_seed(0)
-    clip = pipe(limits["example"], num_inference_steps=6, generator=seeded, **given).frames[0]
+    clip = pipe(limits["example"], generator=seeded, **given | {"num_inference_steps": 6}).frames[0]
     assert clip.shape == (17, 64, 64, 3)
     assert evaluate.check((clip * 255).round().astype(np.uint8), EXAMPLES[limits["example"]])["background_ok"]
+
+
+def test_run_draws_it_without_further_arguments(tmp_path, capsys):
+    """But for the steps, which would take long; a cached clip shows the same background."""
+    command = ["--model", str(MODEL), "--out", str(tmp_path), "--steps", "8", "--speedup", "2"]
+    assert run.main(command) == 0
+    assert "warning" not in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["guidance"]) for row in rows] == [("none", 3.0), ("plan", 3.0)]
+    strip = np.asarray(Image.open(tmp_path / rows[1]["file"]))
+    frames = np.stack(np.split(strip, clips.FRAMES, axis=1))
+    assert frames.shape == (17, 64, 64, 3)
+    assert evaluate.check(frames, EXAMPLES[rows[1]["prompt"]])["background_ok"]
+
+
+def test_run_says_what_it_cannot_draw():
+    limits = Limits.of(str(MODEL))
+    assert not limits.warnings("the word CAFE scrolls up over a blue background")
+    assert "castle" in limits.warnings("the word CAFE over a castle")[0]
+    assert "TOOLONG" in limits.warnings("the word TOOLONG over a blue background")[0]

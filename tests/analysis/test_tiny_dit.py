@@ -1,15 +1,18 @@
 """The tiny DiT: its data, judge, training and the shipped folder."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiTPipeline
+from PIL import Image
 
+import run
 from analysis.tiny_dit import assemble, digits, train, vae
 from analysis.tiny_dit.classifier import Judge, frechet
 
-SHIPPED = Path(__file__).parents[1] / "assets/tiny_dit"
+SHIPPED = Path(__file__).parents[2] / "assets/tiny_dit"
 SMALL = ["--width", "16", "--layers", "2", "--batch", "8", "--copies", "2"]
 
 
@@ -20,7 +23,7 @@ def pipe() -> DiTPipeline:
     return found
 
 
-def draw(pipe: DiTPipeline, name: str, steps: int, guidance: float = 4.0, seed: int = 0):
+def draw(pipe: DiTPipeline, name: str, steps: int, guidance: float = 1.5, seed: int = 0):
     generator = torch.Generator().manual_seed(seed)
     labels = pipe.get_label_ids([name])
     found = pipe(labels, guidance_scale=guidance, generator=generator, num_inference_steps=steps)
@@ -55,7 +58,8 @@ def test_draws_in_two_steps(pipe, guidance):
 
 def test_draws_the_digit_asked_for(pipe):
     limits = assemble.limits()
-    picture = draw(pipe, limits["example"], limits["steps"], limits["guidance"])
+    usual = limits["call"]
+    picture = draw(pipe, limits["example"], usual["num_inference_steps"], usual["guidance_scale"])
     assert Judge.of(SHIPPED / "judge").classes([picture]) == pipe.get_label_ids([limits["example"]])
 
 
@@ -84,6 +88,20 @@ def test_frechet_distance_of_shifted_points_is_the_shift():
     mean, covariance = points.mean(0), torch.cov(points.T)
     assert frechet(mean, covariance, points) == pytest.approx(0, abs=1e-5)
     assert frechet(mean, covariance, points + 2) == pytest.approx(20, rel=1e-4)
+
+
+def test_run_draws_it_without_further_arguments(tmp_path, capsys):
+    """But for the steps."""
+    command = ["--model", str(SHIPPED), "--out", str(tmp_path), "--steps", "10", "--speedup", "2"]
+    assert run.main(command) == 0
+    assert "warning" not in capsys.readouterr().err
+    rows = [json.loads(line) for line in (tmp_path / "records.jsonl").read_text().splitlines()]
+    assert [(row["method"], row["guidance"], row["prompt"]) for row in rows] == [
+        ("none", 1.5, "seven"),
+        ("plan", 1.5, "seven"),
+    ]
+    pictures = [Image.open(tmp_path / row["file"]) for row in rows]
+    assert Judge.of(SHIPPED / "judge").classes(pictures) == [7, 7]
 
 
 @pytest.fixture(scope="module")
