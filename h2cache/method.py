@@ -61,7 +61,7 @@ class MethodConfig(ABC):
 
     @property
     def undivided(self) -> str:
-        """Why all tokens of a picture must be in one process, as the beginning of a sentence; empty: no need."""
+        """Why a picture's tokens must all be in one process, to begin a sentence with; empty: no need."""
         return ""
 
     @property
