@@ -8,7 +8,8 @@
 is the mean over frames, and flicker the mean error of the change from frame to frame, in levels of 8 bits.
 
 A method's value at a ratio of blocks is that of the setting within 3 % of it; else it lies, picture by
-picture, on the line between its two nearest settings. Intervals are 95 % bootstrap over pictures, of paired differences.
+picture, on the line between its two nearest settings. Intervals are 95 % bootstrap over pictures, of paired
+differences.
 """
 
 from __future__ import annotations
