@@ -25,7 +25,7 @@ from torch import Tensor
 
 from h2cache import weights
 from h2cache.program import Stream
-from h2cache.similarity import sample_mask
+from h2cache.similarity import sample_mask, settled
 
 
 class Predictor(Protocol):
@@ -50,7 +50,7 @@ class LastResidual:
             residual = residual.map(
                 lambda new, old: torch.where(sample_mask(kept, new), old, new), self.residual
             )
-        self.residual = residual.map(torch.Tensor.detach)
+        self.residual = residual.map(settled)
 
     def predict(self, at: float = 0.0, kept: Sequence[bool] = (), step_length: float = 1.0) -> Stream:
         """The stand-in for the skipped blocks, to be added to the head's fresh output."""
@@ -86,7 +86,7 @@ class Forecast:
 
     def learn(self, residual: Stream, at: float = 0.0, kept: Sequence[bool] = ()) -> None:
         """Store a computed residual with its time; a second one of the same time replaces the first."""
-        residual = residual.map(torch.Tensor.detach)
+        residual = residual.map(settled)
         batch = residual.img.shape[0]
         if not self.times:
             self.times = [[] for _ in range(batch)]
