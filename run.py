@@ -17,6 +17,9 @@ import argparse
 import sys
 from pathlib import Path
 
+import analysis  # noqa: F401  first: from here on Ctrl-C is one line
+
+# isort: split
 import torch
 from tqdm import tqdm
 
@@ -24,8 +27,9 @@ from analysis import keep
 from analysis.families import add_family_arguments
 from analysis.gallery import HEADER, Gallery, table_line
 from analysis.loading import add_loading_arguments, load
+from analysis.options import Parser, at_least_one, seed, side
 from analysis.prompts import Prompt, read_prompts
-from analysis.runs import Limits, default_device, prepare, warm_up
+from analysis.runs import Limits, default_device, prepare, require_memory, warm_up
 from analysis.scripts import TINY, check_prompts, chosen, guarded, size_of, warn
 from h2cache import find_method, method_names
 from h2cache.presets import PRESETS
@@ -34,7 +38,7 @@ PROMPT = 'a red round sign that says "CAFE" on a striped green background'
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = Parser(__doc__, formatter_class=argparse.RawTextHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--prompt", help="what to draw (default: the model's example)")
     what.add_argument("--prompts", type=Path, help=".txt, one a line; or .jsonl with prompt or image_caption")
@@ -47,24 +51,25 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tau1", help="structure threshold, >= 0")
     parser.add_argument("--tau2", help="detail threshold, >= 0")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other field")
-    parser.add_argument("--steps", type=int, help="default: the model's, else 50")
-    parser.add_argument("--seed", type=int, default=0, help="the same for every prompt (default: 0)")
-    parser.add_argument("--height", type=int, help="pixels (default: the model's)")
-    parser.add_argument("--width", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--steps", type=at_least_one, help="default: the model's, else 50")
+    parser.add_argument("--seed", type=seed, default=0, help="the same for every prompt (default: 0)")
+    parser.add_argument("--height", type=side, help="pixels (default: the model's)")
+    parser.add_argument("--width", type=side, help="pixels (default: the model's)")
     add_family_arguments(parser)
     add_loading_arguments(parser, default_device())
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
     parser.add_argument("--no-compare", action="store_true", help="do not draw the uncached image")
-    args = parser.parse_args(argv)
-    wrong = args.steps is not None and args.steps < 1
-    return parser.error(f"--steps {args.steps}: at least one is needed") if wrong else args
+    return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
     contestants, uncached = chosen(args), find_method("none")()
     limits = Limits.of(args.model)
     limits.check_size(args.height, args.width)
+    require_memory(args.height, args.width, args.frames)
     args.steps = args.steps or limits.call.get("num_inference_steps", 50)
+    if args.steps == 1:
+        warn("--steps 1: a cache reuses what earlier steps computed, so nothing can be skipped")
     alone = Prompt("picture", args.prompt or limits.example or PROMPT)
     prompts = read_prompts(args.prompts) if args.prompts else [alone]
     check_prompts(limits, prompts)
@@ -77,19 +82,22 @@ def run(args: argparse.Namespace) -> None:
     for _, preset in contestants:
         if preset and (text := preset.mismatch(args.model, args.steps, size_of(call))):
             warn(text)
-    pipeline.set_progress_bar_config(delay=3, leave=False)  # seen only where a picture takes longer
+    pipeline.set_progress_bar_config(
+        delay=3, leave=False, disable=None
+    )  # seen only where a picture takes longer
     configs = [config for config, _ in contestants]
     for config in configs:
         print(warm_up(pipeline, config, call | {"prompt": prompts[0].text}))
     call["num_inference_steps"] = args.steps
     gallery = Gallery(args.out, pipeline, name, call, bool(args.prompts), further)
     print(HEADER)
-    for prompt in tqdm(prompts, unit="picture", delay=3, leave=False, disable=len(prompts) == 1):
+    for prompt in tqdm(prompts, unit="picture", delay=3, leave=False, disable=len(prompts) == 1 or None):
         only = args.no_compare or configs == [uncached]
         for row in gallery.row(prompt, None if only else uncached, configs, args.seed):
             tqdm.write(table_line(row))
-            if row["warning"]:
+            if row.get("warning"):
                 warn(row["warning"])
+    keep.tidy(args.out / "records.jsonl")
     print(f"pictures and records.jsonl are in {args.out}/")
 
 

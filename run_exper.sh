@@ -9,7 +9,9 @@
 # Everything else is passed on to `python -m analysis.experiment` (see its --help). With several GPUs the prompts are
 # divided. A run that was stopped goes on where it ended. Results: outputs/experiment, or --out DIR.
 set -euo pipefail
-cd "$(dirname "$0")"
+checkout=$(CDPATH='' cd -- "$(dirname -- "$0")" && pwd)
+# The user's folder stays the one that paths begin at, and nothing in it is taken for ours.
+export PYTHONPATH="$checkout${PYTHONPATH:+:$PYTHONPATH}" PYTHONSAFEPATH=1
 
 arguments=()
 for argument in "$@"; do
@@ -31,7 +33,17 @@ if [ -z "$python" ]; then
     echo "error: neither python nor python3 is on the PATH" >&2
     exit 2
 fi
-gpus=$("$python" -c 'import torch; a = torch.accelerator; print(a.device_count() if a.is_available() else 0)')
+trap 'echo "stopped: nothing has begun" >&2; exit 130' INT
+gpus=$("$python" -c '
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+try:
+    import torch
+except ImportError as error:
+    sys.exit(f"error: {error}: pip install -r requirements.txt")
+a = torch.accelerator
+print(a.device_count() if a.is_available() else 0)') || exit 2
+trap - INT
 # ${x[@]+"${x[@]}"}: bash before 4.4 (macOS) calls an empty array unbound.
 if [ "$gpus" -gt 1 ]; then
     exec "$python" -m torch.distributed.run --nproc_per_node "$gpus" \

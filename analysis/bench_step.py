@@ -25,8 +25,9 @@ from diffusers import FluxTransformer2DModel
 
 import h2cache
 from analysis import keep
-from analysis.loading import add_loading_arguments, choose_engine, load_quantized
-from analysis.runs import DTYPE, check_device, default_device
+from analysis.loading import add_loading_arguments, check_loading, load_quantized
+from analysis.options import Parser, at_least_one, whole
+from analysis.runs import DTYPE, default_device, require_memory
 from analysis.scripts import TINY, guarded, is_embedded
 from h2cache import H2Config
 
@@ -41,37 +42,31 @@ KINDS = {  # thresholds that make every step but the first one of this kind
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
     add_loading_arguments(parser, default_device())
     parser.add_argument("--v1", action="store_true", help="nunchaku's V1, where V2 would do")
-    parser.add_argument("--side", type=int, default=None, help="of the image, in pixels (default: 1024)")
-    parser.add_argument("--text", type=int, default=None, help="text tokens (default: 512)")
-    parser.add_argument("--rounds", type=int, default=10)
-    parser.add_argument("--burst", type=int, default=5, help="steps timed together")
+    parser.add_argument("--side", type=whole(16), help="of the image, in pixels (default: 1024)")
+    parser.add_argument("--text", type=at_least_one, help="text tokens (default: 512)")
+    parser.add_argument("--rounds", type=at_least_one, default=10)
+    parser.add_argument("--burst", type=at_least_one, default=5, help="steps timed together")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
-    args = parser.parse_args(argv)
-    for name in ("rounds", "burst", "side", "text"):
-        value = getattr(args, name)
-        if value is not None and value < (16 if name == "side" else 1):
-            parser.error(f"--{name} {value}: too small")
-    return args
+    return parser.parse_args(argv)
 
 
 def load_transformer(args: argparse.Namespace) -> torch.nn.Module:
     """The transformer that `args` ask for, without the rest of its pipeline."""
-    check_device(args.device)
-    if choose_engine(args.engine, args.model, args.checkpoint, args.device) == "nunchaku":
+    if check_loading(args, args.device) == "nunchaku":
         return load_quantized(args, args.device, v1=args.v1)[0]
+    if args.v1 or args.lora or args.offload:
+        raise ValueError("--v1, --lora and --offload are measured with --engine nunchaku only")
     dtype = args.dtype or ("float32" if torch.device(args.device).type == "cpu" else "bfloat16")
     if not Path(args.model).expanduser().exists() and not HUB_ID.fullmatch(args.model):
         raise FileNotFoundError(
             f"no model folder {args.model!r}, and it has not the form owner/name of a hub id"
         )
     model = FluxTransformer2DModel.from_pretrained(
-        args.model, subfolder="transformer", **{DTYPE: getattr(torch, dtype)}
+        args.model, subfolder="transformer", use_safetensors=True, **{DTYPE: getattr(torch, dtype)}
     )
     return model.to(args.device).eval()
 
@@ -176,6 +171,9 @@ def measure(bench: Bench, rounds: int) -> list[dict]:
 
 
 def run(args: argparse.Namespace) -> int:
+    require_memory(args.side, args.side)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
     transformer = load_transformer(args)
     embedded = is_embedded(args.model)
     side, text = args.side or (128 if embedded else 1024), args.text or (24 if embedded else 512)

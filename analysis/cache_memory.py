@@ -10,8 +10,7 @@ Bytes for each guidance branch beside the model and its activations, with the de
 
 from __future__ import annotations
 
-import argparse
-
+from analysis.options import Parser, not_negative, whole
 from analysis.settings import parse_settings
 from h2cache import find_method, method_names
 from h2cache.method import Shape
@@ -27,31 +26,28 @@ VARIANTS = (
 )
 
 
+BIG = 2**40  # of numbers that are only multiplied
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--double", type=whole(0, BIG), default=19, help="double blocks, or those of the structure stage"
     )
     parser.add_argument(
-        "--double", type=int, default=19, help="double blocks, or those of the structure stage"
+        "--single", type=whole(0, BIG), default=38, help="single blocks, or those of the detail stage"
     )
-    parser.add_argument("--single", type=int, default=38, help="single blocks, or those of the detail stage")
-    parser.add_argument("--img", type=int, default=4096, help="image tokens")
-    parser.add_argument("--txt", type=int, default=512, help="text tokens")
-    parser.add_argument("--width", type=int, default=3072)
-    parser.add_argument("--out-channels", type=int, default=64)
-    parser.add_argument("--itemsize", type=int, default=2, help="bytes of a number")
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--img", type=whole(1, BIG), default=4096, help="image tokens")
+    parser.add_argument("--txt", type=whole(0, BIG), default=512, help="text tokens")
+    parser.add_argument("--width", type=whole(1, BIG), default=3072)
+    parser.add_argument("--out-channels", type=whole(1, BIG), default=64)
+    parser.add_argument("--itemsize", type=whole(1, BIG), default=2, help="bytes of a number")
+    parser.add_argument("--batch", type=whole(1, BIG), default=1)
     parser.add_argument("--set", nargs="+", default=VARIANTS, metavar="METHOD:KEY=VALUE[:KEY=VALUE...]")
-    parser.add_argument("--free-gib", type=float)
+    parser.add_argument("--free-gib", type=not_negative)
     args = parser.parse_args(argv)
-    least = {"double": 0, "single": 0, "txt": 0, "img": 1, "width": 1, "out_channels": 1, "itemsize": 1}
-    for name, low in (least | {"batch": 1}).items():
-        if getattr(args, name) < low:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)}: at least {low} is needed")
     if args.double + args.single == 0:
         parser.error("--double 0 --single 0: one block at least is needed")
-    if args.free_gib is not None and not args.free_gib >= 0:
-        parser.error(f"--free-gib {args.free_gib}: a size is not negative")
     shape = Shape(
         (args.double, args.single),
         args.img,

@@ -21,15 +21,15 @@ from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, median
 
-from tqdm import tqdm
-
 from analysis import keep, ocr
 from analysis.families import add_family_arguments
 from analysis.loading import add_loading_arguments
 from analysis.metrics import ClipIqa, fidelity
+from analysis.options import Parser, at_least_one, number, seed, side
 from analysis.prompts import read_prompts
 from analysis.runs import default_device, draw
-from analysis.scripts import TINY, command_of, guarded, shard, shipped, start
+from analysis.saved import MAYBE, NUMBER, check_fields
+from analysis.scripts import TINY, command_of, guarded, progress, shard, shipped, start, warn
 from analysis.settings import parse_settings
 from h2cache import H2Config, find_method
 
@@ -38,21 +38,19 @@ WANTED = (2.0, 3.0, 4.0, 5.08, 6.0)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
     parser.add_argument("--prompts", type=Path, default=Path(shipped("assets/prompts/tiny32.jsonl")))
-    parser.add_argument("--tau1", type=float, nargs="+", default=GRID)
-    parser.add_argument("--tau2", type=float, nargs="+", default=GRID)
+    parser.add_argument("--tau1", type=number, nargs="+")
+    parser.add_argument("--tau2", type=number, nargs="+")
     parser.add_argument("--pairs", nargs="+", metavar="TAU1/TAU2[/HITS]", help="instead of the grid")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other field")
     parser.add_argument("--words", action="store_true", help="read the words back (OCR) in every image")
     parser.add_argument("--clip", help="also judge every image by CLIP-IQA: CLIP as a folder or hub id")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--height", type=int, help="pixels (default: the model's)")
-    parser.add_argument("--width", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--steps", type=at_least_one, default=50)
+    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--height", type=side, help="pixels (default: the model's)")
+    parser.add_argument("--width", type=side, help="pixels (default: the model's)")
     add_family_arguments(parser)
     add_loading_arguments(parser, default_device())
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th prompt")
@@ -60,14 +58,16 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--table", action="store_true", help="draw nothing, print what --out holds as Markdown"
     )
-    args = parser.parse_args(argv)
-    return args if args.steps > 0 else parser.error(f"--steps {args.steps}: at least one is needed")
+    return parser.parse_args(argv)
 
 
 def configurations(args: argparse.Namespace) -> list[H2Config]:
     """The settings that --pairs, or --tau1 and --tau2, and --set name."""
     others = parse_settings(H2Config, args.set)
-    pairs = args.pairs or ["/".join(map(str, pair)) for pair in itertools.product(args.tau1, args.tau2)]
+    if args.pairs and (args.tau1 or args.tau2):
+        raise ValueError("--pairs and --tau1 or --tau2 name the same thresholds: give one of them")
+    grid = itertools.product(args.tau1 or GRID, args.tau2 or GRID)
+    pairs = args.pairs or ["/".join(map(str, pair)) for pair in grid]
     configs = []
     for pair in pairs:
         parts = pair.split("/")
@@ -75,6 +75,10 @@ def configurations(args: argparse.Namespace) -> list[H2Config]:
             raise ValueError(f"--pairs {pair}: the form is TAU1/TAU2 or TAU1/TAU2/HITS, such as 0.3/0.1")
         names = ("tau1", "tau2", "max_consecutive_hits")
         given = [f"{name}={part}" for name, part in zip(names, parts, strict=False)]
+        if twice := [name for name in names[: len(parts)] if name in others]:
+            raise ValueError(
+                f"--set {twice[0]}={others[twice[0]]}: --pairs, or --tau1 and --tau2, say it already"
+            )
         configs.append(H2Config(**others | parse_settings(H2Config, given)))
     return configs
 
@@ -92,22 +96,22 @@ def measure(args: argparse.Namespace) -> dict:
     args.out.mkdir(parents=True, exist_ok=True)
     pipeline, _, call, settings = start(args, prompts)
     settings |= {"device": pipeline.device.type, "dtype": str(pipeline.dtype)}
-    settings |= {"words": args.words, "clip": args.clip}
-    path = args.out / f"records-{index}-of-{count}.jsonl"
-    rows, done = keep.read_records(path), {row["key"] for row in read(args.out)}
+    settings |= {"words": args.words, "clip": args.clip and keep.place(args.clip)}
+    path, earlier = args.out / f"records-{index}-of-{count}.jsonl", read(args.out)
+    settings = keep.as_before(settings, [row.get("settings") for row in earlier])
+    done = {row["key"] for row in earlier}
     draw(pipeline, contestants[0], 0, prompt=prompts[0].text, **call)  # warm-up, untimed
-    for number, prompt in enumerate(tqdm(prompts, unit="prompt")):
+    for turn, prompt in enumerate(progress(prompts, "prompt")):
         seed = args.seed if prompt.seed is None else prompt.seed
         fixed = settings | {"prompt": prompt.text, "seed": seed}
         keys = [keep.run_key(**fixed, config=repr(config)) for config in contestants]
         if done.issuperset(keys):
             continue
         # All pictures first, then the metrics: reading words would leave cold caches to the next picture.
-        turns = [
-            (number + n) % len(contestants) for n in range(len(contestants))
-        ]  # each prompt another order
+        turns = [(turn + n) % len(contestants) for n in range(len(contestants))]  # each prompt another order
         found = {n: draw(pipeline, contestants[n], seed, prompt=prompt.text, **call) for n in turns}
         drawn = [found[n] for n in range(len(contestants))]
+        rows = {}
         for key, config, result in zip(keys, contestants, drawn, strict=True):
             rows[key] = {
                 "key": key,
@@ -126,7 +130,8 @@ def measure(args: argparse.Namespace) -> dict:
                 "words": ocr.word_recall(prompt.words or (), result.image) if args.words else None,
                 "clip_iqa": clip(result.image) if clip else None,
             }
-        keep.write_records(path, rows)
+        keep.add_records(path, rows)
+    keep.tidy(path)
     return settings
 
 
@@ -219,7 +224,23 @@ def read(folder: Path) -> list[dict]:
     rows: dict[str, dict] = {}
     for path in sorted([*folder.glob("records-*.jsonl"), *folder.glob("records-*.jsonl.gz")]):
         rows |= keep.read_records(path)
-    return list(rows.values())
+    return [row for row in rows.values() if _usable(row, folder)]
+
+
+NEEDS = {"id": str, "method": str, "config": dict, "seconds": NUMBER, "seconds_uncached": NUMBER}
+NEEDS |= {"blocks_run": int, "psnr": MAYBE, "ssim": NUMBER, "words": MAYBE}
+
+
+def _usable(row: dict, folder: Path) -> bool:
+    """Whether a table can be made of `row`; says why not."""
+    try:
+        check_fields(row, NEEDS)
+        if row["seconds"] <= 0 or row["blocks_run"] <= 0:
+            raise ValueError("it took no time or ran no block")
+    except ValueError as error:
+        warn(f"{folder}: the record {row['key']} is left out: {error}")
+        return False
+    return True
 
 
 def tables(folder: Path) -> str:

@@ -3,7 +3,9 @@
     python -m analysis.experiment                                    # embedded model, its measured presets
     python -m analysis.experiment --limit 12 --methods none block_cache:threshold=0.1,0.2 h2cache:tau1=0.3,0.4
     python -m analysis.experiment --model black-forest-labs/FLUX.1-dev --prompts assets/prompts/cute80.jsonl
-    torchrun --nproc_per_node 4 -m analysis.experiment --model ...   # one process a GPU, prompts divided
+    python -m analysis.experiment --processes 4 --model ...         # one process for each of 4 GPUs
+    torchrun --nproc-per-node 4 -m analysis.experiment --model ...  # the same; on many machines give --out a
+                                                                    # folder that all of them see
 
 A contestant is METHOD or METHOD:KEY=VALUE[,VALUE...][:KEY=...], where several values make several, or the
 name of a preset. A method without settings is the model's measured preset. Contestants take turns prompt by
@@ -21,10 +23,10 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -33,17 +35,18 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from PIL import Image
-from tqdm import tqdm
 
 from analysis import keep, ocr
 from analysis.families import add_family_arguments
 from analysis.flops import count_step
 from analysis.loading import add_loading_arguments
 from analysis.metrics import ClipIqa, fidelity, lpips_model, more_fidelity
+from analysis.options import Parser, at_least_one, seed, side
 from analysis.prompts import Prompt, read_prompts
 from analysis.runs import default_device, draw
-from analysis.scripts import TINY, command_of, guarded, is_embedded, shipped, size_of, start, warn
+from analysis.scripts import TINY, command_of, guarded, is_embedded, progress, shipped, size_of, start, warn
 from analysis.settings import parse_settings
+from analysis.sharing import is_one_of_many, launch, shared
 from analysis.table import write_tables
 from h2cache import MethodConfig, find_method
 from h2cache.api import checkpoint_name
@@ -56,28 +59,25 @@ OURS = ("plan", "plan:file=none")  # the plan, tuned and by its default grid
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
     parser.add_argument(
         "--prompts", type=Path, help="default: our 80 for CUTE80, its short words for the embedded"
     )
-    parser.add_argument("--limit", type=int, help="only the first N prompts")
+    parser.add_argument("--limit", type=at_least_one, help="only the first N prompts")
     parser.add_argument("--methods", nargs="+", metavar="METHOD[:KEY=VALUE...]")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="the same for every prompt, as in the paper")
-    parser.add_argument("--height", type=int)
-    parser.add_argument("--width", type=int)
+    parser.add_argument("--steps", type=at_least_one, default=50)
+    parser.add_argument("--seed", type=seed, default=0, help="the same for every prompt, as in the paper")
+    parser.add_argument("--height", type=side)
+    parser.add_argument("--width", type=side)
     add_family_arguments(parser)
     add_loading_arguments(parser, None)  # one accelerator for each process
     parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id (default: the hub's cache)")
     parser.add_argument("--no-words", action="store_true", help="do not read the words back (OCR)")
+    parser.add_argument("--processes", type=at_least_one, default=1, help="of this machine, sharing the work")
     parser.add_argument("--out", type=Path, default=Path("outputs/experiment"))
     args = parser.parse_args(argv)
     args.methods = args.methods or [*PAPER, *OURS]
-    if args.steps < 1 or (args.limit is not None and args.limit < 1):
-        parser.error("--steps and --limit must be at least 1")
     return args
 
 
@@ -128,12 +128,15 @@ class Experiment:
 
     def __init__(self, args: argparse.Namespace, state: PartialState) -> None:
         self.args, self.state = args, state
+        args.out.mkdir(parents=True, exist_ok=True)
         path = args.prompts or (CUTE80_TINY if is_embedded(args.model) else CUTE80)
         self.prompts = read_prompts(path)[: args.limit]
         self.unread = None if args.no_words else ocr.problem()
         if args.clip:
             ClipIqa(args.clip)  # before the hours of drawing: OSError with what to do
-        device = args.device or (str(state.device) if state.num_processes > 1 else default_device())
+        device = args.device
+        if device is None:
+            device = str(state.device) if state.num_processes > 1 else default_device()
         shown = self.prompts if state.is_main_process else ()
         self.pipeline, _, self.call, settings = start(args, shown, device)
         self.contestants = contestants(args.methods, args.model, checkpoint_name(self.pipeline))
@@ -143,6 +146,8 @@ class Experiment:
             "dtype": str(self.pipeline.dtype),
             "processes": state.num_processes,
         }
+        earlier = [keep.read_json(path) for path in (args.out / "runs").glob("*/settings.json")]
+        self.settings = keep.as_before(self.settings, earlier)
         self.folder = args.out / "runs" / keep.run_key(**self.settings)[:8]
 
     def warn(self) -> None:
@@ -156,7 +161,7 @@ class Experiment:
 
     def prepare(self) -> None:
         """Make the folders; check the disk; count operations."""
-        for name in ("images", "rows", "scores"):
+        for name in ("images", "rows", "scores", "taken"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         keep.sweep(self.folder)
         keep.write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
@@ -183,41 +188,44 @@ class Experiment:
     def score_path(self, key: str) -> Path:
         return self.folder / "scores" / f"{key}.json"
 
-    def mine(self) -> list[tuple[int, Prompt]]:
-        """The prompts of this process, with their numbers."""
-        with self.state.split_between_processes(list(enumerate(self.prompts))) as part:
-            return part
+    def drawn(self, key: str) -> bool:
+        """Whether the row and the picture are there, and whole."""
+        row = keep.read_json(self.row_path(key))
+        return row is not None and keep.whole_picture(self.image_path(key)) is not None
 
     def draw(self) -> int:
-        """Draw every missing picture of this process; returns how many could not be drawn."""
+        """Draw the missing pictures, with all processes; returns how many could not be drawn."""
         turns = []
-        for number, prompt in self.mine():
+        for number, prompt in enumerate(self.prompts):
             shift = number % len(self.contestants)
             order = self.contestants[shift:] + self.contestants[:shift]
-            turns += [(prompt, c) for c in order if not self.row_path(self.key(prompt, c)).is_file()]
+            turns += [(self.key(prompt, c), prompt, c) for c in order]
+        turns = [turn for turn in turns if not self.drawn(turn[0])]
         if turns:
-            self._warm_up(turns[0][0])
-        failed = 0
-        for prompt, contestant in tqdm(
-            turns, "drawing", unit="picture", disable=not self.state.is_main_process
-        ):
+            self._warm_up(turns[0][1])
+        for key, prompt, contestant in self.share(turns, "drawing", self.drawn):
             try:
-                self._draw(prompt, contestant)
+                self._draw(key, prompt, contestant)
             except Exception:  # the others can still be drawn; this one is tried again at the next run
-                failed += 1
                 print(f"{prompt.id} by {contestant.label} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        return failed
+        return sum(not self.drawn(key) for key, *_ in turns)
+
+    def share(self, tasks: list[tuple], what: str, done: Callable[[str], bool]) -> Iterator[tuple]:
+        """Those of `tasks`, by key, that this process takes on, until all are `done`."""
+        taken = shared(tasks, self.folder / "taken", lambda task: task[0], lambda task: done(task[0]))
+        yield from progress(taken, "picture", what, self.state.is_main_process, total=len(tasks))
 
     def _warm_up(self, prompt: Prompt) -> None:
         """One whole uncached picture, and a few steps of each method, untimed."""
         few = self.call | {"num_inference_steps": min(4, self.args.steps), "output_type": "latent"}
         draw(self.pipeline, self.contestants[0].config, 0, prompt=prompt.text, **self.call)
-        for config in {c.config.name: c.config for c in self.contestants}.values():
-            draw(self.pipeline, config, 0, prompt=prompt.text, **few)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*too few steps")  # of these four
+            for config in {c.config.name: c.config for c in self.contestants}.values():
+                draw(self.pipeline, config, 0, prompt=prompt.text, **few)
 
-    def _draw(self, prompt: Prompt, contestant: Contestant) -> None:
+    def _draw(self, key: str, prompt: Prompt, contestant: Contestant) -> None:
         seed = self.args.seed if prompt.seed is None else prompt.seed
-        key = self.key(prompt, contestant)
         drawn = draw(self.pipeline, contestant.config, seed, prompt=prompt.text, **self.call)
         path = self.image_path(key)
         keep.save_png(path, drawn.image)
@@ -241,7 +249,7 @@ class Experiment:
         keep.write_json(self.row_path(key), row)
 
     def score(self) -> None:
-        """Compare every picture of this process that has not been compared in this way."""
+        """Compare the pictures that have not been compared in this way, with all processes."""
         clip, reason = None, None
         try:
             clip = ClipIqa(self.args.clip)
@@ -251,17 +259,18 @@ class Experiment:
             reason = str(error)
         read = not self.args.no_words and self.unread is None
         how = {"clip": [clip.name, self.args.clip] if clip else None, "lpips": lpips_model() is not None}
-        tasks = []
-        for _, prompt in self.mine():
+        tasks, ways = [], {}
+        for prompt in self.prompts:
             base = self.key(prompt, self.contestants[0])
             mine = how | {"words": list(prompt.words or ()) if read else None}
             for contestant in self.contestants:
                 key = self.key(prompt, contestant)
                 if not (self.row_path(key).is_file() and self.row_path(base).is_file()):
                     continue  # could not be drawn
-                if (keep.read_json(self.score_path(key)) or {}).get("how") != mine:
+                ways[key] = mine
+                if not self.scored(key, mine):
                     tasks.append((key, base, mine))
-        for key, base, mine in tqdm(tasks, "scoring", unit="picture", disable=not self.state.is_main_process):
+        for key, base, mine in self.share(tasks, "scoring", lambda key: self.scored(key, ways[key])):
             image, uncached = Image.open(self.image_path(key)), Image.open(self.image_path(base))
             score = {
                 "how": mine,
@@ -273,6 +282,10 @@ class Experiment:
                 "clip_iqa_reason": reason,
             }
             keep.write_json(self.score_path(key), score)
+
+    def scored(self, key: str, how: dict[str, Any]) -> bool:
+        """Whether a picture has been compared in this way."""
+        return (keep.read_json(self.score_path(key)) or {}).get("how") == how
 
     def rows(self) -> list[dict]:
         """All finished rows of the asked contestants and prompts, with their scores, in their order."""
@@ -287,7 +300,7 @@ class Experiment:
 
 def run(args: argparse.Namespace, command: str) -> int:
     state = PartialState(cpu=not torch.accelerator.is_available())
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and state.num_processes == 1:
+    if is_one_of_many() and state.num_processes == 1:
         raise ValueError("WORLD_SIZE is above 1 but this process is alone: start it with torchrun")
     experiment = Experiment(args, state)
     if state.is_main_process:
@@ -295,10 +308,8 @@ def run(args: argparse.Namespace, command: str) -> int:
         print(f"{len(experiment.prompts)} prompts by {labels}, kept in {experiment.folder}")
         experiment.warn()
     experiment.prepare()
-    failed = experiment.draw()
-    state.wait_for_everyone()
+    failed = experiment.draw()  # returns when all processes are done
     experiment.score()
-    state.wait_for_everyone()
     if state.is_main_process:
         rows = experiment.rows()
         print(write_tables(args.out, experiment.folder / "images", rows, experiment.settings, command))
@@ -311,6 +322,8 @@ def run(args: argparse.Namespace, command: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     command = command_of("experiment", argv)
+    if args.processes > 1 and not is_one_of_many():
+        return launch("analysis.experiment", sys.argv[1:] if argv is None else argv, args.processes)
     return guarded(
         lambda: run(args, command), f"the same command goes on; what is finished is in {args.out}/"
     )

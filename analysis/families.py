@@ -14,16 +14,18 @@ from diffusers.utils import export_to_video
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from analysis.options import at_least_one, finite
+
 # Arguments that take the picture a user gives, in this order; VACE takes references in a list.
 PICTURE = ("image", "control_image", "reference_images")
 
 
 def add_family_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that `runs.prepare` reads, besides the size."""
-    parser.add_argument("--guidance", type=float, help="default: the pipeline's own")
+    parser.add_argument("--guidance", type=finite, help="default: the pipeline's own")
     parser.add_argument("--negative-prompt", help="what to guide away from, where the family can")
-    parser.add_argument("--true-cfg", type=float, help="how strongly, with --negative-prompt")
-    parser.add_argument("--frames", type=int, help="of a video (default: the pipeline's own)")
+    parser.add_argument("--true-cfg", type=finite, help="how strongly, with --negative-prompt")
+    parser.add_argument("--frames", type=at_least_one, help="of a video (default: the pipeline's own)")
     parser.add_argument("--input-image", type=Path, help="picture to begin with, to edit or to animate")
 
 
@@ -90,7 +92,11 @@ def guidance_arguments(
 ) -> dict[str, Any]:
     """--guidance, --negative-prompt and --true-cfg as arguments of `pipeline`'s call, or its defaults."""
     given = {"guidance_scale": guidance, "negative_prompt": negative, "true_cfg_scale": true_cfg}
-    words = {"negative_prompt": "--negative-prompt", "true_cfg_scale": "--true-cfg"}
+    words = {
+        "guidance_scale": "--guidance",
+        "negative_prompt": "--negative-prompt",
+        "true_cfg_scale": "--true-cfg",
+    }
     for name, option in words.items():
         if given[name] is not None and not takes(pipeline, name):
             raise ValueError(f"{option}: {type(pipeline).__name__} takes none")

@@ -20,11 +20,11 @@ import diffusers
 import torch
 import transformers
 from diffusers import DiffusionPipeline
-from tqdm import tqdm
 
 import h2cache
 from analysis import keep
-from analysis.scripts import command_of, guarded, shipped
+from analysis.options import Parser
+from analysis.scripts import command_of, guarded, progress, shipped
 from analysis.settings import parse_settings
 from analysis.tiny_families import FAMILIES
 from h2cache import MethodConfig, find_method, method_names
@@ -47,9 +47,7 @@ VARIANTS = (  # what is proposed where a method is refused
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--families", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     methods = [*method_names(), *VARIANTS]
     parser.add_argument("--methods", nargs="+", default=methods, metavar="METHOD[:KEY=VALUE...]")
@@ -107,7 +105,7 @@ def measured(family: str, method: str) -> bool:
 def trial(families: list[str], methods: list[str]) -> dict[str, dict]:
     """Family by family: the pipeline class, its transformer, and the outcome under each method."""
     rows = {}
-    for family in tqdm(families, unit="family"):
+    for family in progress(families, "model"):
         pipeline, call = FAMILIES[family]()
         cells = {}
         for method in methods:
@@ -152,6 +150,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         return 0
     for library in (transformers, diffusers):
         library.logging.set_verbosity_error()  # the tiny models are odd in ways that do not matter
+    args.out.mkdir(parents=True, exist_ok=True)
     rows = trial(args.families, args.methods)
     report = {
         "command": command,
@@ -160,7 +159,6 @@ def run(args: argparse.Namespace, command: str) -> int:
         "methods": args.methods,
         "families": rows,
     }
-    args.out.mkdir(parents=True, exist_ok=True)
     keep.write_atomically(path, json.dumps(report, indent=1).encode())
     keep.write_atomically(args.out / "families.md", table(report).encode())
     print(table(report))

@@ -20,15 +20,16 @@ from statistics import fmean, pstdev
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from analysis import keep
+from analysis.options import Parser, at_least_one
 from analysis.prompts import read_prompts
 from analysis.runs import draw
 from analysis.scripts import (
     add_measuring_arguments,
     command_of,
     guarded,
+    progress,
     save_constants,
     shipped,
     start,
@@ -102,17 +103,13 @@ def fit(points: list[tuple[str, int, float, float, float]]) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add_measuring_arguments(parser)
-    parser.add_argument("--limit", type=int, default=8, help="number of prompts")
+    parser.add_argument("--limit", type=at_least_one, default=8, help="number of prompts")
     parser.add_argument("--save", action="store_true", help=f"write the result into {CONSTANTS}")
     args = parser.parse_args(argv)
-    if args.steps < 2 or args.limit < 1:
-        parser.error(
-            f"--steps {args.steps} --limit {args.limit}: two steps and one prompt at least are needed"
-        )
+    if args.steps < 2:
+        parser.error(f"--steps {args.steps}: two steps at least are needed")
     return guarded(lambda: measure(args, command_of("fit_magcache", argv)), "nothing is saved")
 
 
@@ -121,7 +118,7 @@ def measure(args: argparse.Namespace, command: str) -> None:
     prompts = read_prompts(args.prompts)[: args.limit]
     pipeline, _, call, _ = start(args, prompts)
     points = []
-    for prompt in tqdm(prompts, unit="prompt"):
+    for prompt in progress(prompts, "prompt"):
         config = WatchConfig()
         draw(pipeline, config, args.seed if prompt.seed is None else prompt.seed, prompt=prompt.text, **call)
         points += config.points

@@ -20,15 +20,16 @@ from pathlib import Path
 
 import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from analysis import keep
+from analysis.options import Parser
 from analysis.prompts import read_prompts
 from analysis.runs import draw
 from analysis.scripts import (
     add_measuring_arguments,
     command_of,
     guarded,
+    progress,
     save_constants,
     shipped,
     start,
@@ -94,9 +95,7 @@ def fit(points: np.ndarray) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add_measuring_arguments(parser)
     parser.add_argument("--out", type=Path, default=Path("outputs/teacache"))
     parser.add_argument("--save", action="store_true", help=f"write the result into {CONSTANTS}")
@@ -109,13 +108,13 @@ def main(argv: list[str] | None = None) -> int:
 def measure(args: argparse.Namespace, command: str) -> None:
     """Run the prompts, keep the points in --out, and fit."""
     prompts = read_prompts(args.prompts)
+    args.out.mkdir(parents=True, exist_ok=True)
     pipeline, _, call, _ = start(args, prompts)
     watched = []
-    for prompt in tqdm(prompts, unit="prompt"):
+    for prompt in progress(prompts, "prompt"):
         config = WatchConfig()
         draw(pipeline, config, args.seed if prompt.seed is None else prompt.seed, prompt=prompt.text, **call)
         watched += [(prompt.id, *point) for point in config.points]
-    args.out.mkdir(parents=True, exist_ok=True)
     lines = ["id,step,input_change,output_change", *(",".join(map(str, row)) for row in watched)]
     keep.write_atomically(args.out / "points.csv", ("\n".join(lines) + "\n").encode())
     result = fit(np.array([row[2:] for row in watched]))

@@ -14,8 +14,29 @@ from analysis.families import save_video
 from analysis.metrics import fidelity
 from analysis.prompts import Prompt
 from analysis.runs import draw
+from analysis.saved import NUMBER, check_fields
 from analysis.sheets import side_by_side
 from h2cache import MethodConfig
+
+# What resuming reads of a record, and what it gets beside another picture.
+NEEDS = {
+    "file": str,
+    "seconds": NUMBER,
+    "blocks": int,
+    "blocks_run": int,
+    "hits": dict,
+    "steps_recorded": int,
+}
+MEASURED = {"speed_up": None, "psnr": None, "ssim": None, "identical": None}
+
+
+def _complete(row: dict) -> bool:
+    """Whether a record has all that is read of it."""
+    try:
+        check_fields(row, NEEDS)
+    except ValueError:
+        return False
+    return True
 
 
 @dataclass
@@ -35,7 +56,9 @@ class Gallery:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.rows = keep.read_records(self.folder / "records.jsonl")
+        self.rows = keep.tidy(self.folder / "records.jsonl")
+        named = {"model": self.model, **self.further}
+        self.model, self.further = (before := keep.as_before(named, self.rows.values())).pop("model"), before
 
     def picture(
         self,
@@ -66,7 +89,8 @@ class Gallery:
         key = keep.run_key(id=prompt.id, **decisive)
         path = self.folder / f"{prompt.id}-{config.name}-{key[:6]}.png"
         row = self.rows.get(key)
-        if not (self.resume and row and path.is_file()):
+        image = keep.whole_picture(path) if self.resume and row and _complete(row) else None
+        if image is None:
             drawn = draw(self.pipeline, config, seed, prompt=prompt.text, **self.call)
             keep.save_png(path, drawn.image)
             video = save_video(path, drawn.frames)
@@ -77,24 +101,21 @@ class Gallery:
                 "file": path.name,
                 **({"video": video.name} if video else {}),
                 **drawn.costs(),
-                "speed_up": None,
-                "psnr": None,
-                "ssim": None,
-                "identical": None,
+                **MEASURED,
                 "machine": keep.machine(self.pipeline.device),
                 "date": keep.now(),
                 "trace": drawn.trace,
             }
             image = drawn.image
-        else:
-            image = Image.open(path)
+        row = MEASURED | row
         if uncached and row["identical"] is None:
             row |= {
-                "speed_up": round(uncached[1]["seconds"] / row["seconds"], 3),
+                "speed_up": round(uncached[1]["seconds"] / row["seconds"], 3) if row["seconds"] > 0 else None,
                 **fidelity(image, uncached[0]),
             }
-        self.rows[key] = row
-        keep.write_records(self.folder / "records.jsonl", self.rows)
+        if row != self.rows.get(key):
+            keep.add_records(self.folder / "records.jsonl", {key: row})
+            self.rows[key] = row
         return image, row
 
     def row(

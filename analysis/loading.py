@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from analysis.runs import load_pipeline
+from analysis import keep
+from analysis.options import finite
+from analysis.runs import PICKLES, check_device, load_pipeline
 from h2cache.nunchaku_install import Place, gpu_problem, install_problem, require_gpu, require_nunchaku
 
 QUANTIZED = (  # 4-bit files of nunchaku-tech: the last part of the original's hub id, in lower case
@@ -42,7 +44,7 @@ def add_loading_arguments(parser: argparse.ArgumentParser, device: str | None) -
         "--checkpoint", help="nunchaku's .safetensors, file or hub path (default: by --model)"
     )
     parser.add_argument("--lora", metavar="PATH", help="LoRA: file, owner/name or owner/name/file")
-    parser.add_argument("--lora-scale", type=float, default=1.0, help="its strength (the paper: 0.8)")
+    parser.add_argument("--lora-scale", type=finite, help="its strength (default: 1; the paper: 0.8)")
     parser.add_argument("--offload", action="store_true", help="keep idle parts in main memory: slower")
 
 
@@ -53,28 +55,54 @@ def load(args: argparse.Namespace, device: str | None = None) -> tuple[Diffusion
     or change where nunchaku cannot run, and ValueError for options that do not go together.
     """
     device = device or args.device
+    engine, name = check_loading(args, device), keep.place(args.model)
+    if engine == "nunchaku":
+        transformer, dtype = load_quantized(args, device)
+        pipeline = load_pipeline(args.model, device, dtype, place=not args.offload, transformer=transformer)
+        name += f" ({type(transformer).__name__}, {Path(checkpoint(args)).name})"
+    else:
+        pipeline = load_pipeline(args.model, device, args.dtype, place=not args.offload)
+        if args.lora:
+            source = _lora_source(args.lora)
+            try:
+                pipeline.load_lora_weights(**source, adapter_name="lora", use_safetensors=True)
+                pipeline.set_adapters("lora", strength(args))
+            except Exception as error:  # whatever a file of another kind leads to
+                raise ValueError(
+                    f"--lora {args.lora}: {type(error).__name__}: {error}. Is it a LoRA for this model?"
+                ) from error
+    if args.offload:
+        # nunchaku moves its own blocks, which diffusers' whole-model moves would undo
+        offload = pipeline.enable_sequential_cpu_offload if engine == "nunchaku" else None
+        (offload or pipeline.enable_model_cpu_offload)(device=device)
+    return pipeline, name + (f" + {keep.place(args.lora)} at {strength(args):g}" if args.lora else "")
+
+
+def check_loading(args: argparse.Namespace, device: str) -> str:
+    """The engine that `args` lead to; ValueError for options that cannot be, before anything is loaded."""
+    check_device(device)
+    for name in ("lora", "checkpoint"):
+        if getattr(args, name) is not None and not getattr(args, name).strip():
+            raise ValueError(f"--{name} is empty: name a file, or leave it out")
+    if args.lora_scale is not None and not args.lora:
+        raise ValueError(f"--lora-scale {args.lora_scale:g} is the strength of a LoRA: give one with --lora")
+    if args.checkpoint and not args.checkpoint.endswith(".safetensors"):
+        raise ValueError(
+            f"--checkpoint {args.checkpoint}: a .safetensors file is needed, others may run what they hold"
+        )
     if args.offload and torch.device(device).type == "cpu":
         raise ValueError(
             "--offload keeps parts of the model off an accelerator: there is none with device=cpu"
         )
     engine = choose_engine(args.engine, args.model, args.checkpoint, device)
-    name = args.model
-    if engine == "nunchaku":
-        transformer, dtype = load_quantized(args, device)
-        pipeline = load_pipeline(args.model, device, dtype, place=not args.offload, transformer=transformer)
-        name += f" ({type(transformer).__name__}, {Path(checkpoint(args)).name})"
-    elif args.checkpoint:
+    if args.checkpoint and engine != "nunchaku":
         raise ValueError("--checkpoint is a file of nunchaku's: it needs --engine nunchaku")
-    else:
-        pipeline = load_pipeline(args.model, device, args.dtype, place=not args.offload)
-        if args.lora:
-            pipeline.load_lora_weights(**_lora_source(args.lora), adapter_name="lora")
-            pipeline.set_adapters("lora", args.lora_scale)
-    if args.offload:
-        # nunchaku moves its own blocks, which diffusers' whole-model moves would undo
-        offload = pipeline.enable_sequential_cpu_offload if engine == "nunchaku" else None
-        (offload or pipeline.enable_model_cpu_offload)(device=device)
-    return pipeline, name + (f" + {args.lora} at {args.lora_scale:g}" if args.lora else "")
+    return engine
+
+
+def strength(args: argparse.Namespace) -> float:
+    """What the LoRA is multiplied with."""
+    return 1.0 if args.lora_scale is None else args.lora_scale
 
 
 def choose_engine(engine: str, model: str, checkpoint: str | None, device: str) -> str:
@@ -109,7 +137,7 @@ def load_quantized(args: argparse.Namespace, device: str, v1: bool = False) -> t
     )
     if args.lora:
         transformer.update_lora_params(args.lora)
-        transformer.set_lora_strength(args.lora_scale)
+        transformer.set_lora_strength(strength(args))
     return transformer.eval(), dtype
 
 
@@ -136,10 +164,18 @@ def _last(model: str) -> str:
 def _lora_source(lora: str) -> dict[str, str]:
     """Arguments of diffusers' `load_lora_weights` for a file, owner/name or owner/name/file."""
     path = Path(lora).expanduser()
+    if path.suffix in PICKLES:
+        raise ValueError(f"--lora {lora}: a .safetensors file is needed, a pickle may run what it holds")
+    if path.is_dir():
+        return {"pretrained_model_name_or_path_or_dict": str(path)}
     if path.is_file():
         return {"pretrained_model_name_or_path_or_dict": str(path.parent), "weight_name": path.name}
     owner, *rest = lora.split("/")
-    if len(rest) not in (1, 2):
+    if (
+        len(rest) not in (1, 2)
+        or not re.fullmatch(r"\w[\w.-]*", owner)
+        or (len(rest) == 1 and path.suffix == ".safetensors")
+    ):
         raise FileNotFoundError(
             f"no LoRA file {lora!r}, and it has not the form owner/name or owner/name/file"
         )

@@ -100,7 +100,7 @@ class ClipIqa:
 
         path, local = model or CLIP, model is None
         try:
-            self.model = CLIPModel.from_pretrained(path, local_files_only=local).eval()
+            self.model = CLIPModel.from_pretrained(path, local_files_only=local, use_safetensors=True).eval()
             self.processor = CLIPProcessor.from_pretrained(path, local_files_only=local)
         except (OSError, ValueError) as error:
             raise OSError(

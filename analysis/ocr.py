@@ -6,7 +6,6 @@ A word counts as read only when it stands alone or as a whole line: the detector
 pictures that hold none, so any reading that merely contains the word says little.
 """
 
-import argparse
 import importlib.util
 import re
 import sys
@@ -16,6 +15,9 @@ from functools import lru_cache
 
 import numpy as np
 from PIL import Image
+
+from analysis.options import Parser
+from analysis.scripts import guarded
 
 SMALLEST, LARGEST = 256, 512  # long side in pixels: 128 px enlarged reads better, 1024 px far worse than 512
 
@@ -66,17 +68,16 @@ def word_recall(wanted: Sequence[str], image: Image.Image) -> float | None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(__doc__)
     parser.add_argument("image")
     parser.add_argument("words", nargs="*")
     args = parser.parse_args(argv)
-    try:
+
+    def work() -> None:
         image = Image.open(args.image)
         print(read_words(image), word_recall(args.words, image))
-    except (OSError, ImportError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+    return guarded(work, "nothing is read")
 
 
 if __name__ == "__main__":

@@ -22,34 +22,33 @@ from diffusers import FluxTransformer2DModel
 import h2cache
 from analysis.bench_step import random_inputs
 from analysis.keep import cpu_name, device_name
+from analysis.options import Parser, at_least_one
 from analysis.runs import check_device
 from analysis.scripts import TINY, guarded
 from h2cache import H2Config
+from h2cache.room import free_bytes
 
 INF = float("inf")
 
 
-def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    parser.add_argument("--width", type=at_least_one, help="random model of this width (default: embedded)")
+    parser.add_argument("--heads", type=at_least_one, default=24)
+    parser.add_argument(
+        "--double", type=at_least_one, default=19, help="double-stream blocks of the random model"
     )
     parser.add_argument(
-        "--width", type=int, default=None, help="random model of this width (default: embedded)"
+        "--single", type=at_least_one, default=38, help="single-stream blocks of the random model"
     )
-    parser.add_argument("--heads", type=int, default=24)
-    parser.add_argument("--double", type=int, default=19, help="double-stream blocks of the random model")
-    parser.add_argument("--single", type=int, default=38, help="single-stream blocks of the random model")
-    parser.add_argument("--tokens", type=int, default=64, help="image tokens")
-    parser.add_argument("--text", type=int, default=24, help="text tokens")
+    parser.add_argument("--tokens", type=at_least_one, default=64, help="image tokens")
+    parser.add_argument("--text", type=at_least_one, default=24, help="text tokens")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="float32")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--burst", type=int, default=20, help="steps timed together")
-    args = parser.parse_args()
-    for name in ("threads", "rounds", "burst", "heads", "double", "single", "tokens", "text"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)}: at least 1 is needed")
+    parser.add_argument("--threads", type=at_least_one, default=1)
+    parser.add_argument("--rounds", type=at_least_one, default=40)
+    parser.add_argument("--burst", type=at_least_one, default=20, help="steps timed together")
+    args = parser.parse_args(argv)
     if args.width is not None and args.width // args.heads < 8:
         parser.error(f"--width {args.width}: at least 8 for each of {args.heads} heads is needed")
     return args
@@ -58,8 +57,16 @@ def arguments() -> argparse.Namespace:
 def build(args: argparse.Namespace) -> FluxTransformer2DModel:
     """The embedded transformer, or one of random weights with the dimensions asked for."""
     if args.width is None:
-        model = FluxTransformer2DModel.from_pretrained(TINY, subfolder="transformer")
+        model = FluxTransformer2DModel.from_pretrained(TINY, subfolder="transformer", use_safetensors=True)
     else:
+        numbers = (36 * args.double + 15 * args.single) * args.width**2  # weights of the blocks
+        numbers += (args.tokens + args.text) * args.width * 12  # and what a block computes
+        needed, free = numbers * getattr(torch, args.dtype).itemsize, free_bytes(torch.device(args.device))
+        if needed > free:
+            raise MemoryError(
+                f"--width {args.width}: the model takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
+                "are free: lower --width, --double, --single or --tokens"
+            )
         with torch.device(args.device):
             torch.set_default_dtype(getattr(torch, args.dtype))
             head = args.width // args.heads
@@ -153,8 +160,8 @@ def run(args: argparse.Namespace) -> None:
     )
 
 
-def main() -> int:
-    args = arguments()
+def main(argv: list[str] | None = None) -> int:
+    args = arguments(argv)
     return guarded(lambda: run(args), "nothing is measured")
 
 

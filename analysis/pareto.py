@@ -27,12 +27,12 @@ from analysis import plots
 from analysis.experiment import main as experiment
 from analysis.intervals import bootstrap
 from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script, passed_on
+from analysis.scripts import figure_script, passed_on, shipped
 from analysis.table import PUBLISHED, published
 from analysis.trials import parser_of, source_of
 from h2cache.presets import PRESETS
 
-SHIPPED = Path("assets/results/methods/rows.jsonl.gz")
+SHIPPED = Path(shipped("assets/results/methods/rows.jsonl.gz"))
 PAIRS = ((0.05, 0.02), (0.06, 0.02), (0.12, 0.02), (0.2, 0.05), (0.35, 0.2), (0.5, 0.3))  # tau1, tau2
 CONTESTANTS = [  # every method, from 2 to 6 times fewer blocks on the embedded model
     "fewer_steps:factor=2,3,4,5,6",

@@ -28,11 +28,11 @@ from analysis import plots
 from analysis.intervals import Interval, bootstrap
 from analysis.pfs_runs import BLOCKS, DRAWS, NOISES, OWN_HITS, PARTS, REFERENCE_GAP, run, typical_ratios
 from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script
+from analysis.scripts import figure_script, shipped
 from analysis.summaries import COMPARED, FULL, PAPER
 from analysis.trials import parser_of, source_of, write_about
 
-SHIPPED = Path("assets/results/tiny_flux_pfs")
+SHIPPED = Path(shipped("assets/results/tiny_flux_pfs"))
 STAGES = ("structure", "detail")
 SHAPES = {"▼": "v", "▲": "^", "◆": "D"}  # of the targets: in words and in the figure
 NEEDS = {

@@ -15,15 +15,15 @@ from statistics import fmean, median
 import torch
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock
 from torch import Tensor
-from tqdm import tqdm
 
 import h2cache
 from analysis import keep
 from analysis.metrics import fidelity
 from analysis.prompts import Prompt
-from analysis.runs import synchronise
+from analysis.runs import check_device, synchronise
+from analysis.scripts import progress
 from analysis.summaries import COMPARED, FULL, ProbeConfig, Summary, SummaryConfig
-from analysis.trials import Trial
+from analysis.trials import Trial, alone
 from h2cache import find_method
 from h2cache.similarity import magnitude, relative_l1
 
@@ -103,7 +103,7 @@ def steadiness(trial: Trial, prompts: list[Prompt]) -> Iterator[dict]:
     clean: at each step from REFERENCE_GAP on, against the residual REFERENCE_GAP steps before.
     noisy: as clean, with noise on the transformer's latents, DRAWS times for each of NOISES.
     """
-    for prompt in tqdm(prompts, "steadiness", unit="prompt"):
+    for prompt in progress(prompts, "prompt", "steadiness"):
         clean, noisy = residuals(trial, prompt)
         for stage in clean:
             for summary in COMPARED:
@@ -169,7 +169,7 @@ def decisions(trial: Trial, ratios: dict[tuple[str, str], float]) -> Iterator[di
     pictures = {p.id: trial.draw(p, find_method("none")()).image for p in others}
     for target in TARGETS:
         wanted = _hits(trial, tuning, SummaryConfig(*target))
-        for summary in tqdm(COMPARED, f"thresholds like {target[0]}/{target[1]}", unit="summary"):
+        for summary in progress(COMPARED, "measure", f"thresholds like {target[0]}/{target[1]}"):
             taus = list(target)
             if summary != FULL:
                 taus = [t * ratios[s, str(summary)] for t, s in zip(target, wanted, strict=True)]
@@ -226,16 +226,19 @@ def _tuned(
     return best[1]
 
 
+@alone
 def run(args: argparse.Namespace) -> Path:
     """The measurements in `args.parts`, into --out; decisions without steadiness start from that in --out."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    if "cost" in args.parts:
-        _write(args.out / "cost.jsonl", check_costs(args.device, args.dtype))
-    if args.parts == ["cost"]:
-        return args.out
-    trial = Trial.of(args)
-    if len(trial.prompts) <= TUNING:
+    trial = None if args.parts == ["cost"] else Trial.of(args)
+    if trial and len(trial.prompts) <= TUNING:
         raise ValueError(f"{TUNING} prompts are tuned on and others drawn: give more than {TUNING}")
+    if "cost" in args.parts:
+        check_device(args.device)
+        threads = torch.get_num_threads()
+        _write(args.out / "cost.jsonl", check_costs(args.device, args.dtype))
+        torch.set_num_threads(threads)
+    if trial is None:
+        return args.out
     path = args.out / "steadiness.jsonl"
     if "steadiness" in args.parts:
         steady = _write(path, steadiness(trial, trial.prompts[:TUNING]))

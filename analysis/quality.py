@@ -20,12 +20,12 @@ from analysis import keep, plots
 from analysis.families import with_prompt
 from analysis.prompts import read_prompts
 from analysis.saved import MAYBE, NUMBER, read_saved
-from analysis.scripts import figure_script, shipped, start
-from analysis.trials import parser_of, source_of, write_about
+from analysis.scripts import figure_script, progress, shipped, start
+from analysis.trials import alone, parser_of, source_of, write_about
 from h2cache import PlanConfig, summary
 from h2cache.tuning import Studio
 
-SHIPPED = "assets/results/tiny_flux_quality/rows.jsonl"
+SHIPPED = Path(shipped("assets/results/tiny_flux_quality/rows.jsonl"))
 WANTED = (35.0, 40.0, 45.0, 50.0)
 FIXED = (3, 4, 5, 6, 7, 8, 9)  # evaluations of the control
 NEEDS = {"key": str, "id": str, "asked": str, "evaluations": NUMBER, "psnr": NUMBER, "expected": MAYBE}
@@ -34,33 +34,34 @@ SHARE = 0.9  # of the pictures that are to reach the wanted value
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "quality")
-    parser.add_argument("--records", type=Path, default=Path(shipped(SHIPPED)))
+    parser.add_argument("--records", type=Path, default=SHIPPED)
     parser.set_defaults(prompts=Path(shipped("assets/prompts/tiny200.jsonl")))
     return parser.parse_args(argv)
 
 
+@alone
 def run(args: argparse.Namespace) -> Path:
     """Draw and compare; the pictures are not kept. A stopped run goes on."""
     prompts = read_prompts(args.prompts)[: args.limit]
     pipeline, _, call, _ = start(args, prompts)
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "rows.jsonl"
-    rows = keep.read_records(path)
+    rows = keep.tidy(path)
     configs = {f"{p:g} dB": PlanConfig(psnr=p) for p in WANTED}
     configs |= {f"{k} evaluations": PlanConfig(evaluations=k) for k in FIXED}
-    for prompt in prompts:
+    for prompt in progress(prompts, "prompt"):
         if all(f"{prompt.id} {asked}" in rows for asked in configs):
             continue
         seed = args.seed if prompt.seed is None else prompt.seed
         asked_of = with_prompt(pipeline, {"prompt": prompt.text}) | {"seed": seed}
         studio = Studio(pipeline, [asked_of], call, 0)
+        new = {}
         for asked, config in configs.items():
             key = f"{prompt.id} {asked}"
             if key in rows:
                 continue
             value = studio.fidelity(0, config, saved=True)
             done = summary(pipeline)
-            rows[key] = {
+            new[key] = {
                 "key": key,
                 "id": prompt.id,
                 "asked": asked,
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> Path:
                 "psnr": round(value, 3),
                 "expected": done.expected_psnr and round(done.expected_psnr[0], 3),
             }
-        keep.write_records(path, rows)
+        keep.add_records(path, new)
     write_about(args.out, "quality", args)
     return path
 

@@ -26,10 +26,11 @@ from string import Template
 from PIL import Image
 
 from analysis import keep, pareto, trace
-from analysis.scripts import figure_script
+from analysis.options import positive
+from analysis.scripts import figure_script, shipped
 from analysis.trials import parser_of, source_of
 
-SHIPPED = Path("assets/results/tiny_flux_report")
+SHIPPED = Path(shipped("assets/results/tiny_flux_report"))
 PAGE = Path(__file__).with_name("report.html")
 LEVELS = (  # tried in turn until the page is small enough: WebP options, longest side, what the page says
     ({"lossless": True, "method": 2}, None, "Pictures are as the folder has them."),
@@ -44,7 +45,9 @@ NAMES = {"psnr": "PSNR dB", "ssim": "SSIM", "gmsd": "GMSD", "words_read": "words
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "report")
     parser.add_argument("--folder", type=Path, default=SHIPPED, help="--out of `analysis.experiment`")
-    parser.add_argument("--megabytes", type=float, default=20.0, help="largest page (default: %(default)s)")
+    parser.add_argument(
+        "--megabytes", type=positive, default=20.0, help="largest page (default: %(default)s)"
+    )
     parser.add_argument("--methods", nargs="+", default=["h2cache", "block_cache", "teacache", "fewer_steps"])
     parser.set_defaults(prompts=None)
     return parser.parse_args(argv)

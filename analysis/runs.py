@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import time
+import warnings
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from packaging.version import Version
 from PIL import Image
 
 import h2cache
+from analysis import keep
 from analysis.families import (
     default_of,
     for_picture,
@@ -29,7 +31,9 @@ from analysis.families import (
     with_prompt,
 )
 from analysis.peak import PeakMemory
+from analysis.prompts import check_text
 from h2cache import MethodConfig, Summary
+from h2cache.room import free_bytes
 
 # Loading.
 
@@ -47,9 +51,10 @@ def default_device() -> str:
 def check_device(device: str) -> None:
     """ValueError unless PyTorch can compute on `device` here."""
     try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        torch.ones(1, device=device).item()  # meta makes tensors, and has no numbers in them
+    except Exception as error:  # each backend that is missing says so in its own way
+        why = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"device {device!r} cannot be used here: {why}; try --device cpu") from None
 
 
 def load_pipeline(
@@ -68,26 +73,72 @@ def load_pipeline(
         raise FileNotFoundError(
             f"no model folder {model!r}, and it has not the form of a hub id (owner/name)"
         )
+    if folder.exists():
+        check_folder(folder, parts)
     dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     transformers.logging.disable_progress_bar()
     if folder.exists():
         diffusers.logging.disable_progress_bar()  # a download keeps its bars
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(folder if folder.exists() else model), **{DTYPE: getattr(torch, dtype)}, **parts
+            str(folder if folder.exists() else model),
+            **{DTYPE: getattr(torch, dtype)},
+            use_safetensors=True,  # a pickle runs what it holds when it is opened
+            **parts,
         )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
     except Exception as error:
         if folder.exists():
-            raise
+            why = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"cannot load {model}: {why}. Is the folder complete? Download it again"
+            ) from error
         raise FileNotFoundError(
             f"cannot load {model!r}: there is no such folder, and the hub did not give it "
             f"({type(error).__name__}: {str(error).splitlines()[0]}). Check the name and the network. "
             f"A gated model needs `hf auth login`. Offline: `hf download {model} --local-dir DIR` on another "
             "machine, then --model DIR"
         ) from error
-    if all(weight.ndim < 5 for weight in pipeline.vae.parameters()):  # a VAE of pictures
+    if getattr(pipeline, "transformer", None) is None:
+        raise ValueError(f"{model} is a {type(pipeline).__name__}, which has no transformer to cache")
+    if getattr(pipeline, "vae", None) and all(
+        w.ndim < 5 for w in pipeline.vae.parameters()
+    ):  # a VAE of pictures
         pipeline.vae.to(memory_format=torch.channels_last)  # the faster layout for convolutions
     return pipeline.to(device) if place else pipeline
+
+
+PICKLES = (".bin", ".ckpt", ".pt", ".pth")
+
+
+def check_folder(folder: Path, given: Container[str] = ()) -> None:
+    """ValueError for a pipeline folder without a proper index, or with pickled weights only."""
+    path = folder / "model_index.json"
+    index = keep.read_json(path)
+    if index is None or "_class_name" not in index:
+        raise ValueError(f"{path} is no index of a diffusers pipeline: download the model again")
+    for name in index.keys() - set(given):
+        files = list((folder / name).glob("*")) if (folder / name).is_dir() else []
+        pickled = [file for file in files if file.suffix in PICKLES]
+        if pickled and not any(file.suffix == ".safetensors" for file in files):
+            raise ValueError(
+                f"{pickled[0]}: pickled weights can run what they hold, and are not opened: get the model's "
+                ".safetensors, or convert them where they are trusted"
+            )
+
+
+def require_memory(height: int | None, width: int | None, frames: int | None = None) -> None:
+    """MemoryError unless main memory has room for the finished picture alone, as numbers."""
+    needed = (
+        (height or 1024) * (width or 1024) * (frames or 1) * 3 * 4 * 2
+    )  # float32, from the VAE and scaled
+    if needed > (free := free_bytes(torch.device("cpu"))):
+        size = f"{height or 1024}x{width or 1024}" + (f", {frames} frames" if frames else "")
+        raise MemoryError(
+            f"{size}: the picture alone takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB are free: "
+            "lower --height and --width" + " or --frames" * bool(frames)
+        )
 
 
 @dataclass(frozen=True)
@@ -108,7 +159,14 @@ class Limits:
         path = Path(model).expanduser() / "limits.json"
         if not path.is_file():
             return cls()
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = keep.read_json(path)
+        if facts is None:
+            raise ValueError(f"{path}: it is no JSON object; mend it or take it away")
+        for name, value in facts.items():
+            if name not in LIMITS:
+                raise ValueError(f"{path}: {name!r} is none of {', '.join(LIMITS)}")
+            if not LIMITS[name](value):
+                raise ValueError(f"{path}: {name} cannot be {value!r:.60}")
         return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()})
 
     def check_size(self, height: int | None, width: int | None) -> None:
@@ -141,6 +199,37 @@ class Limits:
                 names = ", ".join(dict.fromkeys(unknown))
                 found.append(f"this model does not know: {names}; example: {self.example}")
         return found
+
+
+def _pattern(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(re.compile(value))
+    except re.error:
+        return False
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value > 0
+
+
+def _list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: isinstance(value, list) and all(map(fits, value))
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+LIMITS: dict[str, Callable[[Any], bool]] = {
+    "height": _list_of(_count),
+    "width": _list_of(_count),
+    "quoted_word": _pattern,
+    "vocabulary": _list_of(_text),
+    "word": _pattern,
+    "example": _text,
+    "cpu_threads": _count,
+    "call": lambda value: isinstance(value, dict),
+}
 
 
 def call_arguments(
@@ -178,6 +267,8 @@ def prepare(
 
     Returns the pipeline to call, the arguments of the call, and those of them that records must tell apart.
     """
+    if args.negative_prompt:
+        check_text(args.negative_prompt)
     if args.input_image:
         pipeline = for_picture(pipeline)
     call = call_arguments(
@@ -189,7 +280,7 @@ def prepare(
             raise ValueError(f"--frames: {type(pipeline).__name__} draws pictures")
         call["num_frames"] = args.frames
     further = {key: getattr(args, key) for key in ("negative_prompt", "true_cfg", "frames")}
-    further["input_image"] = args.input_image and str(args.input_image)
+    further["input_image"] = args.input_image and keep.place(str(args.input_image))
     return pipeline, call, {key: value for key, value in further.items() if value is not None}
 
 
@@ -203,7 +294,9 @@ def warm_up(pipeline: DiffusionPipeline, config: MethodConfig, call: dict[str, A
     """
     h2cache.enable(pipeline, config)
     try:
-        pipeline(**with_prompt(pipeline, call | {"num_inference_steps": 2, "output_type": "latent"}))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*too few steps")  # of these two
+            pipeline(**with_prompt(pipeline, call | {"num_inference_steps": 2, "output_type": "latent"}))
         needed = h2cache.summary(pipeline).bytes_needed
     finally:
         h2cache.disable(pipeline)
@@ -236,7 +329,7 @@ class Drawn:
             "bytes_held": s.bytes_held,
             "peak_bytes": self.peak,
             "peak_kind": self.peak_kind,
-            "warning": s.warning,
+            "warning": None if s.steps == 1 else s.warning,  # of one step nothing can be skipped
         }
 
 

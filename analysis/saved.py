@@ -8,6 +8,7 @@ Files ending in .gz are unpacked; one that breaks off is used as far as it goes.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import zlib
 from collections import Counter
@@ -50,10 +51,10 @@ def read_saved(
     """
     saved, places, seen = Saved(), [], {}
     for path in paths:
-        lines, broken_off = _lines(path)
+        lines, broken_off = lines_of(path)
         for number, line in lines:
             try:
-                row = _row(line, needs)
+                row = row_of(line, needs)
                 check(row)
                 identity = tuple(str(row.get(name)) for name in unique)
                 if unique and identity in seen:
@@ -73,7 +74,7 @@ def read_saved(
     return saved
 
 
-def _lines(path: Path) -> tuple[list[tuple[int, bytes]], bool]:
+def lines_of(path: Path) -> tuple[list[tuple[int, bytes]], bool]:
     """The numbered lines that are not empty, and whether a compressed file breaks off."""
     data, broken_off = path.read_bytes(), False
     if path.suffix == ".gz":
@@ -86,10 +87,10 @@ def _lines(path: Path) -> tuple[list[tuple[int, bytes]], bool]:
     return [(n, line) for n, line in enumerate(data.split(b"\n"), 1) if line.strip()], broken_off
 
 
-def _row(line: bytes, needs: Mapping[str, Any]) -> dict:
+def row_of(line: bytes, needs: Mapping[str, Any]) -> dict:
     """One row; ValueError says what is wrong with it."""
     try:
-        row = json.loads(line.decode(), parse_constant=_no_constant)
+        row = json.loads(line.decode("utf-8-sig"), parse_constant=_no_constant, parse_float=_finite)
     except UnicodeDecodeError:
         raise ValueError("it is not UTF-8 text") from None
     except json.JSONDecodeError as error:
@@ -98,17 +99,27 @@ def _row(line: bytes, needs: Mapping[str, Any]) -> dict:
         raise ValueError("broken JSON (nested too deeply)") from None
     if not isinstance(row, dict):
         raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    check_fields(row, needs)
+    return row
+
+
+def check_fields(row: dict, needs: Mapping[str, Any]) -> None:
+    """ValueError unless `row` has the fields of `needs`, each of its type."""
     for name, kind in needs.items():
         if name not in row:
             raise ValueError(f"it has no {name!r}: not a record of this kind")
         wrong = not isinstance(row[name], kind) or (isinstance(row[name], bool) and kind in (NUMBER, MAYBE))
         if wrong:
             raise ValueError(f"{name!r} is {row[name]!r:.40}, not of the right type")
-    return row
 
 
 def _no_constant(text: str) -> None:
     raise ValueError(f"it holds {text}, which is no JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _no_constant(text)  # type: ignore[return-value]
 
 
 def _keep_one_run(

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import json
 import sys
 from pathlib import Path
 
 from diffusers import FluxTransformer2DModel
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from analysis import plots
+from analysis import keep, plots
+from analysis.options import Parser, at_least_one, whole
 from analysis.scripts import figure_script
 from h2cache import H2Config
 from h2cache.engines.flux_diffusers import FluxDiffusers
@@ -29,14 +29,12 @@ HIT, MISS, PALE = "#009E73", "#D55E00", "#f4f4f4"
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--out", type=Path, default=Path("outputs/schematic"), help="default: %(default)s")
     parser.add_argument("--run", action="store_true", help="nothing to repeat: it is drawn from the code")
     parser.add_argument("--model", type=Path, help="folder of a FLUX pipeline (default: FLUX.1-dev's counts)")
-    parser.add_argument("--image-tokens", type=int, default=4096, help="default: those of 1024x1024")
-    parser.add_argument("--text-tokens", type=int, default=512)
+    parser.add_argument("--image-tokens", type=at_least_one, default=4096, help="default: those of 1024x1024")
+    parser.add_argument("--text-tokens", type=whole(0), default=512)
     return parser.parse_args(argv)
 
 
@@ -46,8 +44,8 @@ def facts(args: argparse.Namespace) -> list[dict]:
     counts = {name: signature[name].default for name in COUNTS.values()}
     if args.model:
         path = args.model / "transformer" / "config.json"
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(found.get(name), int) for name in counts):
+        found = keep.read_json(path)
+        if not found or not all(isinstance(found.get(name), int) for name in counts):
             raise ValueError(f"{path} does not tell {' and '.join(counts)}: it is no FLUX transformer's")
         counts = {name: found[name] for name in counts}
     config = H2Config()

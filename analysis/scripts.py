@@ -3,31 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
+import signal
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import DiffusionPipeline
+from tqdm import tqdm
 
-from analysis import keep
+from analysis import keep, stop
 from analysis.families import add_family_arguments
+from analysis.keep import CHECKOUT
 from analysis.loading import load
-from analysis.prompts import Prompt
-from analysis.runs import Limits, default_device, prepare
+from analysis.options import at_least_one, one_line, seed, side, speak_anyhow
+from analysis.prompts import Prompt, check_text
+from analysis.runs import Limits, default_device, prepare, require_memory
 from analysis.settings import parse_settings
 from h2cache import MethodConfig, find_method
 from h2cache.api import checkpoint_name
 from h2cache.presets import PRESETS, Preset, find_preset, last_part
 
-CHECKOUT = Path(__file__).resolve().parents[1]
 ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
 
 
@@ -46,7 +51,62 @@ def is_embedded(model: str) -> bool:
 
 def warn(text: str) -> None:
     """One line on stderr."""
-    print(f"warning: {text}", file=sys.stderr)
+    say(f"warning: {text}")
+
+
+def say(text: str) -> None:
+    """One line on stderr, if anybody still reads there."""
+    with suppress(OSError, ValueError):
+        print(one_line(text), file=sys.stderr, flush=True)
+
+
+ADVICE = {
+    errno.ENOSPC: "free some space there, then give the same command again",
+    errno.EACCES: "give a place that you may read and write",
+    errno.EPERM: "give a place that you may read and write",
+    errno.EROFS: "give a place that you may write to",
+    errno.ENOENT: "check the path",
+    errno.EISDIR: "a file is needed, this is a folder",
+    errno.ENOTDIR: "a folder is needed, this is a file",
+    errno.EEXIST: "a folder is needed, this is a file",
+    errno.ENAMETOOLONG: "shorten the name",
+}
+
+
+def told(error: BaseException) -> str:
+    """An error in words: of one that is a number only, the path and what to do."""
+    if isinstance(error, OSError) and error.strerror:
+        place = error.filename if error.filename is not None else "the output"
+        return f"{place}: {error.strerror}: {ADVICE.get(error.errno or 0, 'check that place')}"
+    return str(error) or type(error).__name__
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether a RuntimeError of torch says that main memory is too small."""
+    return re.search("can't allocate memory|not enough memory|calculation overflowed", str(error)) is not None
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C is an exception again, which `analysis` had changed while modules load."""
+    if signal.getsignal(signal.SIGINT) is not stop:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, stop)
+
+
+def _flush() -> None:
+    """Write what is left; where nobody reads, drop it, or Python complains at its end."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            with suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def guarded(work: Callable[[], int | None], kept: str) -> int:
@@ -54,26 +114,57 @@ def guarded(work: Callable[[], int | None], kept: str) -> int:
 
     kept: what becomes of the work done, told after Ctrl-C.
     """
-    with warnings.catch_warnings():
+    speak_anyhow()
+    with warnings.catch_warnings(), _interruptible():
         usual = warnings.showwarning
 
         def show(message: Warning, category: type[Warning], *where: Any) -> None:
-            warn(str(message)) if category is keep.BrokenLine else usual(message, category, *where)
+            warn(str(message)) if issubclass(category, UserWarning) else usual(message, category, *where)
 
         warnings.showwarning = show
+        warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers|transformers|torch")
         try:
             code = work() or 0
             sys.stdout.flush()
             return code
         except KeyboardInterrupt:
-            print(f"stopped: {kept}", file=sys.stderr)
+            say(f"stopped: {kept}")
             return 130
-        except BrokenPipeError:  # `... | head` has read enough; nothing is left to flush at the exit
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except BrokenPipeError:  # `... | head` has read enough
             return 1
         except ERRORS as error:
-            print(f"error: {error}", file=sys.stderr)
+            say(f"error: {told(error)}")
             return 2
+        except RuntimeError as error:
+            if not _lacks_memory(error):
+                raise
+            say(f"error: {error}: lower the size")
+            return 2
+        finally:
+            _flush()
+
+
+T = TypeVar("T")
+
+
+def progress(
+    items: Iterable[T], unit: str, what: str | None = None, shown: bool = True, total: int | None = None
+) -> Iterator[T]:
+    """`items` with a bar on stderr; where that is no terminal, a line at each tenth that is done.
+
+    total: how many there are, where several processes share them; the bar counts those of this one.
+    """
+    if total is None:
+        items = list(items)
+        total = len(items)
+    if not shown or sys.stderr.isatty():
+        yield from tqdm(items, what, total, unit=unit, disable=not shown)
+        return
+    say(f"{total} {unit}s to go")
+    for number, item in enumerate(items, 1):
+        yield item
+        if number * 10 // total > (number - 1) * 10 // total:
+            say(f"{number} of {total} {unit}s done")
 
 
 def figure_script(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:
@@ -135,25 +226,18 @@ def size_of(call: dict[str, Any]) -> str | None:
 # Starting.
 
 
-def at_least_one(text: str) -> int:
-    """A count as an argument; argparse says what is wrong with it."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is no whole number of at least 1")
-    return int(text)
-
-
 def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of scripts that fit constants or draw ablations: what `start` reads, and --prompts."""
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
     parser.add_argument("--prompts", type=Path, default=Path(shipped("assets/prompts/tiny32.jsonl")))
     parser.add_argument("--steps", type=at_least_one, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="for prompts without one of their own")
-    parser.add_argument("--height", type=int, help="pixels (default: the model's)")
-    parser.add_argument("--width", type=int, help="pixels (default: the model's)")
+    parser.add_argument("--seed", type=seed, default=0, help="for prompts without one of their own")
+    parser.add_argument("--height", type=side, help="pixels (default: the model's)")
+    parser.add_argument("--width", type=side, help="pixels (default: the model's)")
     add_family_arguments(parser)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
-    parser.set_defaults(engine="diffusers", checkpoint=None, lora=None, lora_scale=1.0, offload=False)
+    parser.set_defaults(engine="diffusers", checkpoint=None, lora=None, lora_scale=None, offload=False)
 
 
 MEASURING = (
@@ -170,8 +254,9 @@ def passed_on(args: argparse.Namespace, *more: str) -> list[str]:
 
 
 def check_prompts(limits: Limits, prompts: Sequence[Prompt]) -> None:
-    """Warn of what the model was not made for."""
+    """Warn of what the model was not made for; ValueError for what is no text."""
     for prompt in prompts:
+        check_text(prompt.text)
         for text in limits.warnings(prompt.text):
             warn(f"{prompt.id}: {text}")
 
@@ -186,6 +271,7 @@ def start(
     """
     limits = Limits.of(args.model)
     limits.check_size(args.height, args.width)
+    require_memory(args.height, args.width, args.frames)
     check_prompts(limits, prompts)
     torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
     pipeline, name = load(args, device)

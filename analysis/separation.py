@@ -21,7 +21,6 @@ from statistics import fmean
 
 import numpy as np
 from PIL import Image
-from tqdm import tqdm
 
 from analysis import keep, plots
 from analysis.freeze import STAGES, FreezeConfig
@@ -29,13 +28,13 @@ from analysis.intervals import Interval, bootstrap
 from analysis.metrics import fidelity
 from analysis.ocr import word_recall
 from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script
+from analysis.scripts import figure_script, progress, shipped
 from analysis.spectrum import BANDS, LOW, error_spectrum, low_and_high
 from analysis.tiny_flux import evaluate, signs
-from analysis.trials import Trial, parser_of, source_of, write_about
+from analysis.trials import Trial, alone, parser_of, source_of, write_about
 from h2cache import find_method
 
-SHIPPED = Path("assets/results/tiny_flux_separation")
+SHIPPED = Path(shipped("assets/results/tiny_flux_separation"))
 COLOURS = {"structure": plots.STRUCTURE, "detail": plots.DETAIL, "both": plots.BOTH}
 WINDOWS = 5  # spans that have no step in common; the others reach to the end and hold each other
 CHECKS = {"word": "word read", "shape": "shape", "sign": "sign colour", "texture": "texture"}
@@ -85,6 +84,7 @@ def checked(image: Image.Image, words: tuple[str, ...] | None, prompt: str) -> d
     return found | {name: None if value is None else float(value) for name, value in ok.items()}
 
 
+@alone
 def run(args: argparse.Namespace) -> Path:
     """Draw every prompt with every stage frozen in every span; returns the folder of the records."""
     trial = Trial.of(args)
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> Path:
     frozen = [FreezeConfig(stage, *span) for span in spans(args.steps) for stage in STAGES]
     pictured = args.pictured if args.pictured in {p.id for p in trial.prompts} else trial.prompts[0].id
     rows = {}
-    for prompt in tqdm(trial.prompts, unit="prompt"):
+    for prompt in progress(trial.prompts, "prompt"):
         uncached = trial.draw(prompt, find_method("none")()).image
         for config in [FreezeConfig("structure", 1, 1), *frozen]:
             image = uncached if config.first == config.last else trial.draw(prompt, config).image

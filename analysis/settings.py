@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import fields
 from typing import Any
 
@@ -21,11 +22,20 @@ def parse_settings(config: type[MethodConfig], settings: list[str]) -> dict[str,
             raise ValueError(
                 f"cannot set {setting!r}: {config.name} has the fields {', '.join(known)} (key=value)"
             )
+        if key in values:
+            raise ValueError(f"{key} is set twice: say one of them")
         try:
-            values[key] = _parse(text, known[key].default, float if "float" in str(known[key].type) else int)
+            value = _parse(text, known[key].default, float if "float" in str(known[key].type) else int)
+            if any(isinstance(part, float) and math.isnan(part) for part in (value, *_parts(value))):
+                raise ValueError("a number is needed")
+            values[key] = value
         except ValueError as error:
             raise ValueError(f"cannot set {key} to {text!r}: {error}") from None
     return values
+
+
+def _parts(value: Any) -> tuple:
+    return value if isinstance(value, tuple) else ()
 
 
 def _parse(text: str, default: Any, number: type) -> Any:

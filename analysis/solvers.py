@@ -27,14 +27,15 @@ from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 import h2cache
 from analysis import keep, plots
 from analysis.intervals import bootstrap
+from analysis.options import at_least_one
 from analysis.prompts import read_prompts
 from analysis.saved import NUMBER, read_saved
-from analysis.scripts import figure_script, shipped, start
-from analysis.trials import parser_of, source_of, write_about
+from analysis.scripts import figure_script, progress, shipped, start
+from analysis.trials import alone, parser_of, source_of, write_about
 from h2cache import PlanConfig
 from h2cache.tuning import psnr
 
-SHIPPED = Path("assets/results/tiny_flux_solvers/rows.jsonl")
+SHIPPED = Path(shipped("assets/results/tiny_flux_solvers/rows.jsonl"))
 COUNTS = (5, 7, 10, 12, 15, 20, 25)
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 NAMES = {
@@ -51,8 +52,8 @@ NEEDS = {"key": str, "id": str, "solver": str, "evaluations": int, **dict.fromke
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "solvers")
-    parser.add_argument("--records", type=Path, default=Path(shipped(str(SHIPPED))))
-    parser.add_argument("--converged", type=int, default=400, help="steps of the second reference")
+    parser.add_argument("--records", type=Path, default=SHIPPED)
+    parser.add_argument("--converged", type=at_least_one, default=400, help="steps of the second reference")
     return parser.parse_args(argv)
 
 
@@ -66,6 +67,7 @@ def solvers(euler: Any, count: int, steps: int) -> Iterator[tuple[str, Any, Plan
     yield "unipc", UniPCMultistepScheduler.from_config(euler.config, **FLOW), None, count
 
 
+@alone
 def run(args: argparse.Namespace) -> Path:
     """Draw every prompt with every solver; the pictures are not kept. A stopped run goes on."""
     prompts = read_prompts(args.prompts)[: args.limit]
@@ -79,21 +81,20 @@ def run(args: argparse.Namespace) -> Path:
         given = call | {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
         return pipeline(prompt.text, **given, output_type="np").images[0]
 
-    args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "rows.jsonl"
-    rows = keep.read_records(path)
-    for prompt in prompts:
+    rows = keep.tidy(path)
+    for prompt in progress(prompts, "prompt"):
         contestants = [(count, *each) for count in COUNTS for each in solvers(own, count, args.steps)]
         if all(f"{prompt.id} {name} {count}" in rows for count, name, *_ in contestants):
             continue
         references = [draw(prompt, own, None, args.steps), draw(prompt, own, None, args.converged)]
-        distance = psnr(references[0], references[1])
+        distance, new = psnr(references[0], references[1]), {}
         for count, name, scheduler, plan, steps in contestants:
             picture = draw(prompt, scheduler, plan, steps)
             values = dict(zip(REFERENCES, (psnr(picture, r) for r in references), strict=True))
             row = {"key": f"{prompt.id} {name} {count}", "id": prompt.id, "solver": name}
-            rows[row["key"]] = row | {"evaluations": count, **values, "references": distance}
-        keep.write_records(path, rows)
+            new[row["key"]] = row | {"evaluations": count, **values, "references": distance}
+        keep.add_records(path, new)
     write_about(args.out, "solvers", args)
     return path
 

@@ -5,7 +5,6 @@ python -m analysis.table assets/results/experiment      # the table of a run, na
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
@@ -20,6 +19,7 @@ from PIL import Image
 
 from analysis import keep
 from analysis.intervals import Interval, bootstrap
+from analysis.options import Parser
 from analysis.scripts import guarded, shipped
 from analysis.sheets import grid
 
@@ -277,9 +277,7 @@ def show(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("folder", type=Path, help="--out of the experiment")
     args = parser.parse_args(argv)
     return guarded(lambda: show(args.folder), "")

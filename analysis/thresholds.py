@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 from collections import Counter
 from dataclasses import asdict
@@ -23,17 +22,17 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import plots
-from analysis.calibrate import table
+from analysis import calibrate, plots
 from analysis.intervals import bootstrap
+from analysis.options import number
 from analysis.prompts import read_prompts
 from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script, passed_on
+from analysis.scripts import figure_script, passed_on, shipped
 from analysis.trials import parser_of, source_of, write_about
 from h2cache import H2Config
 from h2cache.presets import PRESETS
 
-SHIPPED = Path("assets/results/tiny_flux_grid")
+SHIPPED = Path(shipped("assets/results/tiny_flux_grid"))
 TAU1 = (0.06, 0.12, 0.15, 0.2, 0.3, 0.35, 0.5, 0.6)  # with the presets' and the paper's values
 TAU2 = (0.02, 0.05, 0.1, 0.15, 0.2, 0.22, 0.3, 0.6)
 PAPER = (0.15, 0.22)
@@ -56,17 +55,16 @@ RATIOS = (2.0, 3.0, 4.0, 5.0)
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "thresholds")
     parser.add_argument("--records", type=Path, default=SHIPPED, help="folder of records-*.jsonl[.gz]")
-    parser.add_argument("--tau1", type=float, nargs="+", default=TAU1)
-    parser.add_argument("--tau2", type=float, nargs="+", default=TAU2)
+    parser.add_argument("--tau1", type=number, nargs="+", default=TAU1)
+    parser.add_argument("--tau2", type=number, nargs="+", default=TAU2)
     parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id")
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> Path:
-    """Measure the grid with `analysis.calibrate`, words read back."""
+def run(args: argparse.Namespace) -> tuple[Path, int]:
+    """Measure the grid with `analysis.calibrate`, words read back; its records and its exit code."""
     args.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "analysis.calibrate", "--words", "--out", str(args.out)]
-    command += passed_on(args, "clip")
+    command = ["--words", "--out", str(args.out), *passed_on(args, "clip")]
     if args.limit:
         first = args.out / f"first-{args.limit}.jsonl"
         chosen = [{"id": p.id, "prompt": p.text} | ({"words": p.words} if p.words is not None else {})
@@ -75,10 +73,10 @@ def run(args: argparse.Namespace) -> Path:
         first.write_text("".join(json.dumps(p) + "\n" for p in chosen), encoding="utf-8")
         command[command.index("--prompts") + 1] = str(first)
     command += ["--tau1", *map(str, args.tau1), "--tau2", *map(str, args.tau2)]
-    if subprocess.run(command, check=False).returncode:
-        raise ValueError("the calibration did not finish; the same command goes on where it ended")
+    if code := calibrate.main(command):
+        return args.out, code
     write_about(args.out, "thresholds", args)
-    return args.out
+    return args.out, 0
 
 
 def read(folder: Path) -> Saved:
@@ -319,7 +317,9 @@ def _cells(line: dict, presets: dict) -> list[str]:
 @figure_script
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    folder = run(args) if args.run else args.records
+    folder, code = run(args) if args.run else (args.records, 0)
+    if code:
+        return code
     saved = read(folder)
     model = Path(args.model).name
     presets = {
@@ -327,7 +327,7 @@ def main(argv: list[str] | None = None) -> int:
         for name, p in PRESETS.items()
         if p.model == model and p.method == "h2cache" and len(p.settings) == 2
     }
-    lines = table(saved.rows)
+    lines = calibrate.table(saved.rows)
     draw(lines, presets, args.out / "thresholds")
     plots.write_words(args.out / "thresholds.md", answer(lines, saved.rows, presets, source_of(folder)))
     return saved.exit_code()

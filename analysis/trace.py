@@ -25,13 +25,14 @@ from pathlib import Path
 import numpy as np
 
 from analysis import keep, plots
+from analysis.options import number
 from analysis.saved import Saved, read_saved
-from analysis.scripts import figure_script
+from analysis.scripts import figure_script, progress, shipped
 from analysis.settings import parse_settings
-from analysis.trials import Trial, parser_of, source_of, write_about
+from analysis.trials import Trial, alone, parser_of, source_of, write_about
 from h2cache import H2Config, find_method, method_names
 
-SHIPPED = Path("assets/results/tiny_flux_traces/rows.jsonl.gz")
+SHIPPED = Path(shipped("assets/results/tiny_flux_traces/rows.jsonl.gz"))
 NEEDS = {"id": str, "method": str, "trace": list}
 LINE = {"branch": str, "stage": str, "outcomes": str, "measures": list}  # of a compact trace
 OUTCOMES = {"H": ("hit", "#009E73", "x"), "F": ("forced hit", "#56B4E9", "|"), "M": ("miss", "#D55E00", "o")}
@@ -48,19 +49,19 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--id", help="request that is drawn alone (default: the first)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of the run")
-    parser.add_argument("--tau1", type=float, default=0.2, help="of the run")
-    parser.add_argument("--tau2", type=float, default=0.05, help="of the run")
+    parser.add_argument("--tau1", type=number, default=0.2, help="of the run")
+    parser.add_argument("--tau2", type=number, default=0.05, help="of the run")
     return parser.parse_args(argv)
 
 
+@alone
 def run(args: argparse.Namespace) -> Path:
     """Draw every prompt once with the method; the pictures are not kept."""
-    trial, rows = Trial.of(args), {}
-    args.out.mkdir(parents=True, exist_ok=True)
     kind = find_method(args.method)
     taus = {"tau1": args.tau1, "tau2": args.tau2} if kind is H2Config else {}
     config = kind(**taus | parse_settings(kind, args.set))
-    for prompt in trial.prompts:
+    trial, rows = Trial.of(args), {}
+    for prompt in progress(trial.prompts, "prompt"):
         trace = keep.compact(trial.draw(prompt, config).trace)
         rows[prompt.id] = {
             "key": prompt.id,

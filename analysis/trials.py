@@ -5,30 +5,42 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
 from analysis import keep
+from analysis.options import Parser, at_least_one
 from analysis.prompts import Prompt, read_prompts
 from analysis.runs import Drawn, draw
-from analysis.scripts import add_measuring_arguments, at_least_one, start
+from analysis.scripts import add_measuring_arguments, start
 from h2cache import MethodConfig
 
 
 def parser_of(description: str, out: str) -> argparse.ArgumentParser:
     """A parser with what every figure script takes: --out, --run, and the options of a run."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description)
     parser.add_argument("--out", type=Path, default=Path("outputs") / out, help="default: %(default)s")
     parser.add_argument("--run", action="store_true", help="repeat the experiment, its records go to --out")
     run = parser.add_argument_group("of the experiment (with --run)")
     run.add_argument("--limit", type=at_least_one, help="only the first N prompts")
     add_measuring_arguments(run)
     return parser
+
+
+def alone(run: Callable[[argparse.Namespace], Path]) -> Callable[[argparse.Namespace], Path]:
+    """`run(args)` with --out for itself: a second run there would mix with it, and is refused."""
+
+    @wraps(run)
+    def guarded_run(args: argparse.Namespace) -> Path:
+        with keep.held(args.out):
+            return run(args)
+
+    return guarded_run
 
 
 @dataclass

@@ -18,21 +18,20 @@ from pathlib import Path
 
 import h2cache
 from analysis.families import with_prompt
+from analysis.options import Parser, at_least_one, positive, whole
 from analysis.prompts import read_prompts
-from analysis.scripts import add_measuring_arguments, at_least_one, guarded, start
+from analysis.scripts import add_measuring_arguments, guarded, start
 from h2cache import method_names
 from h2cache.tuned import Tuned
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     add_measuring_arguments(parser)
     parser.add_argument("--method", default="plan", choices=method_names(), help="default: %(default)s")
-    parser.add_argument("--speedups", type=float, nargs="+", default=[2, 3, 4, 5, 6, 8])
+    parser.add_argument("--speedups", type=positive, nargs="+", default=[2, 3, 4, 5, 6, 8])
     parser.add_argument("--limit", type=at_least_one, default=8, help="prompts to search on (default: 8)")
-    parser.add_argument("--held-out", type=int, default=8, help="prompts to measure on (default: 8)")
+    parser.add_argument("--held-out", type=whole(0), default=8, help="prompts to measure on (default: 8)")
     parser.add_argument("--save", type=Path, help="file to write (default: in the user's cache folder)")
     return parser.parse_args(argv)
 

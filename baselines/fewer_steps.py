@@ -18,6 +18,7 @@ class FewerStepsConfig(MethodConfig):
     """Settings of the control."""
 
     name = "fewer_steps"
+    reuses = False
 
     factor: float = 5.0
     """How many times fewer steps, >= 1. Higher: faster, coarser. 1: as many as asked for."""

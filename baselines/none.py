@@ -14,6 +14,7 @@ class NoneConfig(MethodConfig):
     """There is nothing to set."""
 
     name = "none"
+    reuses = False
 
     def build(self) -> Uncached:
         return Uncached(self)

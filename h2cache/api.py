@@ -31,6 +31,7 @@ from h2cache.h2 import H2Config
 from h2cache.memory import Request
 from h2cache.method import MethodConfig
 from h2cache.modules import check_divisible
+from h2cache.parallel import check_together
 from h2cache.plan import PlanConfig
 from h2cache.records import StepRecord, Summary, summarise
 from h2cache.schedule import DENOISERS, Course
@@ -120,6 +121,7 @@ def _blocks(
         )
     if "modules" in config.requires:
         check_divisible(engine, denoiser)
+    check_together(denoiser, engine, config.undivided)
     fitted = config.for_checkpoint(checkpoint_name(pipeline) or checkpoint_name(denoiser))
     if fitted.needs_total_steps and steps is None and pipeline is None:
         raise ValueError(
@@ -150,15 +152,16 @@ def summary(target: Any) -> Summary:
     Raises ValueError when no cache is enabled on `target`.
     """
     requests = _newest_requests(target)
-    name = _attachments_of(target)[0].config.name
+    config = _attachments_of(target)[0].config
     held = max(request.most_bytes_held for request in requests)  # of two transformers one after the other
     needed = sum(request.bytes_needed for request in requests)
     return summarise(
-        name,
+        config.name,
         step_records(target),
         held,
         needed,
         requests[0].reason,
+        reuses=config.reuses,
         bytes_of_all=sum(attachment.requests.bytes_held for attachment in _attachments_of(target)),
         notes=tuple(dict.fromkeys(note for request in requests for note in request.notes)),
         **_expectation(requests),

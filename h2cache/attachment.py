@@ -25,6 +25,7 @@ from h2cache.engines.base import Engine, lay_out
 from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape
 from h2cache.modules import DRIVEN, ModuleDriver
+from h2cache.parallel import check_together
 from h2cache.program import Stream
 from h2cache.requests import Requests
 from h2cache.room import free_bytes, require_room
@@ -280,15 +281,21 @@ class BlockAttachment(Attachment):
             self._forget("the call before was broken off")
         inputs = self.engine.inputs(args, kwargs)
         memory = self.requests.memory(inputs)
+        if memory.bytes_needed is None:  # once a branch: parallelism may have come since
+            check_together(transformer, self.engine, self.config.undivided)
         program = self.method.step(self.stages, memory)
         entered = partial(self._reserve, memory) if memory.bytes_needed is None else None
         call = Call(self.engine, self._stage_of, inputs, memory, program, entered)
+        if memory.group is not None:
+            call.divide(transformer, memory.group)
         if self.config.requires & DRIVEN and memory.step == 0:  # once a request: it goes over all blocks
             self._driver.follow(self.engine, transformer, self.config.requires)
         self._calls.now = call
 
     def _reserve(self, memory: Memory, x: Stream) -> None:
         """Refuse a request, before its first block, that would keep more than there is room for."""
+        call = self._current_call()
+        assert call is not None  # it asks
         tokens, width = x.img.shape[1:]
         answers = "output" in self.engine.offers
         out = (
@@ -305,8 +312,10 @@ class BlockAttachment(Attachment):
             out=out,
             itemsize=x.img.element_size(),
             batch=memory.batch,
-            drawn=len(range(tokens)[memory.targets or slice(None)]),
+            drawn=max(1, len(range(tokens)[memory.targets or slice(None)])),  # another process may have all
             text_compared=self.stages[-1].joint,
+            modulated=call.inputs.modulated_tokens,
+            attention_parts=call.inputs.attention_parts,
         )
         others = [m for m in self.requests.newest.memories.values() if m is not memory]
         promised = sum(max(0, (m.bytes_needed or 0) - m.bytes_held) for m in others)

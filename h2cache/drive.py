@@ -17,6 +17,7 @@ from h2cache.engines.base import Engine, Inputs
 from h2cache.engines.forms import Form
 from h2cache.memory import Memory
 from h2cache.offload import onload
+from h2cache.parallel import STREAM, TEXT, Cut, Group, cut_at, first_block
 from h2cache.program import (
     Command,
     Drive,
@@ -54,11 +55,25 @@ class Call:
         self.engine, self.inputs, self.memory, self.program = engine, inputs, memory, program
         self.text_tokens = inputs.text_tokens
         self._stage_of = stage_of
+        self._cut: Cut | None = None  # what is still to divide the stream among processes
         self.position = 0  # number of the next block, through the whole model
         self.entered = entered
         self.ran: Ran | None = None
         self.driven: tuple[int, Drive] | None = None  # the block whose modules are answered for, right now
         self.command: Command | None = _of_blocks(next(program))
+
+    def divide(self, transformer: nn.Module, group: Group) -> None:
+        """Read the arguments of blocks as they are for one of several processes."""
+        if group.divided:
+            if cut_at(transformer, TEXT) is not None:
+                self.text_tokens = len(group.part(self.text_tokens))
+            self._cut = cut_at(first_block(transformer, self.engine), STREAM)
+
+    def own(self, block: nn.Module, args: tuple, kwargs: dict, looks: bool = False) -> tuple[tuple, dict]:
+        """A block's arguments as this process will have them: some models divide the stream at the first."""
+        cut = self._cut
+        self._cut = cut if looks else None
+        return (args, kwargs) if cut is None else cut(block, *args, **kwargs)
 
     def _next_command(self) -> None:
         """Hand the outcome to the program and take its next wish; a wish for no blocks is met at once."""
@@ -204,7 +219,7 @@ class _Tap(_Turn):
 
     def __call__(self, *args, **kwargs):
         call, form = self.call, self.blocks.form
-        ran, x = call.ran, form.read_input(args, kwargs, call.text_tokens)
+        ran, x = call.ran, form.read_input(*call.own(self.block, args, kwargs), call.text_tokens)
         if ran is None:
             ran = call.begin_run(x)
         elif call.inputs.adds_between or not (form.joined and self.index == self.blocks.first):
@@ -229,7 +244,7 @@ class _Look(_Turn):
     def __call__(self, *args, **kwargs):
         call = self.call
         onload(self.block)
-        call.look(call.engine.modulated_input(self.block, args, kwargs))
+        call.look(call.engine.modulated_input(self.block, *call.own(self.block, args, kwargs, looks=True)))
         return call.turn(self.blocks, self.index)(*args, **kwargs)
 
 
@@ -241,14 +256,16 @@ class _Add(_Turn):
         self.stand_in = stand_in
 
     def __call__(self, *args, **kwargs):
-        form = self.blocks.form
-        return form.write_output(form.read_input(args, kwargs, self.call.text_tokens) + self.stand_in)
+        form, call = self.blocks.form, self.call
+        x = form.read_input(*call.own(self.block, args, kwargs), call.text_tokens)
+        return form.write_output(x + self.stand_in)
 
 
 class _Pass(_Turn):
     """Stands for a skipped block whose index the model must see."""
 
     def __call__(self, *args, **kwargs):
+        args, kwargs = self.call.own(self.block, args, kwargs)
         return self.blocks.form.pass_through(*args, **kwargs)
 
 

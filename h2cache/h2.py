@@ -143,7 +143,8 @@ class H2Cache(Method):
             head = yield Run(stage.head)  # 1: a stage's head always runs
             change, thresholds, forced = None, None, all(hit) and cfg.force_detail_hit
             if not forced:  # 2: a structure hit forces the detail hit, without a look
-                summary = pooled_summary(stage.measured(head), *pool)
+                measured = stage.measured(head)
+                summary = pooled_summary(measured, *pool, memory.tokens(measured))
                 change = slot.compare(summary, per_sample=cfg.reduce == "sample")
                 thresholds = self._thresholds(tau, stage, memory)
                 hit = self._hits(hit, change, thresholds, slot, stage, memory)

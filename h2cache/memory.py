@@ -5,6 +5,7 @@ A request is one pipeline call. Nothing outlives it: see `requests.py` for what 
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -13,11 +14,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from h2cache.parallel import Group
 from h2cache.predictors import Predictor
 from h2cache.program import Stage, Stream
 from h2cache.records import StepRecord
 from h2cache.schedule import TRAINED, Course, Schedule
-from h2cache.similarity import magnitude, relative_l1, sample_mask
+from h2cache.similarity import difference, magnitude, sample_mask
 
 State = TypeVar("State")
 Kept = TypeVar("Kept", bound=Predictor)
@@ -35,20 +37,28 @@ class Slot(Generic[Kept]):
         self.predictor = self._new_predictor()
         if isinstance(getattr(self.predictor, "answers", None), Counter):
             self.predictor.answers = self._memory.answers  # type: ignore[attr-defined]  # one count of all
+        if hasattr(self.predictor, "total"):
+            self.predictor.total = self._memory.total
         self.reference: Tensor | None = None
         self._scale: Tensor | None = None  # magnitude of the reference, once it has been asked for
         self.hits_in_a_row = [0] * self._memory.batch
 
     def compare(self, current: Tensor, per_sample: bool = True) -> list[float] | None:
         """Relative L1 change of `current` since the reference, per sample, on the host; None without one."""
+        memory = self._memory
         if self.reference is None:
+            if memory.group is not None:  # another process may have one: it must compute too
+                unknown = current.new_full(
+                    (memory.batch if per_sample else 1,), math.nan, dtype=torch.float32
+                )
+                memory.ratio(unknown, unknown)
             return None
         if self._scale is None:
             self._scale = magnitude(self.reference, per_sample)
-        values = self._memory.read(relative_l1(self.reference, current, per_sample, self._scale))
+        values = memory.ratio(difference(self.reference, current, per_sample), self._scale)
         if values is None:  # the read has shown that another request began: the reference is void
             return None
-        return values * self._memory.batch if len(values) < self._memory.batch else values
+        return values * memory.batch if len(values) < memory.batch else values
 
     def refer(self, summary: Tensor, kept: Sequence[bool] = ()) -> None:
         """Make `summary` the reference, except for the samples marked in `kept`."""
@@ -96,9 +106,17 @@ class Memory:
     """State of one guidance branch of one request."""
 
     def __init__(
-        self, request: Request, branch: str, batch: int, targets: slice | None = None, guided: bool = False
+        self,
+        request: Request,
+        branch: str,
+        batch: int,
+        targets: slice | None = None,
+        guided: bool = False,
+        group: Group | None = None,
     ) -> None:
         self._request, self.branch, self.batch = request, branch, batch
+        self.group = group  # the processes that draw this picture together; None: this one alone
+        self.more = 0  # tokens that are drawn in all processes, than this one has, times their number
         self.targets = targets  # the image tokens that are drawn and compared; None: all
         self._guided = guided  # the batch is [cond, uncond], and both halves share each decision
         self.slots: dict[str, Slot[Any]] = {}
@@ -236,28 +254,61 @@ class Memory:
         early = self._step < warmup_steps - states
         return early or (last_steps > 0 and self._step >= self.total_steps - last_steps)
 
-    def read(self, values: Tensor) -> list[float] | None:
-        """`values` (n,) on the host, with the timestep in the same copy; None if that shows a new request."""
+    def ratio(self, change: Tensor, size: Tensor) -> list[float] | None:
+        """`change` / `size` (n,) on the host, each summed over all tokens; None: a new request began."""
+        if self.group is None:
+            return self.read(change / size)
+        marks = change.new_tensor(self.group.marks(self._step))
+        change, size, marks = self.total(torch.cat([change, size, marks])).split([len(change), len(size), 2])
+        return self.read(change / size, marks)
+
+    def total(self, values: Tensor) -> Tensor:
+        """`values`, sums over the tokens at hand, summed over all processes; only their ratios count."""
+        return values if self.group is None else self.group.total(values)
+
+    def tokens(self, features: Tensor) -> int:
+        """How many tokens all processes' `features` (B, tokens, C) have, which are compared."""
+        own = features.shape[1]
+        return own if self.group is None else own * self.group.size + self.more
+
+    def read(self, values: Tensor, marks: Tensor | None = None) -> list[float] | None:
+        """`values` (n,) on the host, with the timestep in the same copy; None if that shows a new request.
+
+        marks: of all processes, see `Group.marks`. If they are not at the same step, all start afresh.
+        """
         if self._guided and len(values) == self.batch:
             values = values.reshape(2, -1).amax(0).repeat(2)  # NaN stays NaN
-        if self._pending is None:
+        if marks is None and self._pending is None:
             return values.tolist()  # the one wait of a decision
-        both = torch.cat([values, self._pending.to(values.device)])
-        *numbers, timestep = both.tolist()  # the one wait of a decision
-        return numbers if self._resolve(timestep) else None
+        timestep = None if self._pending is None else self._pending.to(values.device)
+        parts = [part for part in (values, marks, timestep) if part is not None]
+        numbers = torch.cat(parts).tolist()  # the one wait of a decision
+        goes_on = timestep is None or self._resolve(numbers[-1])
+        count = len(values)
+        if (
+            self.group is not None
+            and marks is not None
+            and not self.group.in_step(numbers[count : count + 2])
+        ):
+            self._begin_anew("the processes were at different steps")
+            return None
+        return numbers[:count] if goes_on else None
 
     def _resolve(self, timestep: float) -> bool:
         """Take the current timestep; False, with everything forgotten, if it did not fall: a new request."""
         self._pending = None
         goes_on = self._timestep is None or timestep < self._timestep
         if not goes_on:
-            self._request.restart("the timestep did not fall", keep=self)
-            self.clear_slots()
-            self._step = 0
+            self._begin_anew("the timestep did not fall")
         elif self._timestep is not None:
             self._step_length = self._timestep - timestep
         self._timestep = timestep
         return goes_on
+
+    def _begin_anew(self, reason: str) -> None:
+        self._request.restart(reason, keep=self)
+        self.clear_slots()
+        self._step = 0
 
     @property
     def is_last_step(self) -> bool:

@@ -31,6 +31,8 @@ class Shape:
     batch: int = 1
     drawn: int | None = None  # image tokens that are compared, without those of a reference; None: all
     text_compared: bool = True  # whether the detail stage's check looks at text tokens too
+    modulated: int | None = None  # tokens of the first block's modulated input; None: those compared
+    attention_parts: int = 2  # tensors that an attention of both streams gives; IP-Adapter's is a third
 
     @property
     def compared(self) -> tuple[int, int]:
@@ -54,7 +56,13 @@ class MethodConfig(ABC):
 
     name: ClassVar[str]  # as written in records and tables
     outputs_held: ClassVar[int] = 0  # of the model, in each branch, by a method that requires "whole"
+    reuses: ClassVar[bool] = True  # False: a control that runs everything, so that no hit is no surprise
     instead: ClassVar[str] = ""  # what to use of an engine that cannot give that, as the end of a sentence
+
+    @property
+    def undivided(self) -> str:
+        """Why a picture's tokens must all be in one process, to begin a sentence with; empty: no need."""
+        return ""
 
     @property
     def requires(self) -> frozenset[str]:

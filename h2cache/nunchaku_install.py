@@ -1,8 +1,9 @@
 """Is nunchaku here, does it fit this Python, PyTorch and GPU, and if not: what exactly to do.
 
-Facts: `nunchaku` on PyPI is another project. The wheels are files of the release page, named
-`nunchaku-1.1.0+torch2.9-cp311-cp311-linux_x86_64.whl`, one for each minor version of PyTorch and Python. Its
-kernels need 4-bit tensor cores that Hopper (sm 90) and data-centre Blackwell (sm 100) do not have.
+Facts, with sources in engines/nunchaku.md: `nunchaku` on PyPI is another project. The wheels are files of the
+release page, named `nunchaku-1.2.1+cu12.8torch2.9-cp311-cp311-linux_x86_64.whl`, one for each CUDA, and each
+minor version of PyTorch and Python. Its kernels need 4-bit tensor cores that Hopper (sm 90) and data-centre
+Blackwell (sm 100) do not have.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ from pathlib import Path
 
 import torch
 
-RELEASE = "1.1.0"  # the newest whose wheels could be read when this was written
-PAGE = "https://github.com/nunchaku-tech/nunchaku/releases"
+RELEASE = "1.2.1"  # the newest whose build files could be read, on 2026-11-27
+PAGE = "https://github.com/nunchaku-ai/nunchaku/releases"
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-TORCHES = ("2.7", "2.8", "2.9")
+CUDAS = {"2.8": ("12.8",), "2.9": ("12.8", "13.0"), "2.10": ("12.8", "13.0")}  # of the wheels, by PyTorch
 PLATFORMS = ("linux_x86_64", "win_amd64")
 PRECISIONS = {"75": "int4", "80": "int4", "86": "int4", "89": "int4", "120": "fp4", "121": "fp4"}  # by sm
 WITHOUT = "or run without nunchaku, with --engine diffusers"
@@ -35,6 +36,7 @@ class Place:
     python: str  # "3.11"
     torch: str  # "2.9"
     platform: str  # as in wheel names
+    cuda: str | None = None  # that PyTorch is built for: "12.8"
     package: Path | None = None  # folder of the installed `nunchaku`
     version: str | None = None  # of the installed distribution, with the wheel's local part
 
@@ -51,6 +53,7 @@ class Place:
             python=".".join(map(str, sys.version_info[:2])),
             torch=_minor(torch.__version__),
             platform=machine + platform.machine().lower(),
+            cuda=torch.version.cuda,
             package=Path(folders[0]) if folders else None,
             version=version,
         )
@@ -65,14 +68,18 @@ def wheel_advice(place: Place) -> str:
     missing = []
     if place.python not in PYTHONS:
         missing.append(f"Python {PYTHONS[0]} to {PYTHONS[-1]} (this is {place.python})")
-    if place.torch not in TORCHES:
-        missing.append(f"PyTorch {', '.join(TORCHES)} (this is {place.torch})")
+    cudas = CUDAS.get(place.torch, ())
+    if not cudas:
+        missing.append(f"PyTorch {', '.join(CUDAS)} (this is {place.torch})")
+    elif place.cuda is not None and place.cuda not in cudas:
+        missing.append(f"a PyTorch for CUDA {' or '.join(cudas)} (this is for {place.cuda})")
     if place.platform not in PLATFORMS:
         missing.append(f"Linux or Windows on x86-64 (this is {place.platform})")
     if missing:
         return f"its wheels need {' and '.join(missing)}; newer ones may be on {PAGE}; {WITHOUT}"
     tag = "cp" + place.python.replace(".", "")
-    name = f"nunchaku-{RELEASE}+torch{place.torch}-{tag}-{tag}-{place.platform}.whl"
+    build = f"cu{place.cuda or cudas[0]}torch{place.torch}"
+    name = f"nunchaku-{RELEASE}+{build}-{tag}-{tag}-{place.platform}.whl"
     return f"`pip install {PAGE}/download/v{RELEASE}/{name}`, {WITHOUT}"
 
 

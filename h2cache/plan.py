@@ -266,6 +266,7 @@ class Outputs:
 
     table: dict[int, Weights]
     errors: dict[int, Weights]
+    end: int  # of the steps that the table is for
     chase: Chase | None = None
     kept: dict[int, list[Tensor]] = field(default_factory=dict)  # by step, oldest first
     evaluated: list[int] = field(default_factory=list)
@@ -304,13 +305,17 @@ class Plan(Method):
         error = error_of(outputs.weighted(weights)) if seen else None
         memory.record_whole("miss", error)
         if outputs.chase is not None and error is not None:
-            chase = outputs.chase
-            steps = chase.next_steps(step, error)
-            memory.expect(chase.table.beside(chase.plan, chase.usual), "")
-            if steps is not None:
-                own = (*outputs.evaluated, *steps)
-                tables = stand_ins(memory.course, own, memory.course.steps, self._target(memory.course))
-                outputs.table, outputs.errors = tables
+            self._follow(outputs, memory, error)
+
+    def _follow(self, outputs: Outputs, memory: Memory, error: Tensor) -> None:
+        """Take another tuned plan from here on, if the picture's errors ask for one."""
+        chase, course = outputs.chase, memory.course
+        assert chase is not None
+        steps = chase.next_steps(memory.course_step, error)
+        memory.expect(chase.table.beside(chase.plan, chase.usual), "")
+        if steps is not None:
+            own = (*outputs.evaluated, *steps)
+            outputs.table, outputs.errors = stand_ins(course, own, outputs.end, self._target(course))
 
     def _target(self, course: Course) -> str:
         return self.config.target if course.adds_up else "sampler"
@@ -328,7 +333,8 @@ class Plan(Method):
             warnings.warn(f"h2cache, plan: {note}", stacklevel=2)  # Python shows it once
         end = min([s for s in course.starts if s > now], default=course.steps)
         own = (now, *(s for s in choice.steps if now < s < end))
-        return Outputs(*stand_ins(course, own, end, self._target(course)), choice.chase if now == 0 else None)
+        tables = stand_ins(course, own, end, self._target(course))
+        return Outputs(*tables, end, choice.chase if now == 0 else None)
 
 
 def error_of(parts: list[Tensor]) -> Tensor:

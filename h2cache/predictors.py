@@ -153,14 +153,18 @@ def weighted_sum(residuals: list[Stream], rows: list[list[float]]) -> Stream:
 
     A row may be shorter than the list: it belongs to the newest residuals.
     """
-    rows = [[0.0] * (len(residuals) - len(row)) + row for row in rows]
     parts = [[t for t in (r.img, r.txt) if t is not None] for r in residuals]
-    if all(row == rows[0] for row in rows):
-        factors: Sequence[float | Tensor] = rows[0]
-    else:
-        factors = [_per_sample(column, parts[0][0]) for column in zip(*rows, strict=True)]
-    img, *txt = combine(parts, factors)
+    img, *txt = combine(parts, factors(rows, len(residuals), parts[0][0]))
     return Stream(img, txt[0] if txt else None)
+
+
+def factors(rows: Sequence[Sequence[float]], states: int, like: Tensor) -> list[float | Tensor]:
+    """What to multiply each of `states` stored tensors by: numbers where all rows agree, else (B, 1, 1)."""
+    rows = [[0.0] * (states - len(row)) + list(row) for row in rows]
+    if all(row == rows[0] for row in rows):
+        return [*rows[0]]
+    columns = torch.tensor(rows, dtype=torch.float32, device=like.device).T  # (states, B)
+    return [column.view(-1, *[1] * (like.ndim - 1)) for column in columns]
 
 
 def combine(snapshots: Sequence[Sequence[Tensor]], factors: Sequence[float | Tensor]) -> list[Tensor]:
@@ -181,11 +185,6 @@ def combine(snapshots: Sequence[Sequence[Tensor]], factors: Sequence[float | Ten
     return [t.to(p.dtype) for t, p in zip(total, snapshots[-1], strict=True)]
 
 
-def _per_sample(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
-    """(B, 1, ..) float32 on the device of `like`."""
-    return torch.as_tensor(values, dtype=torch.float32, device=like.device).view(-1, *[1] * (like.ndim - 1))
-
-
 class Modes(Forecast):
     """Dynamic mode decomposition: exact on sums of exponentials, whose number it finds itself.
 
@@ -198,6 +197,7 @@ class Modes(Forecast):
         self._who: dict[int, str] = {}  # answered last, by sample
         self._unread: deque[tuple[Tensor, list[list[float]]]] = deque(maxlen=history)  # products, and whose
         self.answers: Counter[str] = Counter()  # who answered how often: "dmd", "taylor" or "reuse"
+        self.total: Callable[[Tensor], Tensor] = lambda dots: dots  # sums them over processes, up to a factor
 
     def learn(self, residual: Stream, at: float = 0.0, kept: Sequence[bool] = ()) -> None:
         super().learn(residual, at, kept)
@@ -207,7 +207,7 @@ class Modes(Forecast):
     def _read(self) -> None:
         if not self._unread:
             return
-        columns = torch.cat([dots for dots, _ in self._unread], 1).tolist()  # a wait
+        columns = self.total(torch.cat([dots for dots, _ in self._unread], 1)).tolist()  # a wait
         self._dots = self._dots or [{} for _ in columns]
         start = 0
         for table, then in self._unread:

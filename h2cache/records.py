@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 HIT, FORCED, MISS = "hit", "forced", "miss"
-UNCACHED = ("none", "fewer_steps")  # methods that reuse nothing
 
 
 @dataclass(slots=True)
@@ -59,6 +58,7 @@ class Summary:
     started_because: str
     expected_psnr: tuple[float, ...] | None = None  # of each picture against the uncached one, dB
     expected_error: float | None = None  # root mean square of that expectation, dB
+    reuses: bool = True  # False: a control, which reuses nothing by intent
     bytes_of_all: int = 0  # held at this moment, by the requests of all threads
     notes: tuple[str, ...] = ()  # what the user should know
     evaluated: tuple[int, ...] = ()  # steps at which some of the model ran
@@ -86,7 +86,7 @@ class Summary:
         """What the user should know about a run in which nothing was reused."""
         if not self.stages:
             return "no step has been recorded: run the pipeline once, then ask for the summary"
-        if any(s.hits for s in self.stages) or self.method in UNCACHED:
+        if any(s.hits for s in self.stages) or not self.reuses:
             return None
         if self._whole:
             why = "; ".join(self.notes) or "the settings ask for as many evaluations as there are steps"

@@ -16,16 +16,17 @@ def pooling_window(tokens: int, target: int, least: int = 1) -> int:
     return min(max(least, tokens // target), tokens)
 
 
-def pooled_summary(features: Tensor, target: int, least: int = 1) -> Tensor:
+def pooled_summary(features: Tensor, target: int, least: int = 1, tokens: int | None = None) -> Tensor:
     """Average-pool `features` (B, tokens, C) with a square window over neighbouring tokens and channels.
 
     The window is k = `pooling_window(tokens, target, least)`, its stride is k too; incomplete windows at the
     end of either axis are dropped. With k = 1 the tensor itself comes back. Returns
     (B, tokens // k, C // k), same dtype.
+    tokens: of the whole picture, where `features` has only this process's.
     """
-    tokens, channels = features.shape[1:]
-    k = pooling_window(tokens, target, least)
-    if k == 1:
+    own, channels = features.shape[1:]
+    k = min(pooling_window(own if tokens is None else tokens, target, least), own)
+    if k <= 1:
         return features
     return F.avg_pool2d(features.unsqueeze(1), (k, min(k, channels))).squeeze(1)
 
@@ -35,6 +36,11 @@ def magnitude(features: Tensor, per_sample: bool = True) -> Tensor:
     if per_sample:
         return torch.linalg.vector_norm(features, 1, (1, 2), dtype=torch.float32)
     return torch.linalg.vector_norm(features, 1, dtype=torch.float32).reshape(1)
+
+
+def difference(reference: Tensor, current: Tensor, per_sample: bool = True) -> Tensor:
+    """Sum of |reference - current| in float32: (B,), or (1,) over the batch."""
+    return magnitude(reference.float() - current.float(), per_sample)
 
 
 def relative_l1(
@@ -47,7 +53,7 @@ def relative_l1(
     """
     if scale is None:
         scale = magnitude(reference, per_sample)
-    return magnitude(reference.float() - current.float(), per_sample) / scale
+    return difference(reference, current, per_sample) / scale
 
 
 def sample_mask(hits: Sequence[bool], like: Tensor) -> Tensor:

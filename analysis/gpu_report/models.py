@@ -20,8 +20,7 @@ FITTED = {  # random weights have no constants of their own
     "coefficients": (0.0, 0.0, 0.0, 1.0, 0.0),
     "ratios": (1.0, 1.02, 0.98, 0.95),
 }
-UNCACHED = ("none", "fewer_steps")
-SKIPPING = [name for name in method_names() if name not in UNCACHED]
+SKIPPING = [name for name in method_names() if find_method(name).reuses]
 SOME_HITS = {  # as many skipped as computed steps, from the start
     "tau1": INF, "tau2": INF, "threshold": INF, "max_consecutive_hits": 1, "interval": 2, "warmup_steps": 1,
     "retention": 0.0, "min_drafts": 1, "max_drafts": 1, "speedup": 2.0, "file": "none",

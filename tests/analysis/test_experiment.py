@@ -78,7 +78,7 @@ def test_the_experiment_makes_its_table(tmp_path, capsys):
     assert {p: t for p, t in after.items() if p.name != "settings.json"} == {
         p: t for p, t in before.items() if p.name != "settings.json"
     }
-    assert main(arguments(tmp_path, "--no-words", steps=5)) == 0  # another setting, another folder
+    assert main(arguments(tmp_path, "--no-words", steps=2, limit=1)) == 0  # another setting, another folder
     assert len(list((tmp_path / "runs").iterdir())) == 2
 
 
@@ -86,7 +86,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
     """The long form of this, with ten kills, is in assets/results/README.md."""
     moments = random.Random(0)
     command = [sys.executable, "-m", "analysis.experiment", *arguments(tmp_path / "killed", "--no-words")]
-    for _ in range(2):
+    for _ in range(1):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         end = time.monotonic() + 120
         rows = tmp_path / "killed/runs"
@@ -120,14 +120,19 @@ def test_two_processes_divide_the_prompts(tmp_path):
         "--master_port",
         "29611",
     ]
-    command = [*launcher, "-m", "analysis.experiment", *arguments(tmp_path / "two", "--no-words")]
+    command = [
+        *launcher,
+        "-m",
+        "analysis.experiment",
+        *arguments(tmp_path / "two", "--no-words", steps=3, limit=2),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("| none |") == 1
     rows = [json.loads(line) for line in (tmp_path / "two/rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 12
+    assert len(rows) == 8
     assert json.loads((tmp_path / "two/table.json").read_text())["settings"]["processes"] == 2
-    assert main(arguments(tmp_path / "one", "--no-words")) == 0
+    assert main(arguments(tmp_path / "one", "--no-words", steps=3, limit=2)) == 0
     assert facts(tmp_path / "two") == facts(tmp_path / "one")
 
 

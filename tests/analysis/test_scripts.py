@@ -1,6 +1,7 @@
 """What the command-line scripts share: settings, messages in place of tracebacks, files, machine names."""
 
 import gzip
+import json
 import os
 import shutil
 import signal
@@ -13,7 +14,17 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis import bench_step, calibrate, family_table, fit_magcache, fit_teacache, keep, ocr, table
+from analysis import (
+    bench_step,
+    calibrate,
+    family_table,
+    fit_magcache,
+    fit_teacache,
+    keep,
+    ocr,
+    overhead,
+    table,
+)
 from analysis.peak import PeakMemory
 from analysis.scripts import guarded, is_embedded, shard, shipped
 from analysis.sheets import fitted, grid
@@ -87,6 +98,7 @@ def test_a_script_names_what_is_wrong(capsys, main, arguments, message):
         (calibrate.main, ["--dtype", "fp16"], "invalid choice: 'fp16'"),
         (fit_teacache.main, ["--dtype", "fp16"], "invalid choice: 'fp16'"),
         (fit_magcache.main, ["--dtype", "fp16"], "invalid choice: 'fp16'"),
+        (overhead.main, ["--dtype", "fp16"], "invalid choice: 'fp16'"),
     ],
 )
 def test_a_broken_option_is_a_usage_error(capsys, main, arguments, message):
@@ -96,24 +108,15 @@ def test_a_broken_option_is_a_usage_error(capsys, main, arguments, message):
     assert message in capsys.readouterr().err
 
 
-def test_overhead_refuses_an_unknown_dtype():
-    command = [sys.executable, "-m", "analysis.overhead", "--dtype", "fp16"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2
-    assert "invalid choice: 'fp16'" in done.stderr
-
-
-@pytest.mark.parametrize("module", ["calibrate", "fit_teacache", "fit_magcache"])
-def test_ctrl_c_is_no_traceback(tmp_path, module):
-    out = [] if module == "fit_magcache" else ["--out", str(tmp_path)]
+def test_ctrl_c_is_no_traceback(tmp_path):
     process = subprocess.Popen(
-        [sys.executable, "-u", "-m", f"analysis.{module}", *out],
+        [sys.executable, "-u", "-m", "analysis.calibrate", "--out", str(tmp_path)],
         stderr=subprocess.PIPE,
         text=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     told = ""
-    while "prompt/s" not in told:  # the progress bar: it is drawing
+    while "prompt/s" not in told and "to go" not in told:  # it is drawing
         told += process.stderr.read(1)
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)
@@ -123,19 +126,20 @@ def test_ctrl_c_is_no_traceback(tmp_path, module):
     assert "Traceback" not in told
 
 
-def test_the_shell_script_needs_no_command_named_python(tmp_path):
+def test_the_shell_script_needs_no_command_named_python_and_writes_where_it_is_called(tmp_path):
     """On many machines there is python3 only."""
     for name in ("bash", "dirname"):
         (tmp_path / name).symlink_to(shutil.which(name))
     path = tmp_path / "python3"
     path.write_text(f'#!{shutil.which("bash")}\nexec {sys.executable} "$@"\n')
     path.chmod(0o755)
-    command = ["bash", "run_exper.sh", "--quick", "--help"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"PATH": str(tmp_path)}
-    )
+    command = ["bash", str(CHECKOUT / "run_exper.sh"), "--quick", "--limit", "1", "--methods", "none"]
+    command += ["--no-words", "--steps", "2", "--out", "here"]
+    environment = os.environ | {"PATH": str(tmp_path)}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "usage: " in done.stdout
+    assert "| none |" in (tmp_path / "here" / "table.md").read_text()
+    assert not (CHECKOUT / "here").exists()
     path.unlink()
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=120, env=os.environ | {"PATH": str(tmp_path)}
@@ -184,7 +188,10 @@ def test_a_broken_line_is_told_plainly_and_kept(tmp_path, capsys):
     path.write_text('{"key": "a"}\n{broken\n')
     for _ in range(2):  # kept once
         assert guarded(lambda: keep.write_records(path, keep.read_records(path)), "") == 0
-    assert capsys.readouterr().err == f"warning: {path} line 2 is broken and left out\n"
+    assert capsys.readouterr().err == (
+        f"warning: {path} line 2 is left out: "
+        "broken JSON (Expecting property name enclosed in double quotes at column 2)\n"
+    )
     assert path.read_text() == '{"key": "a"}\n'
     path.write_text('{"key": "a"}\n{broken\n[]\n')
     guarded(lambda: keep.read_records(path), "")
@@ -193,9 +200,11 @@ def test_a_broken_line_is_told_plainly_and_kept(tmp_path, capsys):
 
 def test_packed_records_are_read(tmp_path):
     path = tmp_path / "records-0-of-1.jsonl.gz"
-    path.write_bytes(gzip.compress(b'{"key": "a"}\n'))
-    assert keep.read_records(path) == {"a": {"key": "a"}}
-    assert calibrate.read(tmp_path) == [{"key": "a"}]
+    row = {"key": "a", "id": "x", "method": "none", "config": {}, "seconds": 1.0, "seconds_uncached": 1.0}
+    row |= {"blocks_run": 1, "psnr": None, "ssim": 1.0, "words": None}
+    path.write_bytes(gzip.compress(json.dumps(row).encode() + b'\n{"key": "b"}\n'))
+    assert keep.read_records(path) == {"a": row, "b": {"key": "b"}}
+    assert calibrate.read(tmp_path) == [row]  # a record without its fields makes no table
 
 
 def test_the_machine_is_what_was_computed_on(monkeypatch):

@@ -8,8 +8,8 @@ import pytest
 from h2cache import nunchaku_install
 from h2cache.nunchaku_install import Place, gpu_problem, install_problem, require_gpu, require_nunchaku
 
-HERE = Place(python="3.11", torch="2.9", platform="linux_x86_64")
-WHEEL = "v1.1.0/nunchaku-1.1.0+torch2.9-cp311-cp311-linux_x86_64.whl"
+HERE = Place(python="3.11", torch="2.9", platform="linux_x86_64", cuda="12.8")
+WHEEL = "v1.2.1/nunchaku-1.2.1+cu12.8torch2.9-cp311-cp311-linux_x86_64.whl"
 
 
 @pytest.fixture
@@ -23,25 +23,28 @@ def package(tmp_path):
 def test_a_fitting_wheel_is_no_problem(package):
     for version in ("1.1.0+torch2.9", "1.2.1+cu12.8torch2.9", "1.2.0.dev20251231+torch2.9", None):
         assert install_problem(replace(HERE, package=package, version=version)) is None
-    windows = Place("3.12", "2.8", "win_amd64", package, "1.1.0+torch2.8")
+    windows = Place("3.12", "2.8", "win_amd64", "12.8", package, "1.1.0+torch2.8")
     (package / "_C.cpython-311-x86_64-linux-gnu.so").rename(package / "_C.cp312-win_amd64.pyd")
     assert install_problem(windows) is None
 
 
 def test_a_missing_wheel_is_named():
     problem = install_problem(HERE)
-    assert problem.startswith("nunchaku is not installed: `pip install https://github.com/nunchaku-tech/")
+    assert problem.startswith("nunchaku is not installed: `pip install https://github.com/nunchaku-ai/")
     assert f"{WHEEL}`" in problem
     assert "--engine diffusers" in problem
-    windows = install_problem(Place("3.13", "2.7", "win_amd64"))
-    assert "nunchaku-1.1.0+torch2.7-cp313-cp313-win_amd64.whl" in windows
+    windows = install_problem(Place("3.13", "2.10", "win_amd64", "13.0"))
+    assert "nunchaku-1.2.1+cu13.0torch2.10-cp313-cp313-win_amd64.whl" in windows
+    without_cuda = install_problem(Place("3.13", "2.9", "win_amd64"))  # PyTorch for CPUs
+    assert "nunchaku-1.2.1+cu12.8torch2.9-cp313-cp313-win_amd64.whl" in without_cuda
 
 
 @pytest.mark.parametrize(
     ("changed", "says"),
     [
         ({"python": "3.14"}, "Python 3.10 to 3.13 (this is 3.14)"),
-        ({"torch": "2.13"}, "PyTorch 2.7, 2.8, 2.9 (this is 2.13)"),
+        ({"torch": "2.13"}, "PyTorch 2.8, 2.9, 2.10 (this is 2.13)"),
+        ({"cuda": "12.6"}, "a PyTorch for CUDA 12.8 or 13.0 (this is for 12.6)"),
         ({"platform": "Darwin_arm64"}, "Linux or Windows on x86-64 (this is Darwin_arm64)"),
     ],
 )

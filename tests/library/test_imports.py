@@ -8,7 +8,7 @@ import pytest
 LAYERS = (  # each may use those before it, and its own
     "similarity weights policies schedule grid tuned records offload nunchaku_install",  # pure
     "program predictors",  # what a method says and sees
-    "engines.forms engines.base memory",  # what an engine tells; the state of a request
+    "engines.forms engines.base parallel memory",  # what an engine tells; the state of a request
     "method",  # the contract
     "forecasting registry room h2 plan engines engines.* baselines baselines.*",  # the methods, the models
     "modules drive requests attachment gate",  # a method carried out inside a model
