@@ -121,6 +121,9 @@ class Call:
         if isinstance(command, _RUNS):
             if isinstance(command, Run) or command.counts:
                 self.memory.blocks_run[self._stage_of[index]] += 1
+            inner = index != command.blocks.start and not last
+            if inner and isinstance(command, Run) and not self.inputs.adds_between:
+                return blocks.block(index)  # nothing is to be seen of the stream on either side of it
             return _Tap(self, blocks, index, command, last)
         if last:
             return _Add(self, blocks, index, command.stand_in)
@@ -227,7 +230,7 @@ class _Tap(_Turn):
         ran, x = call.ran, form.read_input(*call.own(self, args, kwargs), call.text_tokens)
         if ran is None:
             ran = call.begin_run(x)
-        elif call.inputs.adds_between or not (form.joined and self.index == self.blocks.first):
+        elif call.inputs.adds_between:
             ran.enter(x)
         block = self.block
         if self.index == self.command.blocks.start:
