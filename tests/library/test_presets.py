@@ -65,7 +65,8 @@ def test_presets_of_an_experiment_agree_with_its_shipped_table(folder):
     assert len(presets) == 3
     for preset in presets:
         config = json.loads(json.dumps(settings_of(preset.config.for_checkpoint("tiny_flux"))))
-        line = next(x for x in measured if x["config"] == config and x["method"] == preset.method)
+        same = [x for x in measured if x["method"] == preset.method and x["config"].items() <= config.items()]
+        (line,) = same  # fields that came later have their defaults
         assert preset.source.startswith(f"{line['blocks_ratio']:.2f}x fewer blocks, {line['psnr']:.1f} dB.")
 
 
