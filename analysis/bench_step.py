@@ -24,11 +24,11 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import h2cache
-from analysis import keep
-from analysis.loading import add_loading_arguments, check_loading, load_quantized
+from analysis.cli import TINY, guarded, is_embedded
+from analysis.drawing.draw import DTYPE, default_device, require_memory
+from analysis.drawing.load import add_loading_arguments, check_loading, load_quantized
 from analysis.options import Parser, at_least_one, whole
-from analysis.runs import DTYPE, default_device, require_memory
-from analysis.scripts import TINY, guarded, is_embedded
+from analysis.records import store
 from h2cache import H2Config
 
 INF = float("inf")
@@ -185,8 +185,8 @@ def run(args: argparse.Namespace) -> int:
         "steps": measure(bench, args.rounds),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         | {"side": side, "text": text, "dtype": str(transformer.dtype)},
-        "machine": keep.machine(args.device),
-        "date": keep.now(),
+        "machine": store.machine(args.device),
+        "date": store.now(),
     }
     print(f"{report['transformer']}, {side}x{side}, {report['machine']['device_name']}, {report['date']}")
     print(f"identical at zero thresholds: {'yes' if report['identical at zero thresholds'] else 'NO'}\n")
@@ -199,7 +199,7 @@ def run(args: argparse.Namespace) -> int:
             f"| {row['ideal']:.1%} |"
         )
     if args.out:
-        keep.write_atomically(args.out, json.dumps(report, indent=1).encode())
+        store.write_atomically(args.out, json.dumps(report, indent=1).encode())
     return 0 if report["identical at zero thresholds"] else 1
 
 

@@ -22,9 +22,9 @@ import transformers
 from diffusers import DiffusionPipeline
 
 import h2cache
-from analysis import keep
+from analysis.cli import command_of, guarded, progress, shipped
 from analysis.options import Parser
-from analysis.scripts import command_of, guarded, progress, shipped
+from analysis.records import store
 from analysis.settings import parse_settings
 from analysis.tiny_families import FAMILIES
 from h2cache import MethodConfig, find_method, method_names
@@ -154,13 +154,13 @@ def run(args: argparse.Namespace, command: str) -> int:
     rows = trial(args.families, args.methods)
     report = {
         "command": command,
-        "machine": keep.machine("cpu"),
-        "date": keep.now(),
+        "machine": store.machine("cpu"),
+        "date": store.now(),
         "methods": args.methods,
         "families": rows,
     }
-    keep.write_atomically(path, json.dumps(report, indent=1).encode())
-    keep.write_atomically(args.out / "families.md", table(report).encode())
+    store.write_atomically(path, json.dumps(report, indent=1).encode())
+    store.write_atomically(args.out / "families.md", table(report).encode())
     print(table(report))
     return int(any(c["outcome"] == FAILED for row in rows.values() for c in row["methods"].values()))
 

@@ -23,13 +23,13 @@ from statistics import fmean, median
 
 import numpy as np
 
-from analysis import plots
+from analysis.ablations.trial import parser_of, source_of
+from analysis.cli import figure_script, passed_on, shipped
 from analysis.experiment import main as experiment
-from analysis.intervals import bootstrap
-from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script, passed_on, shipped
+from analysis.figures import style
+from analysis.records.compare import bootstrap
+from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from analysis.table import PUBLISHED, published
-from analysis.trials import parser_of, source_of
 from h2cache.presets import PRESETS
 
 SHIPPED = Path(shipped("assets/results/methods/rows.jsonl.gz"))
@@ -122,7 +122,7 @@ def lines_of(labels: list[str]) -> dict[str, str]:
     lines = {label: words(label) for label in labels}
     several = Counter(line.split(" ")[0] for line in set(lines.values()))
     return {
-        label: line if line in plots.LOOKS or several[line.split(" ")[0]] > 1 else line.split(" ")[0]
+        label: line if line in style.LOOKS or several[line.split(" ")[0]] > 1 else line.split(" ")[0]
         for label, line in lines.items()
     }
 
@@ -207,18 +207,18 @@ def draw(found: list[dict], metric: str, others: list[dict], path: Path) -> None
     label, higher = METRICS[metric]
     cached = [p for p in found if p["method"] != "none"]
     methods = _in_order(cached)
-    with plots.figure(plots.PAGE, 5.0) as figure:
+    with style.figure(style.PAGE, 5.0) as figure:
         grid = figure.subplots(2, 2)
         for n, (axes, (cost, title)) in enumerate(zip(grid.flat, COSTS.items(), strict=False)):
             for method in methods:
                 mine = sorted((p for p in cached if p["line"] == method), key=lambda p: p["blocks_ratio"])
-                look = plots.look(method)
+                look = style.look(method)
                 x, y = [p[cost] for p in mine], np.array([p["quality"] for p in mine])
                 ends = np.abs(np.array([[p["low"] for p in mine], [p["high"] for p in mine]]) - y)
                 joined = "none" if cost == "mebibytes" else "--" if method == CONTROL else "-"
                 if cost != "mebibytes":  # there the points of many methods share a place
-                    style = {"linestyle": "none", "ecolor": look.colour, "elinewidth": 0.7, "capsize": 1.2}
-                    axes.errorbar(x, y, ends, **style)
+                    paint = {"linestyle": "none", "ecolor": look.colour, "elinewidth": 0.7, "capsize": 1.2}
+                    axes.errorbar(x, y, ends, **paint)
                 axes.plot(x, y, linestyle=joined, label=look.name, linewidth=0.9, zorder=3, **look.points)
             if cost != "mebibytes":
                 best = front([p for p in cached if p["method"] != CONTROL], cost, higher)
@@ -227,24 +227,24 @@ def draw(found: list[dict], metric: str, others: list[dict], path: Path) -> None
             if metric in ALONE:
                 axes.axhline(0, color="black", linestyle=":", linewidth=0.8, label="uncached")
             axes.set(xlabel=title, ylabel=label.replace(", change", ",\nchange"))
-            plots.letter(axes, f"{'abc'[n]}  against {('blocks', 'time', 'memory')[n]}")
+            style.letter(axes, f"{'abc'[n]}  against {('blocks', 'time', 'memory')[n]}")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         _draw_published(grid[1, 1], others)
         best = front(cached, "blocks_ratio", higher)
         data = [p | {"on_front": p in best} for p in found]
-        plots.save(figure, path, data)
+        style.save(figure, path, data)
 
 
 def _draw_published(axes, others: list[dict]) -> None:
     """What the papers printed: other model, machines and metric, so no point of ours stands here."""
     shown = [r for r in others if r["speed_up"] and r["clip_iqa"] is not None]
     for row in shown:
-        look = plots.look(row["method"])
-        style = {"color": look.colour, "marker": look.marker, "markerfacecolor": "none", "linestyle": "none"}
-        axes.plot(row["speed_up"], row["clip_iqa"], label=f"paper: {look.name}", **style)
+        look = style.look(row["method"])
+        paint = {"color": look.colour, "marker": look.marker, "markerfacecolor": "none", "linestyle": "none"}
+        axes.plot(row["speed_up"], row["clip_iqa"], label=f"paper: {look.name}", **paint)
     axes.legend(loc="center left")
     axes.set(xlabel="time, times shorter (as printed)", ylabel="CLIP-IQA (variant not told)")
-    plots.letter(axes, "d  published: FLUX.1-dev, CUTE80")
+    style.letter(axes, "d  published: FLUX.1-dev, CUTE80")
 
 
 # The answer.
@@ -264,7 +264,7 @@ def answer(measured: dict[str, list[dict]], source: str) -> str:
         table = {m: [at(found, m, r) for r in RATIOS] for m in methods}
         for method, values in table.items():
             cells = ["-" if v is None else format(v, form) for v in values]
-            lines.append(f"| {plots.look(method).name} | {' | '.join(cells)} |")
+            lines.append(f"| {style.look(method).name} | {' | '.join(cells)} |")
         lines.append("")
         for n, ratio in enumerate(RATIOS):
             known = {m: v[n] for m, v in table.items() if v[n] is not None}
@@ -272,7 +272,7 @@ def answer(measured: dict[str, list[dict]], source: str) -> str:
             if not caches:
                 continue
             best = (max if higher else min)(caches, key=caches.get)
-            text = f"- At {ratio:g}x the best cache is {plots.look(best).name} ({caches[best]:{form}})"
+            text = f"- At {ratio:g}x the best cache is {style.look(best).name} ({caches[best]:{form}})"
             if CONTROL in known:
                 gain = (caches[best] - known[CONTROL]) * (1 if higher else -1)
                 word = "better" if gain > 0 else "worse" if gain < 0 else "the same"
@@ -291,7 +291,7 @@ def by_speed(measured: dict[str, list[dict]]) -> list[str]:
     for line in FEW:
         values = [at(found, line, r) for r in SPEEDS]
         cells = ["-" if v is None else f"{v:.1f}" for v in values]
-        lines.append(f"| {plots.look(line).name} | {' | '.join(cells)} |")
+        lines.append(f"| {style.look(line).name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -311,7 +311,7 @@ def at_once(measured: dict[str, list[dict]]) -> list[str]:
         ):  # fmt: skip
             value = at(those, line, 5.0, what)
             cells.append("-" if value is None else form.format(value))
-        lines.append(f"| {plots.look(line).name} | {' | '.join(cells)} |")
+        lines.append(f"| {style.look(line).name} | {' | '.join(cells)} |")
     return lines
 
 
@@ -329,7 +329,7 @@ def main(argv: list[str] | None = None) -> int:
         if not any(p["method"] != "none" for p in found):
             raise ValueError(f"{metric} was not measured in {path}")
         draw(found, metric, published(PUBLISHED), args.out / f"pareto_{metric}")
-    plots.write_words(args.out / "pareto.md", answer(measured, source_of(path.parent)))
+    style.write_words(args.out / "pareto.md", answer(measured, source_of(path.parent)))
     return max(code, saved.exit_code())
 
 

@@ -24,13 +24,13 @@ from statistics import fmean, median
 
 import numpy as np
 
-from analysis import plots
-from analysis.intervals import Interval, bootstrap
-from analysis.pfs_runs import BLOCKS, DRAWS, NOISES, OWN_HITS, PARTS, REFERENCE_GAP, run, typical_ratios
-from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script, shipped
-from analysis.summaries import COMPARED, FULL, PAPER
-from analysis.trials import parser_of, source_of, write_about
+from analysis.ablations.pfs import BLOCKS, DRAWS, NOISES, OWN_HITS, PARTS, REFERENCE_GAP, run, typical_ratios
+from analysis.ablations.summaries import COMPARED, FULL, PAPER
+from analysis.ablations.trial import parser_of, source_of, write_about
+from analysis.cli import figure_script, shipped
+from analysis.figures import style
+from analysis.records.compare import Interval, bootstrap
+from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_pfs"))
 STAGES = ("structure", "detail")
@@ -229,7 +229,7 @@ def draw(saved: dict[str, Saved], names: list[str], path: Path) -> None:
     data: list[dict] = []
     y = np.arange(len(names))[::-1]
     targets = dict(zip(targets_of(decided), SHAPES, strict=False))
-    with plots.figure(plots.PAGE, 4.6) as figure:
+    with style.figure(style.PAGE, 4.6) as figure:
         (a, b, c), (d, e, f) = figure.subplots(2, 3)
         priced = costs(cost)
         for (stage, marker), shift in zip(MARKS.items(), (0.12, -0.12), strict=True):
@@ -258,7 +258,7 @@ def draw(saved: dict[str, Saved], names: list[str], path: Path) -> None:
                 data += [{"panel": "bc"[stage == "detail"], "stage": stage, "summary": name, "step": int(n)}
                          | {"value": float(v)} for n, v in zip(steps, middle, strict=True)]  # fmt: skip
             axes.set(xlabel="step", ylabel="measure")
-            plots.logarithmic(axes.yaxis)
+            style.logarithmic(axes.yaxis)
         for (target, shape), shift in zip(targets.items(), (0.22, 0, -0.22), strict=False):
             for name, place in zip(names, y, strict=True):
                 found = psnr_differences(decided, target, name)
@@ -269,7 +269,7 @@ def draw(saved: dict[str, Saved], names: list[str], path: Path) -> None:
         for axes in (a, d, e, f):
             axes.set_yticks(y, names if axes in (a, d) else [])
             axes.set_ylim(-0.6, len(names) - 0.4)
-        plots.logarithmic(a.xaxis)
+        style.logarithmic(a.xaxis)
         a.set(xlabel="ms (● structure, ■ detail)")
         d.set(xlabel="sd of log step-to-step change")
         e.set(xlabel="share, under {:.0%} (hollow)\nand {:.0%} noise".format(*NOISES), xlim=(-0.01, None))
@@ -280,8 +280,8 @@ def draw(saved: dict[str, Saved], names: list[str], path: Path) -> None:
         titles = ("a  time of a check", "b  structure measure", "c  detail measure",
                   "d  unsteadiness", "e  decisions that flip", "f  PSNR at equal blocks")  # fmt: skip
         for axes, title in zip((a, b, c, d, e, f), titles, strict=True):
-            plots.letter(axes, title)
-        plots.save(figure, path, data)
+            style.letter(axes, title)
+        style.save(figure, path, data)
 
 
 def _dot(axes, found: Interval, place: float, marker: str, name: str, fill: str | None = None) -> None:
@@ -428,7 +428,7 @@ def main(argv: list[str] | None = None) -> int:
     saved = read(folder)
     names = complete(saved)
     draw(saved, names, args.out / "pfs")
-    plots.write_words(args.out / "pfs.md", answer(saved, names, source_of(folder)))
+    style.write_words(args.out / "pfs.md", answer(saved, names, source_of(folder)))
     return max([found.exit_code() for found in saved.values()])  # a list: all of them tell
 
 

@@ -16,12 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import keep, plots
-from analysis.families import with_prompt
-from analysis.prompts import read_prompts
-from analysis.saved import MAYBE, NUMBER, read_saved
-from analysis.scripts import figure_script, progress, shipped, start
-from analysis.trials import alone, parser_of, source_of, write_about
+from analysis.ablations.trial import alone, parser_of, source_of, write_about
+from analysis.cli import figure_script, progress, shipped, start
+from analysis.drawing.families import with_prompt
+from analysis.drawing.prompts import read_prompts
+from analysis.figures import style
+from analysis.records import store
+from analysis.records.saved import MAYBE, NUMBER, read_saved
 from h2cache import PlanConfig, summary
 from h2cache.tuning import Studio
 
@@ -45,7 +46,7 @@ def run(args: argparse.Namespace) -> Path:
     prompts = read_prompts(args.prompts)[: args.limit]
     pipeline, _, call, _ = start(args, prompts)
     path = args.out / "rows.jsonl"
-    rows = keep.tidy(path)
+    rows = store.tidy(path)
     configs = {f"{p:g} dB": PlanConfig(psnr=p) for p in WANTED}
     configs |= {f"{k} evaluations": PlanConfig(evaluations=k) for k in FIXED}
     for prompt in progress(prompts, "prompt"):
@@ -69,7 +70,7 @@ def run(args: argparse.Namespace) -> Path:
                 "psnr": round(value, 3),
                 "expected": done.expected_psnr and round(done.expected_psnr[0], 3),
             }
-        keep.add_records(path, new)
+        store.add_records(path, new)
     write_about(args.out, "quality", args)
     return path
 
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     path = run(args) if args.run else args.records
     saved = read_saved([path], NEEDS, unique=("key",))
-    plots.write_words(args.out / "quality.md", answer(saved.rows, source_of(path.parent)))
+    style.write_words(args.out / "quality.md", answer(saved.rows, source_of(path.parent)))
     return saved.exit_code()
 
 

@@ -4,7 +4,7 @@
     python -m analysis.separation --run --limit 8  # repeat the experiment on 8 prompts
     python -m analysis.separation --run --model black-forest-labs/FLUX.1-dev --prompts my.jsonl
 
-A stage is frozen in a window of a fifth of the steps, or from some step to the end (analysis/freeze.py). For
+A stage is frozen in a window of a fifth of the steps, or from some step to the end (ablations/freeze.py). For
 each picture: the error against the uncached one below and above 1/8 of the Nyquist frequency, both relative
 to what the picture itself has there, and whether word, shape and colours are still right.
 
@@ -22,20 +22,21 @@ from statistics import fmean
 import numpy as np
 from PIL import Image
 
-from analysis import keep, plots
-from analysis.freeze import STAGES, FreezeConfig
-from analysis.intervals import Interval, bootstrap
-from analysis.metrics import fidelity
-from analysis.ocr import word_recall
-from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script, progress, shipped
-from analysis.spectrum import BANDS, LOW, error_spectrum, low_and_high
+from analysis.ablations.freeze import STAGES, FreezeConfig
+from analysis.ablations.trial import Trial, alone, parser_of, source_of, write_about
+from analysis.cli import figure_script, progress, shipped
+from analysis.figures import style
+from analysis.measures.fidelity import fidelity
+from analysis.measures.spectrum import BANDS, LOW, error_spectrum, low_and_high
+from analysis.measures.words import word_recall
+from analysis.records import store
+from analysis.records.compare import Interval, bootstrap
+from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from analysis.tiny_flux import evaluate, signs
-from analysis.trials import Trial, alone, parser_of, source_of, write_about
 from h2cache import find_method
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_separation"))
-COLOURS = {"structure": plots.STRUCTURE, "detail": plots.DETAIL, "both": plots.BOTH}
+COLOURS = {"structure": style.STRUCTURE, "detail": style.DETAIL, "both": style.BOTH}
 WINDOWS = 5  # spans that have no step in common; the others reach to the end and hold each other
 CHECKS = {"word": "word read", "shape": "shape", "sign": "sign colour", "texture": "texture"}
 NEEDS = {
@@ -106,8 +107,8 @@ def run(args: argparse.Namespace) -> Path:
             rows[json.dumps([prompt.id, stage, config.first, config.last])] = _short(row)
             if prompt.id == pictured:
                 name = f"{stage}-{config.first}-{config.last}.png"
-                keep.save_png(args.out / "pictures" / name, image)
-        keep.write_records(args.out / "records.jsonl", rows)
+                store.save_png(args.out / "pictures" / name, image)
+        store.write_records(args.out / "records.jsonl", rows)
     write_about(args.out, "separation", args)
     return args.out
 
@@ -131,7 +132,7 @@ def draw_spectra(
     """Above: relative error by frequency, in a choice of spans. Below: errors and checks in all of them."""
     windows = everywhere[:5:2] + everywhere[5::2]
     data, frequency = [], (np.arange(BANDS) + 0.5) / BANDS
-    with plots.figure(plots.PAGE, 4.1) as figure:
+    with style.figure(style.PAGE, 4.1) as figure:
         above, below = figure.subfigures(2, 1, height_ratios=(1.05, 1))
         panels = above.subplots(1, len(windows), sharex=True, sharey=True, squeeze=False)[0]
         for axes, span in zip(panels, windows, strict=True):
@@ -165,8 +166,8 @@ def draw_spectra(
                 x = np.arange(len(everywhere)) + (shift - 1) * 0.2
                 means = np.array([i.mean for i in found])
                 ends = np.abs(np.array([[i.low for i in found], [i.high for i in found]]) - means)
-                style = {"color": COLOURS[stage], "marker": "osD"[shift], "capsize": 1, "markersize": 3}
-                axes.errorbar(x, means, ends, linestyle="none", elinewidth=0.8, **style)
+                paint = {"color": COLOURS[stage], "marker": "osD"[shift], "capsize": 1, "markersize": 3}
+                axes.errorbar(x, means, ends, linestyle="none", elinewidth=0.8, **paint)
                 for span, i in zip(everywhere, found, strict=True):
                     data.append({"part": name, "stage": stage, "first": span[0], "last": span[1]}
                                 | {"value": i.mean, "low": i.low, "high": i.high})  # fmt: skip
@@ -184,7 +185,7 @@ def draw_spectra(
                 axes.set(ylim=(-0.05, 1.05), ylabel="share" if name == "word" else "")
                 if name != "word":
                     axes.set_yticklabels([])
-        plots.save(figure, path, data)
+        style.save(figure, path, data)
 
 
 def draw_pictures(folder: Path, windows: list[tuple[int, int]], path: Path) -> bool:
@@ -195,7 +196,7 @@ def draw_pictures(folder: Path, windows: list[tuple[int, int]], path: Path) -> b
         return False
     uncached = np.asarray(Image.open(reference).convert("RGB"), float)
     data = []
-    with plots.figure(plots.PAGE, 4 * plots.PAGE / (len(windows) + 1.2)) as figure:
+    with style.figure(style.PAGE, 4 * style.PAGE / (len(windows) + 1.2)) as figure:
         grid = figure.subplots(4, len(windows) + 1)
         for axes in grid.flat:
             axes.set(xticks=[], yticks=[])
@@ -213,7 +214,7 @@ def draw_pictures(folder: Path, windows: list[tuple[int, int]], path: Path) -> b
                     grid[0, x].set_title(told((a, b)))
             grid[2 * y, 1].set_ylabel(f"{stage}\nfrozen", color=COLOURS[stage], fontweight="bold")
             grid[2 * y + 1, 1].set_ylabel("difference\n×4")
-        plots.save(figure, path, data)
+        style.save(figure, path, data)
     return True
 
 
@@ -358,7 +359,7 @@ def main(argv: list[str] | None = None) -> int:
     shown = draw_pictures(folder / "pictures", everywhere, args.out / "separation_pictures")
     if not shown:
         print(f"no picture grid: {folder}/pictures is not complete", file=sys.stderr)
-    plots.write_words(args.out / "separation.md", answer(frozen, uncached, everywhere, source_of(folder)))
+    style.write_words(args.out / "separation.md", answer(frozen, uncached, everywhere, source_of(folder)))
     return saved.exit_code()
 
 

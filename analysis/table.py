@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from analysis import keep
-from analysis.intervals import Interval, bootstrap
+from analysis.cli import guarded, shipped
+from analysis.figures.sheets import grid
 from analysis.options import Parser
-from analysis.scripts import guarded, shipped
-from analysis.sheets import grid
+from analysis.records import store
+from analysis.records.compare import Interval, bootstrap
 
 PUBLISHED = Path(shipped("assets/published_results.jsonl"))
 SHOWN = 4  # prompts from the start in compare.png, and as many of the worst
@@ -219,15 +219,15 @@ def write_tables(out: Path, images: Path, rows: list[dict], settings: dict, comm
     machine = head["machine"]
     about = f"`{command}`, {machine['device_name']}, {machine['threads']} thread(s), {head['date']}"
     text = "\n".join([about, "", ours, published_markdown(published())])
-    keep.write_atomically(out / "table.md", text.encode())
+    store.write_atomically(out / "table.md", text.encode())
     everything = head | {"rows": table, "published": published()}
-    keep.write_atomically(out / "table.json", (json.dumps(everything, indent=1) + "\n").encode())
-    keep.write_atomically(out / "table.csv", _csv(table).encode())
+    store.write_atomically(out / "table.json", (json.dumps(everything, indent=1) + "\n").encode())
+    store.write_atomically(out / "table.csv", _csv(table).encode())
     told = {*settings, "machine", "how", "clip_iqa_reason", "words_reason"} - {"seed"}  # in table.json, once
     short = [{name: value for name, value in row.items() if name not in told} for row in rows]
-    keep.write_records(out / "rows.jsonl", {row["label"] + row["key"]: row for row in short})
+    store.write_records(out / "rows.jsonl", {row["label"] + row["key"]: row for row in short})
     told = {line["label"] for line in table}
-    keep.save_png(out / "compare.png", compare([r for r in rows if r["label"] in told], images))
+    store.save_png(out / "compare.png", compare([r for r in rows if r["label"] in told], images))
     return ours
 
 

@@ -22,13 +22,14 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import calibrate, plots
-from analysis.intervals import bootstrap
+from analysis import calibrate
+from analysis.ablations.trial import parser_of, source_of, write_about
+from analysis.cli import figure_script, passed_on, shipped
+from analysis.drawing.prompts import read_prompts
+from analysis.figures import style
 from analysis.options import number
-from analysis.prompts import read_prompts
-from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script, passed_on, shipped
-from analysis.trials import parser_of, source_of, write_about
+from analysis.records.compare import bootstrap
+from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from h2cache import H2Config
 from h2cache.presets import PRESETS
 
@@ -144,7 +145,7 @@ def draw(lines: list[dict], presets: dict[tuple, str], path: Path) -> None:
     shown = [name for name in METRICS if any(line[name] is not None for line in lines)]
     across = 2 if len(shown) > 1 else 1
     down = -(-len(shown) // across)
-    with plots.figure(plots.PAGE, 0.45 + 2.75 * down) as figure:
+    with style.figure(style.PAGE, 0.45 + 2.75 * down) as figure:
         grid = figure.subplots(down, across, squeeze=False)
         for n, (axes, name) in enumerate(zip(grid.flat, shown, strict=False)):
             values = np.array(
@@ -168,12 +169,12 @@ def draw(lines: list[dict], presets: dict[tuple, str], path: Path) -> None:
             axes.set_xticks(np.arange(len(columns)) + 0.5, [f"{b:g}" for b in columns])
             axes.set_yticks(np.arange(len(rows)) + 0.5, [f"{a:g}" for a in rows])
             axes.set(xlabel="tau2 (detail)", ylabel="tau1 (structure)")
-            plots.letter(axes, f"{'abcde'[n]}  {METRICS[name][0]}")
+            style.letter(axes, f"{'abcde'[n]}  {METRICS[name][0]}")
         for axes in list(grid.flat)[len(shown) :]:
             axes.set_visible(False)
         marks = [
-            axes.plot([], [], **style, label=label)[0]
-            for style, label in (
+            axes.plot([], [], **paint, label=label)[0]
+            for paint, label in (
                 ({"marker": "s", "markerfacecolor": "none", "color": "black", "linestyle": ""},
                  "on the front of blocks and PSNR"),
                 ({"marker": "*", "color": "white", "markeredgecolor": "black", "linestyle": ""},
@@ -183,7 +184,7 @@ def draw(lines: list[dict], presets: dict[tuple, str], path: Path) -> None:
             )
         ]  # fmt: skip
         figure.legend(handles=marks, loc="outside lower center", ncols=3)
-        plots.save(figure, path, [_flat(line, best, presets) for line in lines])
+        style.save(figure, path, [_flat(line, best, presets) for line in lines])
 
 
 def _cell(axes, x: int, y: int, value: float, middle: float, form: str) -> None:
@@ -329,7 +330,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     lines = calibrate.table(saved.rows)
     draw(lines, presets, args.out / "thresholds")
-    plots.write_words(args.out / "thresholds.md", answer(lines, saved.rows, presets, source_of(folder)))
+    style.write_words(args.out / "thresholds.md", answer(lines, saved.rows, presets, source_of(folder)))
     return saved.exit_code()
 
 

@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import pareto, pfs, plots, trace
+from analysis import pareto, pfs, trace
+from analysis.ablations.freeze import FreezeConfig
+from analysis.ablations.summaries import FULL, PAPER, SummaryConfig
 from analysis.experiment import contestants
-from analysis.freeze import FreezeConfig
-from analysis.saved import MAYBE, NUMBER, read_saved
-from analysis.spectrum import BANDS, error_spectrum, low_and_high, power
-from analysis.summaries import FULL, PAPER, SummaryConfig
+from analysis.figures import style
+from analysis.measures.spectrum import BANDS, error_spectrum, low_and_high, power
+from analysis.records.saved import MAYBE, NUMBER, read_saved
 from analysis.tiny_flux import signs
 from h2cache import H2Config, enable, method_names, step_records
 from tests.helpers.toys import generate
@@ -54,7 +55,7 @@ def test_every_figure_comes_from_the_shipped_records_twice_the_same(name, tmp_pa
         assert {f"{figure}.pdf", f"{figure}.csv"} <= first.keys()
         assert b"/Type3" not in first[f"{figure}.pdf"]
         width = Image.open(tmp_path / "a" / f"{figure}.png").width
-        assert abs(width / 300 - plots.PAGE) < 0.1
+        assert abs(width / 300 - style.PAGE) < 0.1
     if name not in ("schematic", "report"):  # of the others, the same numbers and words are enough
         monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
         first = {n: data for n, data in first.items() if n.endswith((".csv", ".md"))}
@@ -74,10 +75,10 @@ def test_help_explains_first(name, capsys):
 
 
 def test_every_method_has_its_own_look():
-    names = {*method_names(), *plots.LOOKS}
-    looks = [(plots.look(n).colour, plots.look(n).marker) for n in names]
+    names = {*method_names(), *style.LOOKS}
+    looks = [(style.look(n).colour, style.look(n).marker) for n in names]
     assert len(set(looks)) == len(looks)
-    assert plots.look("never heard of") == plots.look("never heard of")
+    assert style.look("never heard of") == style.look("never heard of")
 
 
 # Broken records.
@@ -240,8 +241,8 @@ def test_settings_that_are_words_make_a_line_of_their_own():
 @pytest.mark.parametrize("others", [[], ["h2cache (tiny_flux-5x)", "h2cache tau1=0.1 tau2=0.1"]])
 def test_a_preset_looks_as_its_settings_do(others):
     found = pareto.lines_of(["block_cache (tiny_flux-block_cache)", *others])
-    assert plots.look(found["block_cache (tiny_flux-block_cache)"]).name == "Block Cache"
-    assert all(plots.look(found[other]).name == "H2-Cache" for other in others)
+    assert style.look(found["block_cache (tiny_flux-block_cache)"]).name == "Block Cache"
+    assert all(style.look(found[other]).name == "H2-Cache" for other in others)
 
 
 @pytest.mark.parametrize("name", ["pareto", "report"])
@@ -263,7 +264,7 @@ def test_all_contestants_are_of_known_methods_and_have_a_look_of_their_own():
     found = contestants(pareto.CONTESTANTS, "assets/tiny_flux", "tiny_flux")
     lines = set(pareto.lines_of([c.label for c in found]).values())
     assert {line.split(" ")[0] for line in lines} == set(method_names())
-    looks = [plots.LOOKS[line] for line in lines]
+    looks = [style.LOOKS[line] for line in lines]
     assert len({(look.colour, look.marker) for look in looks}) == len({x.name for x in looks}) == len(looks)
 
 
@@ -381,7 +382,7 @@ def test_separation_repeats_its_experiment(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.usefixtures("undrawn")
 def test_pfs_repeats_its_measurements(tmp_path, capsys, monkeypatch):
-    from analysis import pfs_runs
+    from analysis.ablations import pfs as pfs_runs
 
     for name, value in {"IMG": 64, "TXT": 16, "WIDTH": 96, "HEADS": 3, "TUNING": 1, "HALVINGS": 0}.items():
         monkeypatch.setattr(pfs_runs, name, value)
