@@ -29,6 +29,7 @@ from analysis.drawing.draw import DTYPE, default_device, require_memory
 from analysis.drawing.load import add_loading_arguments, check_loading, load_quantized
 from analysis.options import Parser, at_least_one, whole
 from analysis.records import store
+from analysis.records.compare import as_table
 from h2cache import H2Config
 
 INF = float("inf")
@@ -190,14 +191,13 @@ def run(args: argparse.Namespace) -> int:
     }
     print(f"{report['transformer']}, {side}x{side}, {report['machine']['device_name']}, {report['date']}")
     print(f"identical at zero thresholds: {'yes' if report['identical at zero thresholds'] else 'NO'}\n")
-    print("| step (structure, detail) | ms, median | fastest to slowest | of uncached | blocks | ideal |")
-    print("|---|---|---|---|---|---|")
-    for row in report["steps"]:
-        spread = f"{row['fastest']:.2f} to {row['slowest']:.2f}"
-        print(
-            f"| {row['step']} | {row['milliseconds']:.2f} | {spread} | {row['share']:.1%} | {row['blocks']} "
-            f"| {row['ideal']:.1%} |"
-        )
+    heads = ("step (structure, detail)", "ms, median", "fastest to slowest", "of uncached", "blocks", "ideal")
+    cells = [
+        (row["step"], f"{row['milliseconds']:.2f}", f"{row['fastest']:.2f} to {row['slowest']:.2f}",
+         f"{row['share']:.1%}", row["blocks"], f"{row['ideal']:.1%}")
+        for row in report["steps"]
+    ]  # fmt: skip
+    print("\n".join(as_table(heads, cells)))
     if args.out:
         store.write_atomically(args.out, json.dumps(report, indent=1).encode())
     return 0 if report["identical at zero thresholds"] else 1

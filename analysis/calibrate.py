@@ -19,7 +19,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
 from analysis.cli import TINY, command_of, guarded, progress, shard, shipped, start, warn
 from analysis.drawing.draw import default_device, draw
@@ -30,6 +30,7 @@ from analysis.measures import words
 from analysis.measures.fidelity import ClipIqa, fidelity
 from analysis.options import Parser, at_least_one, number, seed, side
 from analysis.records import store
+from analysis.records.compare import as_table, known, mean, times_fewer
 from analysis.records.saved import MAYBE, NUMBER, check_fields
 from analysis.settings import parse_settings
 from h2cache import H2Config, find_method
@@ -158,24 +159,21 @@ def table(rows: list[dict]) -> list[dict]:
     lines = []
     for config in sorted(settings.values(), key=lambda c: (float(c["tau1"]), float(c["tau2"]))):
         mine = [r for r in cached if r["config"] == config]
-        psnr = [r["psnr"] for r in mine if r["psnr"] is not None]
-        words = [r["words"] for r in mine if r["words"] is not None]
-        clip = [r["clip_iqa"] for r in mine if r.get("clip_iqa") is not None]
+        uncached = [base[_drawn(r)] for r in mine]
         lines.append(
             {
                 "config": config,
                 "prompts": len(mine),
-                "blocks": sum(base[_drawn(r)]["blocks_run"] for r in mine)
-                / sum(r["blocks_run"] for r in mine),
+                "blocks": times_fewer(mine, uncached),
                 "speed_up": median(r["seconds_uncached"] / r["seconds"] for r in mine),
                 "seconds": median(r["seconds"] for r in mine),
                 "seconds_uncached": median(r["seconds_uncached"] for r in mine),
-                "psnr": fmean(psnr) if psnr else None,
-                "worst_psnr": min(psnr, default=None),
-                "ssim": fmean(r["ssim"] for r in mine),
-                "words": fmean(words) if words else None,
-                "words_uncached": fmean(base[_drawn(r)]["words"] for r in mine) if words else None,
-                "clip_iqa": fmean(clip) if clip else None,
+                "psnr": mean(mine, "psnr"),
+                "worst_psnr": min(known(mine, "psnr"), default=None),
+                "ssim": mean(mine, "ssim"),
+                "words": mean(mine, "words"),
+                "words_uncached": mean(uncached, "words"),
+                "clip_iqa": mean(mine, "clip_iqa"),
             }
         )
     return lines
@@ -210,14 +208,14 @@ def show(line: dict) -> str:
 def markdown(lines: list[dict]) -> str:
     """The saved measurements as the table of the README."""
     heads = ("tau1", "tau2", "hits in a row", "blocks", "time", "seconds", "PSNR dB", "SSIM")
-    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for line in lines:
         config = line["config"]
         cells = [config["tau1"], config["tau2"], config["max_consecutive_hits"] or "any"]
         cells += [f"{line['blocks']:.2f}x fewer", f"{line['speed_up']:.2f}x", f"{line['seconds']:.2f}"]
         cells += ["identical" if line["psnr"] is None else f"{line['psnr']:.1f}", f"{line['ssim']:.3f}"]
-        rows.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(rows)
+        rows.append(cells)
+    return "\n".join(as_table(heads, rows))
 
 
 def read(folder: Path) -> list[dict]:

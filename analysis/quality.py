@@ -22,6 +22,7 @@ from analysis.drawing.families import with_prompt
 from analysis.drawing.prompts import read_prompts
 from analysis.figures import style
 from analysis.records import store
+from analysis.records.compare import as_table, groups
 from analysis.records.saved import MAYBE, NUMBER, read_saved
 from h2cache import PlanConfig, summary
 from h2cache.tuning import Studio
@@ -77,10 +78,8 @@ def run(args: argparse.Namespace) -> Path:
 
 def answer(rows: list[dict], source: str) -> str:
     """Of each wanted value: how many pictures reach it, beside the best fixed number of evaluations."""
-    of: dict[str, list[dict]] = {}
-    for row in rows:
-        of.setdefault(row["asked"], []).append(row)
-    heads = [
+    of, table = groups(rows, "asked"), []
+    heads = (
         "asked",
         "at or above",
         "evaluations",
@@ -88,9 +87,8 @@ def answer(rows: list[dict], source: str) -> str:
         "worst dB",
         "fixed for 90 %",
         "more than fixed",
-    ]
+    )
     lines = [f"Source: {source}; {len({row['id'] for row in rows})} prompts.", ""]
-    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for wanted in WANTED:
         mine = of.get(f"{wanted:g} dB", [])
         if not mine:
@@ -99,7 +97,8 @@ def answer(rows: list[dict], source: str) -> str:
         enough = [k for k in FIXED if np.mean([r["psnr"] >= wanted for r in of[f"{k} evaluations"]]) >= SHARE]
         fixed = [str(enough[0]), f"{mean / enough[0] - 1:+.0%}"] if enough else ["-", "-"]
         cells = [f"{wanted:g} dB", f"{(got >= wanted).mean():.1%}", f"{mean:.2f}"]
-        lines.append(f"| {' | '.join([*cells, f'{got.mean():.1f}', f'{got.min():.1f}', *fixed])} |")
+        table.append([*cells, f"{got.mean():.1f}", f"{got.min():.1f}", *fixed])
+    lines += as_table(heads, table)
     known = np.array([(row["expected"], row["psnr"]) for row in rows if row["expected"] is not None])
     if len(known):
         off = np.abs(known[:, 0] - known[:, 1])

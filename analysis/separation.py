@@ -30,7 +30,7 @@ from analysis.measures.fidelity import fidelity
 from analysis.measures.spectrum import BANDS, LOW, error_spectrum, low_and_high
 from analysis.measures.words import word_recall
 from analysis.records import store
-from analysis.records.compare import Interval, bootstrap
+from analysis.records.compare import Interval, as_table, bootstrap, mean, number, paired
 from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from analysis.tiny_flux import evaluate, signs
 from h2cache import find_method
@@ -227,111 +227,50 @@ def leaning(rows: list[dict], stage: str, span: tuple[int, int]) -> dict[str, fl
 
 
 def answer(rows: list[dict], uncached: list[dict], everywhere: list[tuple[int, int]], source: str) -> str:
-    """Does L1 stand for structure and L2 for detail? In words, from the numbers."""
-    lines = [f"Source: {source}, {len({r['id'] for r in rows})} prompts.", ""]
+    """Does L1 stand for structure and L2 for detail? Three tables."""
     heads = ("frozen", "steps", "PSNR dB", "low error", "high error", "log2 high/low", *CHECKS.values())
-    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    table, between, changes = [], [], []
     if uncached:
-        cells = ["none", "-", "identical", "0", "0", "-", *(_mean(uncached, name, ".2f") for name in CHECKS)]
-        lines.append(f"| {' | '.join(cells)} |")
+        table.append(["none", "-", "identical", "0", "0", "-", *(_mean(uncached, n, ".2f") for n in CHECKS)])
     for span in everywhere:
         for stage in STAGES:
             mine = of(rows, stage, span)
             cells = [stage, told(span), _mean(mine, "psnr", ".1f")]
             cells += [_mean(mine, "low", ".2g"), _mean(mine, "high", ".2g")]
             cells += [f"{fmean(leaning(rows, stage, span).values()):+.2f}"]
-            cells += [_mean(mine, name, ".2f") for name in CHECKS]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "If structure were L1's and detail L2's, freezing L1 would hurt low frequencies relatively "
-        "more than freezing L2 does:",
-        "a negative difference of log2(high/low), structure less detail. In brackets: 95 % bootstrap "
-        "intervals over prompts.",
-        "",
-    ]
-    verdicts = {}
-    for span in everywhere:
+            table.append([*cells, *(_mean(mine, name, ".2f") for name in CHECKS)])
+            lost = [paired([r for r in mine if uncached], uncached, name) for name in CHECKS]
+            if any(found and found.shows_difference for found in lost):
+                changes.append([stage, told(span), *(number(found, "+.2f") for found in lost)])
         structure, detail = leaning(rows, "structure", span), leaning(rows, "detail", span)
         found = bootstrap([structure[i] - detail[i] for i in structure if i in detail])
-        verdicts[span] = (found, gap(rows, span, "psnr"))
-        said = "as claimed" if found.high < 0 else "the reverse" if found.low > 0 else "no difference shown"
-        lines.append(
-            f"- steps {told(span)}: {signed(found, '.2f')}, {said}; PSNR with structure frozen less that "
-            f"with detail frozen: {signed(verdicts[span][1], '.1f')} dB"
-        )
-    lines.append("")
-    windows, long = disjoint(everywhere, rows[0]["steps"])
-    for some, name in ((windows, "windows that share no step"), (long, "spans to the end, which overlap")):
-        if some:
-            lines.append(_conclusion([verdicts[span] for span in some], name))
-    wholes = [gap(rows, span, "psnr", "both", "detail") for span in everywhere]
-    better = sum(w is not None and w.low > 0 for w in wholes)
-    known = [w.mean for w in wholes if w is not None]
-    if known:
-        lines.append(
-            f"Freezing both stages together is {abs(fmean(known)):.1f} dB "
-            f"{'better' if fmean(known) > 0 else 'worse'} than freezing detail alone (with an interval above "
-            f"0 in {better} of {len(wholes)} spans).\nThe stages differ in size: the slopes of the spectra "
-            "say more than their heights."
-        )
-    return "\n".join([*lines, *_losses(rows, uncached, everywhere)])
+        gaps = [gap(rows, span, "psnr"), gap(rows, span, "psnr", "both", "detail")]
+        between.append([told(span), f"{found:+.2f}", *(number(g, "+.1f") for g in gaps)])
+    claim = ("steps", "log2 high/low", "PSNR dB", "PSNR dB, both less detail")
+    lines = [
+        f"Source: {source}, {len({r['id'] for r in rows})} prompts.", "", *as_table(heads, table), "",
+        "Structure frozen less detail frozen: log2(high/low) is below 0 if structure is L1's and detail",
+        "L2's. In brackets: 95 % bootstrap intervals over prompts.", "", *as_table(claim, between),
+    ]  # fmt: skip
+    if changes:
+        lines += [
+            "",
+            "Checks less the uncached pictures', where one changes by more than chance:",
+            "",
+        ]
+        lines += as_table(("frozen", "steps", *CHECKS.values()), changes)
+    return "\n".join(lines)
 
 
-def _conclusion(verdicts: list[tuple[Interval, Interval | None]], name: str) -> str:
-    """How many spans speak for the claim, and in how many freezing structure costs more."""
-    count = len(verdicts)
-    supported, against = (sum(found.high < 0 for found, _ in verdicts), sum(f.low > 0 for f, _ in verdicts))
-    verdict = "holds" if supported == count else "is reversed" if against == count else "is not settled"
-    dearer, cheaper = (
-        sum(g is not None and test(g) for _, g in verdicts)
-        for test in (lambda g: g.high < 0, lambda g: g.low > 0)
-    )
-    return (
-        f"The claim {verdict} in the {count} {name}: {supported} for it, {against} the reverse. Freezing "
-        f"structure costs more PSNR than freezing detail in {dearer} of them, less in {cheaper}."
-    )
-
-
-def _losses(rows: list[dict], uncached: list[dict], everywhere: list[tuple[int, int]]) -> list[str]:
-    """What the freezes do to word, shape and colours, paired with the uncached picture of the prompt."""
-    base, shown, count = {r["id"]: r for r in uncached}, [], 0
-    for span in everywhere:
-        for stage in STAGES:
-            for name, title in CHECKS.items():
-                pairs = [(r[name], base[r["id"]][name]) for r in of(rows, stage, span) if r["id"] in base]
-                changes = [a - b for a, b in pairs if a is not None and b is not None]
-                if not changes:
-                    continue
-                count += 1
-                found = bootstrap(changes)
-                if found.shows_difference:
-                    shown.append(f"{title} with {stage} frozen in {told(span)} {signed(found, '.2f')}")
-    if not count:
-        return []
-    return ["", f"Against the uncached pictures, {len(shown)} of {count} checks change: "
-            f"{'; '.join(shown) or 'none'}. The rest shows no difference."]  # fmt: skip
-
-
-def signed(found: Interval | None, form: str) -> str:
-    if found is None:
-        return "-"
-    return f"{found.mean:+{form}} [{found.low:+{form}}, {found.high:+{form}}]"
-
-
-def _mean(rows: list[dict], name: str, form: str) -> str:
-    values = [r[name] for r in rows if r[name] is not None]
-    return format(fmean(values), form) if values else "-"
+def _mean(rows: list[dict], name: str, form: str) -> str | None:
+    return number(mean(rows, name), form)
 
 
 def gap(
     rows: list[dict], span: tuple[int, int], name: str, one: str = "structure", other: str = "detail"
 ) -> Interval | None:
     """The value with stage `one` frozen less that with stage `other` frozen, paired by prompt."""
-    others = {r["id"]: r[name] for r in of(rows, other, span)}
-    pairs = [(r[name], others.get(r["id"])) for r in of(rows, one, span)]
-    found = [a - b for a, b in pairs if a is not None and b is not None]
-    return bootstrap(found) if found else None
+    return paired(of(rows, one, span), of(rows, other, span), name)
 
 
 def read(folder: Path) -> Saved:

@@ -31,7 +31,7 @@ from analysis.drawing.prompts import read_prompts
 from analysis.figures import style
 from analysis.options import at_least_one
 from analysis.records import store
-from analysis.records.compare import bootstrap
+from analysis.records.compare import as_table, bootstrap
 from analysis.records.saved import NUMBER, read_saved
 from h2cache import PlanConfig
 from h2cache.tuning import psnr
@@ -108,16 +108,15 @@ def answer(rows: list[dict], source: str) -> str:
         f"Source: {source}. PSNR in dB, to the uncached picture / to the converged one.",
         f"The uncached picture itself lies at {gap:.1f} dB from the converged one.",
         "",
-        f"| solver | {' | '.join(f'{c} evaluations' for c in counts)} |",
-        "|---" * (len(counts) + 1) + "|",
     ]
+    table = []
     for name, (label, *_) in NAMES.items():
         cells = []
         for count in counts:
             mine = [row for row in rows if row["solver"] == name and row["evaluations"] == count]
             cells.append(" / ".join(f"{np.mean([row[r] for row in mine]):.1f}" for r in REFERENCES))
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        table.append([label, *cells])
+    return "\n".join([*lines, *as_table(["solver", *(f"{c} evaluations" for c in counts)], table)])
 
 
 def draw_figure(rows: list[dict], path: Path) -> None:

@@ -29,6 +29,7 @@ from analysis.cli import figure_script, progress, shipped
 from analysis.figures import style
 from analysis.options import number
 from analysis.records import store
+from analysis.records.compare import as_table
 from analysis.records.saved import Saved, read_saved
 from analysis.settings import parse_settings
 from h2cache import H2Config, find_method, method_names
@@ -253,17 +254,15 @@ def draw_all(rows: list[dict], path: Path) -> None:
 
 def answer(rows: list[dict], label: str, source: str) -> str:
     """Where in the run the hits are."""
-    lines = [f"Source: {source}; {label}, {len(rows)} requests.", "",
-             "| stage | steps | hits | forced | misses | hits in each third of the run |",
-             "|---" * 6 + "|"]  # fmt: skip
+    table = []
     for stage in stage_lines(rows[0]):
         outcomes = np.array([list(stage_lines(row)[stage]["outcomes"]) for row in rows])
         steps = outcomes.shape[1]
         means = [(outcomes == code).sum(1).mean() for code in OUTCOMES]
         thirds = [(part != "M").mean() for part in np.array_split(outcomes, min(3, steps), axis=1)]
-        cells = [stage, str(steps), *(f"{m:.1f}" for m in means), ", ".join(f"{t:.0%}" for t in thirds)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        table.append([stage, steps, *(f"{m:.1f}" for m in means), ", ".join(f"{t:.0%}" for t in thirds)])
+    heads = ("stage", "steps", "hits", "forced", "misses", "hits in each third of the run")
+    return "\n".join([f"Source: {source}; {label}, {len(rows)} requests.", "", *as_table(heads, table)])
 
 
 @figure_script

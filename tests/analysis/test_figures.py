@@ -22,6 +22,7 @@ from analysis.ablations.summaries import FULL, PAPER, SummaryConfig
 from analysis.experiment import contestants
 from analysis.figures import style
 from analysis.measures.spectrum import BANDS, error_spectrum, low_and_high, power
+from analysis.records.compare import front
 from analysis.records.saved import MAYBE, NUMBER, read_saved
 from analysis.tiny_flux import signs
 from h2cache import H2Config, enable, method_names, step_records
@@ -228,7 +229,7 @@ def test_other_prompts_are_not_read():
 
 def test_the_front_holds_what_nothing_beats():
     found = [{"line": "m", "blocks_ratio": b, "quality": q} for b, q in ((1, 9), (2, 5), (3, 6), (4, 1))]
-    assert [p["quality"] for p in pareto.front(found, "blocks_ratio", True)] == [9, 6, 1]
+    assert [p["quality"] for p in front(found, lambda p: (p["blocks_ratio"], p["quality"]))] == [9, 6, 1]
     assert pareto.at(found, "m", 3.5) == 3.5
     assert pareto.at(found, "m", 5) is None
 
@@ -308,14 +309,13 @@ def grid_rows(words: dict[str, list[float | None]]) -> list[dict]:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_thresholds_names_no_winner_by_chance_and_no_row_goes_unsaid(tmp_path, capsys):
+def test_thresholds_gives_intervals_with_winners_and_no_row_goes_unsaid(tmp_path, capsys):
     rows = grid_rows({"none": [1.0] * 8, "0.1/0.1": [1.0, *[0.0] * 7], "0.2/0.1": [0.0] * 8})
     path = tmp_path / "records-0-of-1.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert script("thresholds")(["--records", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    assert "words 0.1 / 0.1 (0.125, +0.125 [+0.000, +0.375]: no difference shown)" in text
-    assert "not shown, in none of" in text
+    assert "| 2x fewer | words | 0.1 / 0.1 | 0.2 / 0.1 | +0.125 [+0.000, +0.375] |" in text
     path.write_text(
         "".join(json.dumps(r | {"words": None} if r["key"] == "0.1/0.1 3" else r) + "\n" for r in rows)
     )
@@ -376,7 +376,7 @@ def test_separation_repeats_its_experiment(tmp_path, capsys, monkeypatch):
     assert script("separation")(["--run", "--limit", "1", "--steps", "5", "--out", str(out)]) == 0
     assert {p.name for p in out.iterdir()} >= {"records.jsonl", "about.json", "separation.png",
                                                "separation_pictures.png", "separation.md"}  # fmt: skip
-    assert "The claim" in capsys.readouterr().out
+    assert "\n| 1-1 | " in capsys.readouterr().out
     assert json.loads((out / "about.json").read_text())["settings"]["limit"] == 1
 
 
@@ -391,7 +391,7 @@ def test_pfs_repeats_its_measurements(tmp_path, capsys, monkeypatch):
     assert script("pfs")(["--run", "--limit", "2", "--steps", "6", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "| full tensor |" in text
-    assert "Thresholds do not carry over" in text
+    assert "PFS (average 2/12) less full tensors" in text
 
 
 @pytest.fixture
@@ -420,7 +420,7 @@ def test_thresholds_repeats_its_experiment(tmp_path, capsys, random_clip):
     assert script("thresholds")(["--run", *grid, "--clip", str(random_clip), "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "4 pairs, 1 prompts" in text
-    assert "; CLIP-IQA " in text
+    assert " CLIP-IQA |" in text
     data = list(csv.DictReader((out / "thresholds.csv").open()))
     assert {(row["tau1"], row["tau2"]) for row in data} == {
         (a, b) for a in ("0.2", "0.5") for b in ("0.1", "0.3")
