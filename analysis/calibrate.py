@@ -43,6 +43,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
     parser.add_argument("--prompts", type=Path, default=Path(shipped("assets/prompts/tiny32.jsonl")))
+    parser.add_argument("--limit", type=at_least_one, help="only the first N prompts")
     parser.add_argument("--tau1", type=number, nargs="+")
     parser.add_argument("--tau2", type=number, nargs="+")
     parser.add_argument("--pairs", nargs="+", metavar="TAU1/TAU2[/HITS]", help="instead of the grid")
@@ -89,7 +90,7 @@ def measure(args: argparse.Namespace) -> dict:
     """Fill `records.jsonl` (of this shard) with a row for each prompt and pair; returns their settings."""
     contestants = [find_method("none")(), *configurations(args)]
     index, count = args.shard
-    prompts = read_prompts(args.prompts)[index::count]
+    prompts = read_prompts(args.prompts)[: args.limit][index::count]
     if not prompts:
         raise ValueError(f"--shard {index}/{count}: {args.prompts} has no prompt for it")
     if args.words and (reason := words.problem()):

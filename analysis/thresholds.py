@@ -14,7 +14,6 @@ Writes thresholds.png/.pdf/.csv and the answer in thresholds.md.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -26,7 +25,6 @@ import numpy as np
 from analysis import calibrate, options
 from analysis.ablations.trial import parser_of, source_of, write_about
 from analysis.cli import figure_script, passed_on, shipped
-from analysis.drawing.prompts import read_prompts
 from analysis.figures import style
 from analysis.records.compare import as_table, front, number, paired
 from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
@@ -65,14 +63,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> tuple[Path, int]:
     """Measure the grid with `analysis.calibrate`, words read back; its records and its exit code."""
     args.out.mkdir(parents=True, exist_ok=True)
-    command = ["--words", "--out", str(args.out), *passed_on(args, "clip")]
-    if args.limit:
-        first = args.out / f"first-{args.limit}.jsonl"
-        chosen = [{"id": p.id, "prompt": p.text} | ({"words": p.words} if p.words is not None else {})
-                  | ({"seed": p.seed} if p.seed is not None else {})
-                  for p in read_prompts(args.prompts)[: args.limit]]  # fmt: skip
-        first.write_text("".join(json.dumps(p) + "\n" for p in chosen), encoding="utf-8")
-        command[command.index("--prompts") + 1] = str(first)
+    command = ["--words", "--out", str(args.out), *passed_on(args, "clip", "limit")]
     command += ["--tau1", *map(str, args.tau1), "--tau2", *map(str, args.tau2)]
     if code := calibrate.main(command):
         return args.out, code

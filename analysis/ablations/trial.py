@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -13,7 +12,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from analysis.cli import add_measuring_arguments, start
+from analysis.cli import add_measuring_arguments, command_of, start
 from analysis.drawing.draw import Drawn, draw
 from analysis.drawing.prompts import Prompt, read_prompts
 from analysis.options import Parser, at_least_one
@@ -68,7 +67,7 @@ class Trial:
 def write_about(folder: Path, module: str, args: argparse.Namespace) -> None:
     """Write `about.json`: command, machine, date and settings of the records in `folder`."""
     about = {
-        "command": f"python -m analysis.{module} {' '.join(sys.argv[1:])}".strip(),
+        "command": command_of(module),
         "machine": store.machine(args.device),
         "date": store.now(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
