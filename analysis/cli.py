@@ -10,7 +10,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from functools import wraps
@@ -148,16 +148,24 @@ def guarded(work: Callable[[], int | None], kept: str) -> int:
 T = TypeVar("T")
 
 
-def progress(items: Sequence[T], unit: str, what: str | None = None, shown: bool = True) -> Iterator[T]:
-    """`items` with a bar on stderr; where that is no terminal, a line at each tenth that is done."""
+def progress(
+    items: Iterable[T], unit: str, what: str | None = None, shown: bool = True, total: int | None = None
+) -> Iterator[T]:
+    """`items` with a bar on stderr; where that is no terminal, a line at each tenth that is done.
+
+    total: how many there are, where several processes share them; the bar counts those of this one.
+    """
+    if total is None:
+        items = list(items)
+        total = len(items)
     if not shown or sys.stderr.isatty():
-        yield from tqdm(items, what, unit=unit, disable=not shown)
+        yield from tqdm(items, what, total, unit=unit, disable=not shown)
         return
-    say(f"{len(items)} {unit}s to go")
+    say(f"{total} {unit}s to go")
     for number, item in enumerate(items, 1):
         yield item
-        if number * 10 // len(items) > (number - 1) * 10 // len(items):
-            say(f"{number} of {len(items)} {unit}s done")
+        if number * 10 // total > (number - 1) * 10 // total:
+            say(f"{number} of {total} {unit}s done")
 
 
 def figure_script(main: Callable[[list[str] | None], int]) -> Callable[[list[str] | None], int]:

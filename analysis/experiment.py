@@ -3,7 +3,9 @@
     python -m analysis.experiment                                    # embedded model, its measured presets
     python -m analysis.experiment --limit 12 --methods none block_cache:threshold=0.1,0.2 h2cache:tau1=0.3,0.4
     python -m analysis.experiment --model black-forest-labs/FLUX.1-dev --prompts assets/prompts/cute80.jsonl
-    torchrun --nproc_per_node 4 -m analysis.experiment --model ...   # one process a GPU, prompts divided
+    python -m analysis.experiment --processes 4 --model ...         # one process for each of 4 GPUs
+    torchrun --nproc-per-node 4 -m analysis.experiment --model ...  # the same; on many machines give --out a
+                                                                    # folder that all of them see
 
 A contestant is METHOD or METHOD:KEY=VALUE[,VALUE...][:KEY=...], where several values make several, or the
 name of a preset. A method without settings is the model's measured preset. Contestants take turns prompt by
@@ -21,11 +23,10 @@ import argparse
 import hashlib
 import itertools
 import json
-import os
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -46,6 +47,7 @@ from analysis.measures.flops import count_step
 from analysis.options import Parser, at_least_one, seed, side
 from analysis.records import store
 from analysis.settings import parse_settings
+from analysis.sharing import is_one_of_many, launch, shared
 from analysis.table import write_tables
 from h2cache import MethodConfig, find_method
 from h2cache.api import checkpoint_name
@@ -73,6 +75,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     add_loading_arguments(parser, None)  # one accelerator for each process
     parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id (default: the hub's cache)")
     parser.add_argument("--no-words", action="store_true", help="do not read the words back (OCR)")
+    parser.add_argument("--processes", type=at_least_one, default=1, help="of this machine, sharing the work")
     parser.add_argument("--out", type=Path, default=Path("outputs/experiment"))
     args = parser.parse_args(argv)
     args.methods = args.methods or [*PAPER, *OURS]
@@ -159,7 +162,7 @@ class Experiment:
 
     def prepare(self) -> None:
         """Make the folders; check the disk; count operations."""
-        for name in ("images", "rows", "scores"):
+        for name in ("images", "rows", "scores", "taken"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         store.sweep(self.folder)
         store.write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
@@ -191,28 +194,27 @@ class Experiment:
         row = store.read_json(self.row_path(key))
         return row is not None and store.whole_picture(self.image_path(key)) is not None
 
-    def mine(self) -> list[tuple[int, Prompt]]:
-        """The prompts of this process, with their numbers."""
-        with self.state.split_between_processes(list(enumerate(self.prompts))) as part:
-            return part
-
     def draw(self) -> int:
-        """Draw every missing picture of this process; returns how many could not be drawn."""
+        """Draw the missing pictures, with all processes; returns how many could not be drawn."""
         turns = []
-        for number, prompt in self.mine():
+        for number, prompt in enumerate(self.prompts):
             shift = number % len(self.contestants)
             order = self.contestants[shift:] + self.contestants[:shift]
-            turns += [(prompt, c) for c in order if not self.drawn(self.key(prompt, c))]
+            turns += [(self.key(prompt, c), prompt, c) for c in order]
+        turns = [turn for turn in turns if not self.drawn(turn[0])]
         if turns:
-            self._warm_up(turns[0][0])
-        failed = 0
-        for prompt, contestant in progress(turns, "picture", "drawing", self.state.is_main_process):
+            self._warm_up(turns[0][1])
+        for key, prompt, contestant in self.share(turns, "drawing", self.drawn):
             try:
-                self._draw(prompt, contestant)
+                self._draw(key, prompt, contestant)
             except Exception:  # the others can still be drawn; this one is tried again at the next run
-                failed += 1
                 print(f"{prompt.id} by {contestant.label} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        return failed
+        return sum(not self.drawn(key) for key, *_ in turns)
+
+    def share(self, tasks: list[tuple], what: str, done: Callable[[str], bool]) -> Iterator[tuple]:
+        """Those of `tasks`, by key, that this process takes on, until all are `done`."""
+        taken = shared(tasks, self.folder / "taken", lambda task: task[0], lambda task: done(task[0]))
+        yield from progress(taken, "picture", what, self.state.is_main_process, total=len(tasks))
 
     def _warm_up(self, prompt: Prompt) -> None:
         """One whole uncached picture, and a few steps of each method, untimed."""
@@ -223,9 +225,8 @@ class Experiment:
             for config in {c.config.name: c.config for c in self.contestants}.values():
                 draw(self.pipeline, config, 0, prompt=prompt.text, **few)
 
-    def _draw(self, prompt: Prompt, contestant: Contestant) -> None:
+    def _draw(self, key: str, prompt: Prompt, contestant: Contestant) -> None:
         seed = self.args.seed if prompt.seed is None else prompt.seed
-        key = self.key(prompt, contestant)
         drawn = draw(self.pipeline, contestant.config, seed, prompt=prompt.text, **self.call)
         path = self.image_path(key)
         store.save_png(path, drawn.image)
@@ -249,7 +250,7 @@ class Experiment:
         store.write_json(self.row_path(key), row)
 
     def score(self) -> None:
-        """Compare every picture of this process that has not been compared in this way."""
+        """Compare the pictures that have not been compared in this way, with all processes."""
         clip, reason = None, None
         try:
             clip = ClipIqa(self.args.clip)
@@ -259,17 +260,18 @@ class Experiment:
             reason = str(error)
         read = not self.args.no_words and self.unread is None
         how = {"clip": [clip.name, self.args.clip] if clip else None, "lpips": lpips_model() is not None}
-        tasks = []
-        for _, prompt in self.mine():
+        tasks, ways = [], {}
+        for prompt in self.prompts:
             base = self.key(prompt, self.contestants[0])
             mine = how | {"words": list(prompt.words or ()) if read else None}
             for contestant in self.contestants:
                 key = self.key(prompt, contestant)
                 if not (self.row_path(key).is_file() and self.row_path(base).is_file()):
                     continue  # could not be drawn
-                if (store.read_json(self.score_path(key)) or {}).get("how") != mine:
+                ways[key] = mine
+                if not self.scored(key, mine):
                     tasks.append((key, base, mine))
-        for key, base, mine in progress(tasks, "picture", "scoring", self.state.is_main_process):
+        for key, base, mine in self.share(tasks, "scoring", lambda key: self.scored(key, ways[key])):
             image, uncached = Image.open(self.image_path(key)), Image.open(self.image_path(base))
             score = {
                 "how": mine,
@@ -281,6 +283,10 @@ class Experiment:
                 "clip_iqa_reason": reason,
             }
             store.write_json(self.score_path(key), score)
+
+    def scored(self, key: str, how: dict[str, Any]) -> bool:
+        """Whether a picture has been compared in this way."""
+        return (store.read_json(self.score_path(key)) or {}).get("how") == how
 
     def rows(self) -> list[dict]:
         """All finished rows of the asked contestants and prompts, with their scores, in their order."""
@@ -295,7 +301,7 @@ class Experiment:
 
 def run(args: argparse.Namespace, command: str) -> int:
     state = PartialState(cpu=not torch.accelerator.is_available())
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and state.num_processes == 1:
+    if is_one_of_many() and state.num_processes == 1:
         raise ValueError("WORLD_SIZE is above 1 but this process is alone: start it with torchrun")
     experiment = Experiment(args, state)
     if state.is_main_process:
@@ -303,10 +309,8 @@ def run(args: argparse.Namespace, command: str) -> int:
         print(f"{len(experiment.prompts)} prompts by {labels}, kept in {experiment.folder}")
         experiment.warn()
     experiment.prepare()
-    failed = experiment.draw()
-    state.wait_for_everyone()
+    failed = experiment.draw()  # returns when all processes are done
     experiment.score()
-    state.wait_for_everyone()
     if state.is_main_process:
         rows = experiment.rows()
         print(write_tables(args.out, experiment.folder / "images", rows, experiment.settings, command))
@@ -319,6 +323,8 @@ def run(args: argparse.Namespace, command: str) -> int:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     command = command_of("experiment", argv)
+    if args.processes > 1 and not is_one_of_many():
+        return launch("analysis.experiment", sys.argv[1:] if argv is None else argv, args.processes)
     return guarded(
         lambda: run(args, command), f"the same command goes on; what is finished is in {args.out}/"
     )

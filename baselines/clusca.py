@@ -1,7 +1,8 @@
 """ClusCa: TaylorSeer along time, and on skipped steps one token of each cluster is computed for real.
 
-Source: arXiv 2509.10312 (ACM MM 2025) and the authors' code. Tokens are clustered at computed steps after the
-last double block; on a skipped step the mlps of the double blocks run for one random token of each cluster.
+Source: arXiv 2509.10312 (ACM MM 2025) and the authors' code. Image tokens are clustered at computed steps
+after the last double block; on a skipped step the mlps of the double blocks run for one random token of each
+cluster. The authors do so with text too, of which nothing is read on a skipped step.
 As the authors', the next difference is taken against the corrected feature; that is 2 dB better on the
 embedded model than differences between computed features alone (anchor=True). Hi-ClusCa (basis="hermite"):
 the released code clusters once, at the first skipped step; here every computed step clusters anew.
@@ -28,7 +29,7 @@ from h2cache.policies import interval_due
 from h2cache.predictors import combine
 from h2cache.program import Drive, Program, Stage, Stream
 
-MLPS = {"ff": "img", "ff_context": "txt"}  # module name to stream
+MLP = "ff"  # of image tokens, in a double block
 ROUNDS = 10  # of k-means
 
 
@@ -47,9 +48,9 @@ class ClusCaConfig(MethodConfig):
     warmup_steps: int = 3
     """First steps that are always computed, >= 1."""
     clusters: int = 16
-    """Clusters, and tokens computed on skipped steps, in each stream. 0: TaylorSeer."""
+    """Clusters, and image tokens computed on skipped steps. 0: TaylorSeer."""
     gamma: float = 0.005
-    """Weight of the cluster's computed token in all its image tokens, in [0, 1]."""
+    """Weight of the cluster's computed token in all its tokens, in [0, 1]."""
     basis: str = "taylor"
     """"taylor", or "hermite" for Hi-ClusCa, with `sigma`."""
     sigma: float = 0.5
@@ -87,9 +88,9 @@ class ClusCaConfig(MethodConfig):
     def bytes_needed(self, shape: Shape) -> int:
         return (
             forecast_bytes(shape, "module", self.order + 1)
-            + shape.blocks[0] * shape.joint  # corrected features of the mlps
-            + shape.batch * (shape.img + shape.txt) * 8  # labels
-            + 2 * shape.batch * self.clusters * shape.width * 4  # centres
+            + shape.blocks[0] * shape.tensor(shape.img)  # corrected features of the mlps
+            + shape.batch * shape.img * 8  # labels
+            + shape.batch * self.clusters * shape.width * 4  # centres
         )
 
     def build(self) -> ClusCa:
@@ -123,26 +124,39 @@ def pick(labels: Tensor, count: int, generator: torch.Generator | None) -> Tenso
 
 
 class Clusters:
-    """Labels and centres of one request and branch."""
+    """Labels and centres of the image tokens, of one request and branch."""
+
+    generator: torch.Generator
+    labels: Tensor  # (B, n)
+    centres: Tensor | None = None  # (B, K, C)
 
     def __init__(self) -> None:
-        self.labels: dict[str, Tensor] = {}
-        self.centres: dict[str, Tensor] = {}
         self.corrected: dict[Key, Tensor] = {}  # order-0 features of the mlps since the last computed step
-        self.generator: torch.Generator | None = None
+        self._text_tokens = 0
 
     def update(self, stream: Stream, cfg: ClusCaConfig) -> None:
-        """Cluster the tokens of both streams anew, starting from the centres of the last time."""
-        if self.generator is None:
-            self.generator = torch.Generator(stream.img.device).manual_seed(cfg.seed)
-        for name in MLPS.values():
-            x = getattr(stream, name)
-            if name not in self.centres:
-                order = torch.rand((1, x.shape[1]), generator=self.generator, device=x.device).argsort(-1)
-                first = order[:, : min(cfg.clusters, x.shape[1]), None].expand(len(x), -1, x.shape[-1])
-                self.centres[name] = x.float().gather(1, first)
-            self.labels[name], self.centres[name] = cluster(x, self.centres[name])
+        """Cluster the tokens anew, starting from the centres of the last time."""
+        x = stream.img
+        if self.centres is None:
+            self.generator = torch.Generator(x.device).manual_seed(cfg.seed)
+            order = torch.rand((1, x.shape[1]), generator=self.generator, device=x.device).argsort(-1)
+            first = order[:, : min(cfg.clusters, x.shape[1]), None].expand(len(x), -1, x.shape[-1])
+            self.centres = x.float().gather(1, first)
+            self._text_tokens = 0 if stream.txt is None else stream.txt.shape[1]
+            self._pass_over_text()
+        self.labels, self.centres = cluster(x, self.centres)
         self.corrected.clear()
+
+    def pick(self) -> Tensor:
+        """A random member of each cluster: (B, K, 1) token numbers."""
+        assert self.centres is not None, "nothing has been clustered"
+        picked = pick(self.labels, self.centres.shape[1], self.generator)[..., None]
+        self._pass_over_text()
+        return picked
+
+    def _pass_over_text(self) -> None:
+        """Leave out the numbers that text tokens would take: pictures stay those of the records."""
+        torch.rand((1, self._text_tokens), generator=self.generator, device=self.generator.device)
 
 
 class ClusCa(Method):
@@ -164,14 +178,14 @@ class ClusCa(Method):
             if memory.step < cfg.warmup_steps - 1:  # differences count from the last warm-up step on
                 modules.clear()
             modules.begin_computed(at)
-            ran = yield Drive(double.blocks, modules.learn, counts=True)
+            ran = yield Drive(double.blocks, modules.learn, counts=True, text=False)
             if cfg.clusters:
                 clusters.update(ran.after, cfg)
-            yield Drive(rest, modules.learn, counts=True)
+            yield Drive(rest, modules.learn, counts=True, text=False)
         else:
             modules.begin_forecast(at)
             answer = partial(self._answer, modules, clusters) if cfg.clusters else modules.predict
-            yield Drive(range(stages[-1].last), answer, counts=False)
+            yield Drive(range(stages[-1].last), answer, counts=False, text=False)
         memory.record_stack(stages, None, 0.0, not full)
 
     def _answer(
@@ -185,18 +199,16 @@ class ClusCa(Method):
         kwargs: dict[str, Any],
     ) -> Any:
         """A module's forecast; an mlp's with the chosen tokens computed for real."""
-        if name not in MLPS:
+        if name != MLP:
             return modules.predict(index, name, forward, args, kwargs)
-        cfg, key, stream = self.config, (index, name), MLPS[name]
-        labels, count = clusters.labels[stream], clusters.centres[stream].shape[1]
-        idx = pick(labels, count, clusters.generator)[..., None]  # (B, K, 1)
+        cfg, key, idx = self.config, (index, name), clusters.pick()  # (B, K, 1)
         x = args[0]  # modulated input of this step, (B, n, C)
         fresh = forward(x.gather(1, idx.expand(-1, -1, x.shape[-1])))  # (B, K, C)
         rows = idx.expand_as(fresh)
         snapshots = modules.outputs[key]
         base = clusters.corrected.get(key, snapshots[-1][0]).scatter(1, rows, fresh)
-        if stream == "img" and cfg.gamma:
-            spread = fresh.gather(1, labels[..., None].expand_as(base))
+        if cfg.gamma:
+            spread = fresh.gather(1, clusters.labels[..., None].expand_as(base))
             base = torch.lerp(base, spread, cfg.gamma)
         drift = [*modules.weights[:-1], modules.weights[-1] - 1.0]  # what the forecast adds to the newest
         clusters.corrected[key] = base

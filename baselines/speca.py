@@ -3,9 +3,10 @@
 Source: arXiv 2509.11628 (ACM MM 2025) and the authors' code. The last block is computed on the drafted input
 and compared with its own draft; the tolerance falls along the run. As in the code, a draft that fails is
 still used, and the step after it is computed.
-Deviations: errors in float32, a non-finite one rejects, progress is step / steps for every model. One error
-is taken over the whole batch, as by the authors: its images are computed at the same steps, and may come
-out otherwise than alone. The elementwise error divides by numbers close to 0, here as in the authors' code:
+Deviations: errors in float32, a non-finite one rejects, progress is step / steps for every model. Each image
+of a batch has its own error and draft, so that it comes out as it would alone; where one is computed, all
+blocks run, and the others take their drafts. reduce="mean" is the authors': one error over the whole batch.
+The elementwise error divides by numbers close to 0, here as in the authors' code:
 a difference of 2e-6 in can be 125 % out, so its decisions need not repeat on another machine.
 measure="norm" is recommended.
 """
@@ -53,6 +54,8 @@ class SpeCaConfig(MethodConfig):
     measure: str = "element"
     """"element": mean |draft - real| / |real| as the authors; "norm" [ours]: mean |draft - real| / mean
     |real|, which asks for other tolerances (0.05 to 0.3)."""
+    reduce: str = "sample"
+    """"sample": each image of a batch decides for itself [ours]; "mean": all by one error, as the authors."""
     granularity: str = "module"
     """"module" as the authors, or "stage" [ours], see `taylorseer.py`."""
 
@@ -66,6 +69,7 @@ class SpeCaConfig(MethodConfig):
         check("order", self.order, 0, 4, "higher differences are noise")
         for field, choices in (
             ("measure", ("element", "norm")),
+            ("reduce", ("sample", "mean")),
             ("granularity", GRANULARITIES),
         ):
             if getattr(self, field) not in choices:
@@ -84,19 +88,23 @@ class SpeCaConfig(MethodConfig):
         return max(self.base * self.decay ** (step / total), self.floor)
 
     def bytes_needed(self, shape: Shape) -> int:
-        return forecast_bytes(shape, self.granularity, self.order + 1, stages=3)
+        return forecast_bytes(shape, self.granularity, self.order + 1, stages=3, text=True)
 
     def build(self) -> SpeCa:
         return SpeCa(self)
 
 
 class Draft:
-    """How far the present draft has gone; the authors' scheduler."""
+    """How far the present draft of one sample has gone; the authors' scheduler."""
 
     def __init__(self) -> None:
         self.last_full: bool | None = None
         self.count = 0  # drafts in a row
-        self.error: Tensor | float | None = None  # measured at the step before; None: not measured
+        self.error: float | None = None  # measured at the step before; None: not measured
+
+    def due(self, step: int, cfg: SpeCaConfig) -> bool:
+        """Whether `step`, after a draft, is computed whatever the error was."""
+        return step < cfg.warmup_steps or self.count >= cfg.max_drafts
 
     def decide(self, step: int, total: int, cfg: SpeCaConfig) -> tuple[bool, bool]:
         """Whether `step` is computed, and whether a drafted one is checked."""
@@ -106,30 +114,56 @@ class Draft:
             full, checked = False, False
         else:
             checked = self.count >= cfg.min_drafts
-            due = step < cfg.warmup_steps or self.count >= cfg.max_drafts
-            full = due or (checked and self.failed(step, total, cfg))
+            full = self.due(step, cfg) or (checked and self.failed(step, total, cfg))
         self.last_full = full
         self.count = 0 if full else self.count + 1
         self.error = None
         return full, checked and not full
 
     def failed(self, step: int, total: int, cfg: SpeCaConfig) -> bool:
-        """Whether the error measured before `step` is above its tolerance; waits for it."""
-        return self.error is not None and not float(self.error) <= cfg.tolerance(step, total)
+        """Whether the error measured before `step` is above its tolerance."""
+        return self.error is not None and not self.error <= cfg.tolerance(step, total)
+
+
+class Drafts:
+    """Those of all samples of a batch, and the errors measured last."""
+
+    def __init__(self, batch: int) -> None:
+        self.each = [Draft() for _ in range(batch)]
+        self.errors: Tensor | None = None  # (B,) or (1,), on the device
+        self.checked = [False] * batch  # whose errors count
+
+    def decide(self, memory: Memory, cfg: SpeCaConfig) -> tuple[list[bool], bool]:
+        """Which samples are drafted at this step, and whether any of those is checked."""
+        step, total = memory.step, memory.total_steps
+        if self.errors is not None and not all(draft.due(step, cfg) for draft in self.each):
+            errors = memory.read(self.errors) or [math.nan]
+            for n, draft in enumerate(self.each):
+                draft.error = errors[n % len(errors)] if self.checked[n] else None
+        self.errors = None
+        decided = [draft.decide(step, total, cfg) for draft in self.each]
+        self.checked = [checked for _, checked in decided]
+        return [not full for full, _ in decided], any(self.checked)
 
 
 def error_of(
-    draft: Tensor, real: Tensor, measure: str, total: Callable[[Tensor], Tensor] = lambda sums: sums
+    draft: Tensor,
+    real: Tensor,
+    measure: str,
+    reduce: str = "sample",
+    total: Callable[[Tensor], Tensor] = lambda sums: sums,
 ) -> Tensor:
-    """One relative error for the batch, a float32 number on the device.
+    """The relative errors, float32 numbers on the device: (B,), or (1,) over the batch.
 
     total: sums over all processes where each has some of the tokens.
     """
-    difference, size = (draft.float() - real.float()).abs(), real.float().abs()
+    rows = 1 if reduce == "mean" else len(draft)
+    draft, real = draft.float().reshape(rows, -1), real.float().reshape(rows, -1)
+    difference, size = (draft - real).abs(), real.abs()
     if measure == "norm":
-        error, whole = difference.sum(), size.sum()
+        error, whole = difference.sum(-1), size.sum(-1)
     else:
-        error, whole = (difference / (size + 1e-10)).sum(), size.new_tensor(size.numel())
+        error, whole = (difference / (size + 1e-10)).sum(-1), torch.full_like(size[:, 0], size.shape[1])
     error, whole = total(torch.stack([error, whole]))
     return error / whole
 
@@ -142,24 +176,28 @@ class SpeCa(Method):
     def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
         cfg, step = self.config, memory.step  # the step first: asking may show that a new request began
-        draft = memory.state("draft", Draft)
-        full, checked = draft.decide(step, memory.total_steps, cfg)
-        alone = full and step < cfg.warmup_steps - 1
+        drafts = memory.state("drafts", lambda: Drafts(memory.batch))
+        drafted, checked = drafts.decide(memory, cfg)
+        alone = step < cfg.warmup_steps - 1 and not any(drafted)  # in the warm-up all samples are at one
         drive = self._modules if cfg.granularity == "module" else self._stages
-        yield from drive(stages, memory, draft, full, checked, alone)
-        memory.record_stack(stages, None, 0.0, not draft.last_full)
+        yield from drive(stages, memory, drafts, drafted, checked, alone)
+        memory.record_stack(stages, None, 0.0, all(drafted))
 
-    def _modules(self, stages, memory, draft: Draft, full: bool, checked: bool, alone: bool) -> Program:
+    def _modules(
+        self, stages: tuple, memory: Memory, drafts: Drafts, drafted: list[bool], checked: bool, alone: bool
+    ) -> Program:
         cfg, end, at = self.config, stages[-1].last, float(memory.step)
         rule = partial(weights.taylor, order=cfg.order)
-        modules = memory.state("modules", lambda: ModuleForecast(rule, cfg.order + 1))
-        if full:
-            if alone:
-                modules.clear()
-            yield from modules.compute(stages, at)
-            return
-        modules.begin_forecast(at)
-        yield Drive(range(end - 1 if checked else end), modules.predict, counts=False)
+        modules = memory.state("modules", lambda: ModuleForecast(rule, cfg.order + 1, memory.batch))
+        skips = all(drafted)
+        if alone:
+            modules.clear()
+        if skips:
+            modules.begin_forecast(at)
+        else:
+            modules.begin_computed(at, kept=drafted)
+        answer = modules.predict if skips else modules.learn
+        yield Drive(range(end - 1 if checked else end), answer, counts=not skips)
         if not checked:
             return
 
@@ -167,30 +205,35 @@ class SpeCa(Method):
             guess = modules.predict(index, name, forward, args, kwargs)
             real = forward(*args, **kwargs)
             first, truth = (x if isinstance(x, Tensor) else x[0] for x in (guess, real))
-            draft.error = error_of(
-                first, truth, cfg.measure, memory.total
-            )  # of the last module: the block's end
-            return guess
+            # Of the last module: the block's end.
+            drafts.errors = error_of(first, truth, cfg.measure, cfg.reduce, memory.total)
+            return guess if skips else modules.learn(index, name, lambda *_, **__: real, args, kwargs)
 
         yield Drive(range(end - 1, end), compare, counts=True)
 
-    def _stages(self, stages, memory, draft: Draft, full: bool, checked: bool, alone: bool) -> Program:
+    def _stages(
+        self, stages: tuple, memory: Memory, drafts: Drafts, drafted: list[bool], checked: bool, alone: bool
+    ) -> Program:
         cfg, end, at = self.config, stages[-1].last, float(memory.step)
         parts = {stage.name: range(stage.first, min(stage.last, end - 1)) for stage in stages}
+        new = partial(Forecast, partial(weights.taylor, order=cfg.order), cfg.order + 1)
         for name, blocks in (parts | {"last block": range(end - 1, end)}).items():
-            rule = partial(weights.taylor, order=cfg.order)
-            slot = memory.slot(name, lambda rule=rule: Forecast(rule, cfg.order + 1))
+            slot, measured = memory.slot(name, new), checked and name == "last block"
             if not len(blocks):
                 continue
-            if full:
+            if not any(drafted):
                 ran = yield Run(blocks)
                 if alone:
                     slot.clear()
                 slot.predictor.learn(ran.residual, at=at)
                 continue
             guess = slot.predictor.predict(at)
-            if checked and name == "last block":
-                ran = yield Run(blocks, kept=[True] * memory.batch, stand_in=guess)
-                draft.error = error_of(guess.joint, ran.residual.joint, cfg.measure, memory.total)
-            else:
+            if all(drafted) and not measured:
                 yield Skip(blocks, guess)
+                continue
+            ran = yield Run(blocks, kept=drafted, stand_in=guess)
+            if measured:
+                real = ran.residual.joint
+                drafts.errors = error_of(guess.joint, real, cfg.measure, cfg.reduce, memory.total)
+            if not all(drafted):
+                slot.predictor.learn(ran.residual, at=at, kept=drafted)

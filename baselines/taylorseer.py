@@ -36,7 +36,7 @@ class TaylorSeerConfig(MethodConfig):
     """"module" as the authors, or "stage"."""
     schedule: str = "authors"
     """"authors", or "diffusers": shifted, to compare with its numbers. The last step, often the longest, is
-    computed only where steps - warmup_steps is a multiple of the interval ("diffusers": less 2): at interval 2
+    computed only where steps - warmup_steps is a multiple of interval ("diffusers": less 2): at interval 2
     and 50 steps with 2 warm-up steps, not with 3."""
 
     def __post_init__(self) -> None:

@@ -69,7 +69,8 @@ class TeaCacheConfig(MethodConfig):
         return replace(self, coefficients=coefficients, fitted_range=fitted_range)
 
     def bytes_needed(self, shape: Shape) -> int:
-        return shape.tensor(shape.img) + shape.tensor(shape.compared[0])  # residual, and modulated input
+        modulated = shape.compared[0] if shape.modulated is None else shape.modulated
+        return shape.tensor(shape.img) + shape.tensor(modulated)  # residual, and modulated input
 
     def build(self) -> TeaCache:
         return TeaCache(self)

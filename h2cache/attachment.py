@@ -50,7 +50,7 @@ ATTRIBUTE = "_h2cache"  # of a denoiser, where its attachment is kept
 
 def check_usable(transformer: nn.Module, engine: Engine) -> None:
     """ValueError, with what to do, if `transformer` cannot be cached as it is now."""
-    if compiled_call(transformer) is not None or wrapper_of(transformer) is not None:
+    if compiled_call(transformer) is not None:
         raise ValueError(COMPILED)
     refuse_other_caches(transformer)
     refuse_other_forward(transformer)
@@ -111,7 +111,7 @@ def wrapper_of(denoiser: nn.Module) -> Any:
     """The wrapper of torch.compile by which `denoiser` is called right now; None: it is not."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get("self")
+        caller = frame.f_locals.get("self") if "self" in frame.f_code.co_varnames else None
         if isinstance(caller, nn.Module) and getattr(caller, "_orig_mod", None) is denoiser:
             return caller
         frame = frame.f_back
@@ -281,7 +281,9 @@ class BlockAttachment(Attachment):
             self._forget("the call before was broken off")
         inputs = self.engine.inputs(args, kwargs)
         memory = self.requests.memory(inputs)
-        if memory.bytes_needed is None:  # once a branch: parallelism may have come since
+        if memory.bytes_needed is None:  # once a branch: what takes longer to see
+            if wrapper_of(transformer) is not None:
+                raise ValueError(COMPILED)
             check_together(transformer, self.engine, self.config.undivided)
         program = self.method.step(self.stages, memory)
         entered = partial(self._reserve, memory) if memory.bytes_needed is None else None
@@ -294,6 +296,8 @@ class BlockAttachment(Attachment):
 
     def _reserve(self, memory: Memory, x: Stream) -> None:
         """Refuse a request, before its first block, that would keep more than there is room for."""
+        call = self._current_call()
+        assert call is not None  # it asks
         tokens, width = x.img.shape[1:]
         answers = "output" in self.engine.offers
         out = (
@@ -312,6 +316,8 @@ class BlockAttachment(Attachment):
             batch=memory.batch,
             drawn=max(1, len(range(tokens)[memory.targets or slice(None)])),  # another process may have all
             text_compared=self.stages[-1].joint,
+            modulated=call.inputs.modulated_tokens,
+            attention_parts=call.inputs.attention_parts,
         )
         others = [m for m in self.requests.newest.memories.values() if m is not memory]
         promised = sum(max(0, (m.bytes_needed or 0) - m.bytes_held) for m in others)
@@ -323,7 +329,7 @@ class BlockAttachment(Attachment):
         if call is None or not call.finished or request is None:  # the forward raised
             self._forget("the call before was broken off")
         else:
-            request.end_step(call.memory)
+            request.end_step(call.memory, call.drove or call.memory.computed_a_stage(self.stages))
 
     def _forget(self, reason: str) -> None:
         self._calls.now = None

@@ -59,6 +59,7 @@ class Call:
         self.position = 0  # number of the next block, through the whole model
         self.entered = entered
         self.ran: Ran | None = None
+        self.drove = False  # whether a block's modules have been answered for
         self.driven: tuple[int, Drive] | None = None  # the block whose modules are answered for, right now
         self.command: Command | None = _of_blocks(next(program))
 
@@ -69,11 +70,14 @@ class Call:
                 self.text_tokens = len(group.part(self.text_tokens))
             self._cut = cut_at(first_block(transformer, self.engine), STREAM)
 
-    def own(self, block: nn.Module, args: tuple, kwargs: dict, looks: bool = False) -> tuple[tuple, dict]:
+    def own(self, turn: _Turn, args: tuple, kwargs: dict, looks: bool = False) -> tuple[tuple, dict]:
         """A block's arguments as this process will have them: some models divide the stream at the first."""
-        cut = self._cut
-        self._cut = cut if looks else None
-        return (args, kwargs) if cut is None else cut(block, *args, **kwargs)
+        if self._cut is None:
+            return args, kwargs
+        divided = self._cut(turn.block, *args, **kwargs)
+        if not looks:
+            self._cut = None
+        return divided
 
     def _next_command(self) -> None:
         """Hand the outcome to the program and take its next wish; a wish for no blocks is met at once."""
@@ -115,7 +119,11 @@ class Call:
         command = self._command_at(index)
         last = index == command.blocks.stop - 1
         if isinstance(command, _RUNS):
-            self.memory.blocks_run[self._stage_of[index]] += isinstance(command, Run) or command.counts
+            if isinstance(command, Run) or command.counts:
+                self.memory.blocks_run[self._stage_of[index]] += 1
+            inner = index != command.blocks.start and not last
+            if inner and isinstance(command, Run) and not self.inputs.adds_between:
+                return blocks.block(index)  # nothing is to be seen of the stream on either side of it
             return _Tap(self, blocks, index, command, last)
         if last:
             return _Add(self, blocks, index, command.stand_in)
@@ -167,7 +175,7 @@ class Call:
 
     def run_block(self, blocks: DrivenBlocks, index: int, command: Drive, args: tuple, kwargs: dict) -> Any:
         """Call a block with its modules answered for."""
-        self.driven = (index, command)
+        self.driven, self.drove = (index, command), True
         try:
             return blocks.block(index)(*args, **kwargs)
         finally:
@@ -219,10 +227,10 @@ class _Tap(_Turn):
 
     def __call__(self, *args, **kwargs):
         call, form = self.call, self.blocks.form
-        ran, x = call.ran, form.read_input(*call.own(self.block, args, kwargs), call.text_tokens)
+        ran, x = call.ran, form.read_input(*call.own(self, args, kwargs), call.text_tokens)
         if ran is None:
             ran = call.begin_run(x)
-        elif call.inputs.adds_between or not (form.joined and self.index == self.blocks.first):
+        elif call.inputs.adds_between:
             ran.enter(x)
         block = self.block
         if self.index == self.command.blocks.start:
@@ -244,7 +252,7 @@ class _Look(_Turn):
     def __call__(self, *args, **kwargs):
         call = self.call
         onload(self.block)
-        call.look(call.engine.modulated_input(self.block, *call.own(self.block, args, kwargs, looks=True)))
+        call.look(call.engine.modulated_input(self.block, *call.own(self, args, kwargs, looks=True)))
         return call.turn(self.blocks, self.index)(*args, **kwargs)
 
 
@@ -257,7 +265,7 @@ class _Add(_Turn):
 
     def __call__(self, *args, **kwargs):
         form, call = self.blocks.form, self.call
-        x = form.read_input(*call.own(self.block, args, kwargs), call.text_tokens)
+        x = form.read_input(*call.own(self, args, kwargs), call.text_tokens)
         return form.write_output(x + self.stand_in)
 
 
@@ -265,7 +273,7 @@ class _Pass(_Turn):
     """Stands for a skipped block whose index the model must see."""
 
     def __call__(self, *args, **kwargs):
-        args, kwargs = self.call.own(self.block, args, kwargs)
+        args, kwargs = self.call.own(self, args, kwargs)
         return self.blocks.form.pass_through(*args, **kwargs)
 
 

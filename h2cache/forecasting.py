@@ -5,15 +5,17 @@ Used by TaylorSeer, HiCache, SpeCa and ClusCa; H2-Cache forecasts stages by its 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from h2cache.memory import Memory
 from h2cache.method import Shape
-from h2cache.predictors import Forecast, combine
+from h2cache.predictors import Forecast, combine, factors
 from h2cache.program import Drive, Program, Run, Skip, Stage
+from h2cache.similarity import sample_mask
 from h2cache.weights import Times
 
 Rule = Callable[[Times, float], list[float]]
@@ -22,53 +24,70 @@ GRANULARITIES = ("module", "stage")
 
 
 class ModuleForecast:
-    """The outputs of many modules at the last `states` computed steps, all forecast with the same weights.
+    """The outputs of many modules at the last `states` computed steps.
 
     The outputs are kept as they come, by reference. A module may return a tensor or a tuple of tensors.
+    batch: how many samples are computed at steps of their own; 1: all at the same ones.
     """
 
-    def __init__(self, rule: Rule, states: int) -> None:
+    def __init__(self, rule: Rule, states: int, batch: int = 1) -> None:
         self.rule, self.states = rule, states
-        self.times: list[float] = []
+        self.times: list[list[float]] = [[] for _ in range(batch)]
         self.outputs: dict[Key, list[tuple[Tensor, ...]]] = {}
-        self.weights: list[float] = []
+        self.weights: list[float | Tensor] = []
+        self._kept: list[bool] = []
 
     @property
     def empty(self) -> bool:
         """Whether there is nothing to forecast from: the beginning, or all has been forgotten."""
-        return not self.times
+        return not self.outputs
 
     def clear(self) -> None:
         """Forget all differences."""
-        self.times.clear()
+        self.times = [[] for _ in self.times]
         self.outputs.clear()
 
     def compute(self, stages: tuple[Stage, ...], at: float) -> Program:
         """A step at time `at` in which every module runs and is learnt."""
         self.begin_computed(at)
-        yield Drive(range(stages[-1].last), self.learn, counts=True)
+        yield Drive(range(stages[-1].last), self.learn, counts=True, text=False)
 
     def forecast(self, stages: tuple[Stage, ...], at: float) -> Program:
         """A step at time `at` in which every module is forecast."""
         self.begin_forecast(at)
-        yield Drive(range(stages[-1].last), self.predict, counts=False)
+        yield Drive(range(stages[-1].last), self.predict, counts=False, text=False)
 
-    def begin_computed(self, at: float) -> None:
-        """A computed step begins."""
-        self.times = [*self.times, at][-self.states :]
+    def begin_computed(self, at: float, kept: Sequence[bool] = ()) -> None:
+        """A computed step begins; of the samples marked in `kept` only a forecast is made."""
+        self._kept = list(kept) if any(kept) else []
+        if self._kept:
+            self.begin_forecast(at)
+        fresh = [not k for k in self._kept] or [True] * len(self.times)
+        self.times = [
+            [*times, at][-self.states :] if f else times for times, f in zip(self.times, fresh, strict=True)
+        ]
 
     def begin_forecast(self, at: float) -> None:
         """A forecast step begins."""
-        self.weights = self.rule(self.times, at)
+        stored = next(iter(self.outputs.values()))
+        self.weights = factors([self.rule(times, at) for times in self.times], len(stored), stored[0][0])
 
     def learn(self, index: int, name: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run a module and keep what it gives."""
         out = forward(*args, **kwargs)
-        parts = (out,) if isinstance(out, Tensor) else tuple(out)
-        kept = self.outputs.setdefault((index, name), [])
-        kept.append(tuple(part.detach() for part in parts))
-        del kept[: -len(self.times)]
+        new = tuple(part.detach() for part in ((out,) if isinstance(out, Tensor) else out))
+        old = self.outputs.get((index, name), [])
+        shifted = [*old, new]
+        if self._kept:  # those samples are forecast, and keep what they had
+            answer = self._mixed(new, combine(old, self.weights))
+            shifted = [self._mixed(n, o) for n, o in zip(shifted, [old[0], *old], strict=True)]
+            out = answer[0] if isinstance(out, Tensor) else answer
+        self.outputs[index, name] = shifted[-self.states :]
         return out
+
+    def _mixed(self, new: Sequence[Tensor], kept: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        mask = sample_mask(self._kept, new[0])
+        return tuple(torch.where(mask, k, n) for n, k in zip(new, kept, strict=True))
 
     def predict(self, index: int, name: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
         """What the module would give, without running it."""
@@ -111,10 +130,21 @@ def forecast_of(memory: Memory, granularity: str, rule: Rule, order: int) -> Mod
     return memory.state("forecast", lambda: kind(rule, order + 1))
 
 
-def forecast_bytes(shape: Shape, granularity: str, states: int, stages: int = 2) -> int:
-    """Bytes that a forecast of order `states` - 1 holds. FLUX.1-dev at 1024x1024, modules, order 1: 4104 MiB.
+def forecast_bytes(shape: Shape, granularity: str, states: int, stages: int = 2, text: bool = False) -> int:
+    """Bytes that a forecast of order `states` - 1 holds. FLUX.1-dev at 1024x1024, modules, order 1: 3648 MiB.
 
-    Modules: attention and mlp of both streams in a double block, one joint output in a single block.
+    Modules: attention and mlp in a double block, one output in a single block; with `text` of both streams.
     """
+    if granularity == "stage":
+        return states * stages * shape.joint
+    per_state = module_tensors(shape) * shape.tensor(shape.img)
+    if text:
+        per_state += (2 * shape.blocks[0] + shape.blocks[1]) * shape.tensor(shape.txt)
+    return states * per_state
+
+
+def module_tensors(shape: Shape) -> int:
+    """How many tensors of image tokens the modules of all blocks give."""
     double, single = shape.blocks
-    return states * (2 * double + single if granularity == "module" else stages) * shape.joint
+    attention = shape.attention_parts - 1  # one of its tensors is text
+    return (attention + 1) * double + single

@@ -179,6 +179,10 @@ class Memory:
         """How often which rule answered, where a predictor has several: of the whole request."""
         return self._request.answers
 
+    def computed_a_stage(self, stages: tuple[Stage, ...]) -> bool:
+        """Whether all blocks of a stage have run in this step: otherwise nothing more is kept than before."""
+        return any(self.blocks_run[stage.name] == len(stage.blocks) for stage in stages)
+
     @property
     def step(self) -> int:
         """Index of the current step in its request, from 0."""

@@ -31,6 +31,8 @@ class Shape:
     batch: int = 1
     drawn: int | None = None  # image tokens that are compared, without those of a reference; None: all
     text_compared: bool = True  # whether the detail stage's check looks at text tokens too
+    modulated: int | None = None  # tokens of the first block's modulated input; None: those compared
+    attention_parts: int = 2  # tensors that an attention of both streams gives; IP-Adapter's is a third
 
     @property
     def compared(self) -> tuple[int, int]:
@@ -59,7 +61,7 @@ class MethodConfig(ABC):
 
     @property
     def undivided(self) -> str:
-        """Why all tokens of a picture must be in one process, as the beginning of a sentence; empty: no need."""
+        """Why a picture's tokens must all be in one process, to begin a sentence with; empty: no need."""
         return ""
 
     @property

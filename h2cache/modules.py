@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from h2cache.drive import Call
 from h2cache.engines.base import Engine
@@ -72,19 +72,34 @@ class ModuleDriver:
             blocks = [block for cut in engine.cuts for block in getattr(transformer, cut.blocks)]
             for modules in map(engine.modules, dict.fromkeys(blocks)):
                 for name, module in modules.answered.items():
-                    yield module, partial(self._answered, name)
+                    yield module, partial(self._answered, name, modules.text.get(name, ""))
                 for module in modules.idle:
                     yield module, self._idle
         if "output" in required:
             yield engine.output_layer(transformer), self._output
 
-    def _answered(self, name: str, own: Callable) -> Callable:
-        def forward(*args, **kwargs):
+    def _answered(self, name: str, text: str, own: Callable) -> Callable:
+        def forward(*args: Any, **kwargs: Any) -> Any:
             call = self._current_call()
             if call is None or call.driven is None:
                 return own(*args, **kwargs)
             index, command = call.driven
-            return command.answer(index, name, own, args, kwargs)
+            if not text or command.text or call.ran is None:
+                return command.answer(index, name, own, args, kwargs)
+            if text == "all":
+                x = args[0] if args else kwargs["hidden_states"]
+                return own(*args, **kwargs) if command.counts else _zeros(x, x.shape[1])
+            txt = call.ran.before.txt
+            ran: list[Any] = []  # the whole output, and what was seen of it
+            count = 0 if txt is None else txt.shape[1]
+
+            def image(*args: Any, **kwargs: Any) -> Any:
+                full = own(*args, **kwargs)
+                ran[:] = full, _image(full, text, count)
+                return ran[1]
+
+            answer = command.answer(index, name, image, args, kwargs)
+            return ran[0] if ran and answer is ran[1] else _with_text(answer, text, count)
 
         return forward
 
@@ -105,3 +120,24 @@ class ModuleDriver:
             return own(*args, **kwargs) if call is None else call.output(own, args, kwargs)
 
         return forward
+
+
+def _image(out: Any, text: str, count: int) -> Any:
+    """What is not text in a module's output; copied out of a joined tensor, which a view would hold."""
+    if text == "second":
+        img, _, *more = out
+        return (img, *more) if more else img
+    return (out[:, count:] if text == "first" else out[:, : out.shape[1] - count]).clone()
+
+
+def _with_text(img: Any, text: str, count: int) -> Any:
+    """A module's output with `img` for what is not text, and 0 for the text."""
+    if text == "second":
+        first, *more = (img,) if isinstance(img, Tensor) else img
+        return (first, _zeros(first, count), *more)
+    return nn.functional.pad(img, (0, 0, count, 0) if text == "first" else (0, 0, 0, count))
+
+
+def _zeros(like: Tensor, tokens: int) -> Tensor:
+    """(B, tokens, C) in the memory of one number."""
+    return like.new_zeros(()).expand(like.shape[0], tokens, like.shape[2])

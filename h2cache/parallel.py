@@ -59,7 +59,7 @@ class Group:
         return set(dist.get_process_group_ranks(self.processes))
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum of all processes' `values`, the same on each; for ratios, if each process has all tokens."""
+        """The sum of all processes' `values`, the same on each. Only ratios of such sums mean anything."""
         whole = getattr(values, "full_tensor", None)  # inside a block that tensor parallelism divides
         total = values.clone() if whole is None else whole()
         dist.all_reduce(total, group=self.processes)
@@ -96,7 +96,7 @@ def cut_at(module: nn.Module, name: str) -> Cut | None:
     """What divides argument `name` of `module` among the processes as it is called; None: nothing does."""
     registry = getattr(module, "_diffusers_hook", None)
     for hook in getattr(registry, "hooks", {}).values():
-        divided = getattr(hook, "metadata", None)
+        divided = getattr(hook, "metadata", ())
         if "ContextParallelSplitHook" in class_names(hook) and name in divided:
             return hook.pre_forward
     return None
@@ -113,20 +113,24 @@ def check_together(transformer: nn.Module, engine: Engine, undivided: str) -> No
     spread = {rank for mesh in _meshes(transformer) for rank in mesh.mesh.flatten().tolist()}
     if spread - (group.ranks if group else set()) or _SHARDED[0] in _classes(transformer):
         raise ValueError(
-            "the weights are spread over processes that draw different pictures (FSDP): one would skip a block "
-            "in which another waits for it. Use the plan, which skips whole steps, the same on all: "
+            "the weights are spread over processes that draw different pictures (FSDP): one would skip a "
+            "block in which another waits for it. Use the plan, which skips whole steps, the same on all: "
             "h2cache.enable(pipe, speedup=5)"
         )
     if group is None or not group.divided:
         return
     if undivided:
         raise ValueError(f"{undivided}, and context parallelism divides them among processes")
+    if not isinstance(getattr(transformer, engine.cuts[0].blocks), nn.ModuleList):
+        raise ValueError(
+            f"{engine.name} has its blocks behind one call, which context parallelism cannot divide"
+        )
     first = first_block(transformer, engine)
     for name in [STREAM, TEXT] if any(cut.joint for cut in engine.cuts) else [STREAM]:
         if cut_at(transformer, name) is None and cut_at(first, name) is None:
             raise ValueError(
-                f"context parallelism divides {name} neither at the transformer nor at its first block, so it "
-                "is unknown which tokens a process has: use the transformer's own _cp_plan"
+                f"context parallelism divides {name} neither at the transformer nor at its first block, so "
+                "it is unknown which tokens a process has: use the transformer's own _cp_plan"
             )
 
 
@@ -145,4 +149,5 @@ def _classes(model: nn.Module) -> set[str]:
 
 def _meshes(model: nn.Module) -> list[Any]:
     """The device meshes that weights of `model` are spread over."""
-    return list({p.device_mesh: None for p in model.parameters() if "DTensor" in class_names(p)})
+    spread: list[Any] = [p for p in model.parameters() if "DTensor" in class_names(p)]
+    return list({parameter.device_mesh: None for parameter in spread})

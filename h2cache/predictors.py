@@ -25,7 +25,7 @@ from torch import Tensor
 
 from h2cache import weights
 from h2cache.program import Stream
-from h2cache.similarity import sample_mask
+from h2cache.similarity import sample_mask, settled
 
 
 class Predictor(Protocol):
@@ -50,7 +50,7 @@ class LastResidual:
             residual = residual.map(
                 lambda new, old: torch.where(sample_mask(kept, new), old, new), self.residual
             )
-        self.residual = residual.map(torch.Tensor.detach)
+        self.residual = residual.map(settled)
 
     def predict(self, at: float = 0.0, kept: Sequence[bool] = (), step_length: float = 1.0) -> Stream:
         """The stand-in for the skipped blocks, to be added to the head's fresh output."""
@@ -86,7 +86,7 @@ class Forecast:
 
     def learn(self, residual: Stream, at: float = 0.0, kept: Sequence[bool] = ()) -> None:
         """Store a computed residual with its time; a second one of the same time replaces the first."""
-        residual = residual.map(torch.Tensor.detach)
+        residual = residual.map(settled)
         batch = residual.img.shape[0]
         if not self.times:
             self.times = [[] for _ in range(batch)]
@@ -153,14 +153,18 @@ def weighted_sum(residuals: list[Stream], rows: list[list[float]]) -> Stream:
 
     A row may be shorter than the list: it belongs to the newest residuals.
     """
-    rows = [[0.0] * (len(residuals) - len(row)) + row for row in rows]
     parts = [[t for t in (r.img, r.txt) if t is not None] for r in residuals]
-    if all(row == rows[0] for row in rows):
-        factors: Sequence[float | Tensor] = rows[0]
-    else:
-        factors = [_per_sample(column, parts[0][0]) for column in zip(*rows, strict=True)]
-    img, *txt = combine(parts, factors)
+    img, *txt = combine(parts, factors(rows, len(residuals), parts[0][0]))
     return Stream(img, txt[0] if txt else None)
+
+
+def factors(rows: Sequence[Sequence[float]], states: int, like: Tensor) -> list[float | Tensor]:
+    """What to multiply each of `states` stored tensors by: numbers where all rows agree, else (B, 1, 1)."""
+    rows = [[0.0] * (states - len(row)) + list(row) for row in rows]
+    if all(row == rows[0] for row in rows):
+        return [*rows[0]]
+    columns = torch.tensor(rows, dtype=torch.float32, device=like.device).T  # (states, B)
+    return [column.view(-1, *[1] * (like.ndim - 1)) for column in columns]
 
 
 def combine(snapshots: Sequence[Sequence[Tensor]], factors: Sequence[float | Tensor]) -> list[Tensor]:
@@ -179,11 +183,6 @@ def combine(snapshots: Sequence[Sequence[Tensor]], factors: Sequence[float | Ten
     if total is None:
         return [torch.zeros_like(p) for p in snapshots[-1]]
     return [t.to(p.dtype) for t, p in zip(total, snapshots[-1], strict=True)]
-
-
-def _per_sample(values: Sequence[float] | Tensor, like: Tensor) -> Tensor:
-    """(B, 1, ..) float32 on the device of `like`."""
-    return torch.as_tensor(values, dtype=torch.float32, device=like.device).view(-1, *[1] * (like.ndim - 1))
 
 
 class Modes(Forecast):

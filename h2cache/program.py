@@ -111,11 +111,15 @@ class Drive:
     answer(block index, module name, the module's own forward, args, kwargs) gives the module's output.
     counts: whether the blocks are computed, that is, count as executed and have their idle modules run; see
     `Engine.modules`. Only for methods that list "modules" in `MethodConfig.requires`.
+    text: whether `answer` is asked for text tokens too. Without, it sees image tokens only; the text of
+    computed blocks passes by, that of others is left as it was. Only where a whole step is either computed or
+    answered for: else somebody would read that text.
     """
 
     blocks: range
     answer: Answer
     counts: bool
+    text: bool = True
 
 
 @dataclass(slots=True)

@@ -206,7 +206,7 @@ class Requests:
         its own.
         """
         text, earlier = _text(inputs), (f"call {n}" for n in range(int(branch.removeprefix("call "))))
-        same = [name for name in earlier if dict(request.signatures[name])["prompt"] == text]
+        same = [name for name in earlier if request.signatures[name][-1] == text]
         return any(not _equal(request.latents[name], inputs.latents) for name in same)
 
     def _begin(self, request: Request) -> Request:
@@ -221,7 +221,9 @@ class Requests:
         """What of the inputs is another than at the step before; None: nothing."""
         signature = _signature(inputs)
         known = request.signatures.get(branch, signature)
-        return next((a[0] for a, b in zip(known, signature, strict=True) if a != b), None)
+        if known == signature:
+            return None
+        return next(what for what, a, b in zip(_SIGNED, known, signature, strict=True) if a != b)
 
     def _memory_of(self, request: Request, branch: str, inputs: Inputs, guides: bool = True) -> Memory:
         if branch not in request.memories:
@@ -242,15 +244,13 @@ def _text(inputs: Inputs) -> tuple | None:
     return None if text is None else (text.data_ptr(), text.shape, text.dtype)
 
 
+_SIGNED = "shape", "dtype", "device", "prompt"
+
+
 def _signature(inputs: Inputs) -> tuple:
-    """What must stay the same from step to step, as (what, value) pairs."""
+    """What must stay the same from step to step; `_SIGNED` says what it is."""
     latents = inputs.latents
-    return (
-        ("shape", latents.shape),
-        ("dtype", latents.dtype),
-        ("device", latents.device),
-        ("prompt", _text(inputs)),
-    )
+    return latents.shape, latents.dtype, latents.device, _text(inputs)
 
 
 def _equal(a: Tensor | None, b: Tensor) -> bool:

@@ -63,6 +63,7 @@ class Course:
     # begins or a ControlNet is switched on or off
     sampler: str = ""  # class of the scheduler
     stochastic: bool = False  # it draws fresh noise at its steps
+    flow: bool = True  # the model predicts a flow's velocity
 
     @property
     def steps(self) -> int:
@@ -158,7 +159,12 @@ class Schedule:
                 if length == 0.0 and n:  # Heun: the two evaluations of a step have half of it each
                     lengths[n] = lengths[n - 1] = lengths[n - 1] / 2
         return Course(
-            tuple(levels), tuple(lengths), starts, type(self.scheduler).__name__, self.is_stochastic
+            tuple(levels),
+            tuple(lengths),
+            starts,
+            type(self.scheduler).__name__,
+            self.is_stochastic,
+            self.is_flow,
         )
 
     def position(self, timestep: Tensor, last: int | None, counted: bool) -> int | None:

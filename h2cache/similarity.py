@@ -33,14 +33,17 @@ def pooled_summary(features: Tensor, target: int, least: int = 1, tokens: int | 
 
 def magnitude(features: Tensor, per_sample: bool = True) -> Tensor:
     """Sum of |features| in float32: (B,), or (1,) over the batch."""
+    wider = None if features.dtype == torch.float32 else torch.float32
     if per_sample:
-        return torch.linalg.vector_norm(features, 1, (1, 2), dtype=torch.float32)
-    return torch.linalg.vector_norm(features, 1, dtype=torch.float32).reshape(1)
+        return torch.linalg.vector_norm(features, 1, (1, 2), dtype=wider)
+    return torch.linalg.vector_norm(features, 1, dtype=wider).reshape(1)
 
 
 def difference(reference: Tensor, current: Tensor, per_sample: bool = True) -> Tensor:
     """Sum of |reference - current| in float32: (B,), or (1,) over the batch."""
-    return magnitude(reference.float() - current.float(), per_sample)
+    if reference.dtype != torch.float32:
+        reference, current = reference.float(), current.float()
+    return magnitude(reference - current, per_sample)
 
 
 def relative_l1(
@@ -54,6 +57,11 @@ def relative_l1(
     if scale is None:
         scale = magnitude(reference, per_sample)
     return difference(reference, current, per_sample) / scale
+
+
+def settled(features: Tensor) -> Tensor:
+    """`features` to be kept: cut off from what recorded gradients, if anything did."""
+    return features.detach() if features.requires_grad else features
 
 
 def sample_mask(hits: Sequence[bool], like: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -51,9 +52,9 @@ def taylor(times: Times, x: float, order: int) -> list[float]:
     return _sum([k**i / math.factorial(i) for i in range(len(rows))], rows)
 
 
-def hermite_polynomial(n: int, u: float) -> float:
-    """Physicists' Hermite polynomial H_n(u)."""
-    before, now = 0.0, 1.0
+def hermite_polynomial(n: int, u: Any) -> Any:
+    """Physicists' Hermite polynomial H_n(u), of a number or of each number of a tensor."""
+    before, now = 0.0, 1.0 + 0.0 * u
     for i in range(n):
         before, now = now, 2 * u * now - 2 * i * before
     return now

@@ -12,6 +12,7 @@ import numpy as np
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from diffusers.utils import export_to_video
 from PIL import Image, UnidentifiedImageError
+from torch import Tensor
 
 from analysis.options import at_least_one, finite
 
@@ -110,6 +111,8 @@ def frames_of(output: Any) -> list[Image.Image]:
     if hasattr(output, "images"):
         return [output.images[0]]
     frames = output.frames[0]
+    if isinstance(frames, Tensor):  # latents: nothing was decoded
+        return [frames]
     return [f if isinstance(f, Image.Image) else _picture(np.asarray(f)) for f in frames]
 
 

@@ -170,19 +170,19 @@ def machine() -> str:
     return f"{model}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
-def drawer(folder: str, steps: int):
-    """A function (prompt, seed) -> picture."""
+def drawer(folder: str):
+    """A function (prompt, seed, steps) -> picture."""
     from diffusers import FluxPipeline
 
     pipe = FluxPipeline.from_pretrained(folder).to(torch.float32)
     pipe.set_progress_bar_config(disable=True)
 
-    def draw(prompt: str, seed: int) -> Image.Image:
+    def draw(prompt: str, seed: int, steps: int) -> Image.Image:
         generator = torch.Generator().manual_seed(seed)
         size = {"height": SIZE, "width": SIZE, "max_sequence_length": MAX_TOKENS}
         return pipe(prompt, num_inference_steps=steps, generator=generator, **size).images[0]
 
-    draw("a red round sign", 0)  # untimed warm-up
+    draw("a red round sign", 0, 2)  # untimed warm-up
     return draw
 
 
@@ -191,32 +191,37 @@ def main() -> None:
     parser.add_argument("--model", default="assets/tiny_flux")
     parser.add_argument("--renderings", action="store_true", help="score true renderings instead of a model")
     parser.add_argument("--count", type=int, default=200)
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument(
+        "--steps", type=int, nargs="+", default=[50], help="several: the rows are of the last"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sheet", help="also write the first 48 pictures, unpicked, to this PNG")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
 
-    draw = None if args.renderings else drawer(args.model, args.steps)
-    rng, rows, pictures = random.Random(1), [], []
-    for i, (spec, prompt) in enumerate(held_out(args.count)):
-        start = time.perf_counter()
-        picture = Image.fromarray(signs.render(spec, rng)) if draw is None else draw(prompt, i)
-        seconds = None if draw is None else round(time.perf_counter() - start, 4)
-        read = read_words(picture)
-        pixels = np.asarray(picture)
-        pictures.append(pixels)
-        row = asdict(spec) | {"prompt": prompt, "seed": i, "read": read, "word_ok": spec.word in read}
-        rows.append(row | check(pixels, spec) | {"seconds": seconds})
-        if i % 25 == 24:
-            print(i + 1, json.dumps(summarise(rows)), flush=True)
+    draw = None if args.renderings else drawer(args.model)
+    by_steps = {}
+    for steps in args.steps:
+        rng, rows, pictures = random.Random(1), [], []
+        for i, (spec, prompt) in enumerate(held_out(args.count)):
+            start = time.perf_counter()
+            picture = Image.fromarray(signs.render(spec, rng)) if draw is None else draw(prompt, i, steps)
+            seconds = None if draw is None else round(time.perf_counter() - start, 4)
+            read = read_words(picture)
+            pixels = np.asarray(picture)
+            pictures.append(pixels)
+            row = asdict(spec) | {"prompt": prompt, "seed": i, "read": read, "word_ok": spec.word in read}
+            rows.append(row | check(pixels, spec) | {"seconds": seconds})
+        by_steps[str(steps)] = summarise(rows)
+        print(steps, json.dumps(by_steps[str(steps)]), flush=True)
 
     record = {
         "command": "python -m analysis.tiny_flux.evaluate " + shlex.join(sys.argv[1:]),
         "machine": machine(),
         "date": datetime.now(timezone.utc).date().isoformat(),
-        "steps": args.steps,
+        "steps": args.steps[-1],
+        "by_steps": by_steps,
         "summary": summarise(rows),
         "rows": rows,
     }

@@ -24,10 +24,14 @@ class Modules:
     answered: by name, each returns a tensor (B, tokens, C) or a tuple of such, before the gate.
     idle: their work only feeds answered modules. Where those are answered for, these give `(B, tokens, 0)`
     for each stream that they are given.
+    text: where text tokens are in the output of an answered module, by its name: "all" of it, the "second" of
+    its tensors, or its "first" or "last" tokens. Only of models whose output does not read the text: where
+    all modules are answered for, text may then be anything.
     """
 
     answered: dict[str, nn.Module]
     idle: tuple[nn.Module, ...] = field(default=())
+    text: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +62,8 @@ class Inputs:
     text: Tensor | None  # the text states (B, S, C) or classes: another tensor means another prompt
     conditions: tuple  # hashable; a change of it during a request makes stored residuals void
     adds_between: bool = True  # the model itself may add something after each block: it must see every index
+    attention_parts: int = 2  # tensors that an attention of both streams gives; IP-Adapter's is a third
+    modulated_tokens: int | None = None  # of the "modulated input"; None: the image tokens that are drawn
     targets: Callable[[], slice | None] = lambda: None  # image tokens that are drawn; asked once a branch
     guided: Callable[[], bool] = lambda: False  # batch is [cond, uncond]: one decision for both halves; ditto
 

@@ -35,12 +35,14 @@ class FluxDiffusers(DividedBlocks, Engine):
             argument(args, kwargs, 9, "controlnet_single_block_samples") is not None,
         )
         attention = argument(args, kwargs, 7, "joint_attention_kwargs") or {}
+        adapters = attention.keys() & {"ip_adapter_image_embeds", "ip_hidden_states"}
         return Inputs(
             timestep=argument(args, kwargs, 3, "timestep"),
             latents=argument(args, kwargs, 0, "hidden_states"),
             text=argument(args, kwargs, 1, "encoder_hidden_states"),
             conditions=(*controlled, *_conditions(attention)),
             adds_between=any(controlled),
+            attention_parts=3 if adapters else 2,
             targets=lambda: drawn_tokens(argument(args, kwargs, 4, "img_ids")),
         )
 

@@ -28,6 +28,7 @@ class HunyuanDiffusers(DividedBlocks, Engine):
         Cut("detail", "single_transformer_blocks", BLOCKS),
     )
     offers = frozenset({"modulated input", "modules"})
+    joined_text = "last"
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         return Inputs(

@@ -32,6 +32,7 @@ class WanDiffusers(Engine):
             text=argument(args, kwargs, 2, "encoder_hidden_states"),
             conditions=((kwargs.get("attention_kwargs") or {}).get("scale"),),
             adds_between=kwargs.get("control_hidden_states") is not None,
+            modulated_tokens=6 * (timestep.shape[1] if timestep.ndim == 2 else 1),
         )
 
     def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:

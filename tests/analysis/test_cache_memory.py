@@ -8,9 +8,9 @@ from analysis import cache_memory
 def test_memory_is_told_before_the_run(capsys):
     assert cache_memory.main(["--set", "taylorseer:order=2", "--free-gib", "5"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "4104.0 MiB" in lines["taylorseer"]
+    assert "3648.0 MiB" in lines["taylorseer"]
     assert "does not fit" not in lines["taylorseer"]
-    assert "6156.0 MiB  does not fit" in lines["taylorseer:order=2"]
+    assert "5472.0 MiB  does not fit" in lines["taylorseer:order=2"]
     with pytest.raises(SystemExit):
         cache_memory.main(["--set", "taylorseer:order=9"])
 

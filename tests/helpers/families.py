@@ -14,6 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from analysis.drawing.draw import Limits, call_arguments, load_pipeline
+from analysis.drawing.families import with_prompt
 from analysis.tiny_families import FAMILIES
 from tests.helpers.nunchaku_double import make_v1, make_v2
 from tests.helpers.toys import denoise, make_flux, make_inputs, standing_still
@@ -111,8 +113,7 @@ class Case:
 class Recorded(Case):
     """The calls of a real pipeline's transformers, played back."""
 
-    def __init__(self, family: str) -> None:
-        pipeline, call = FAMILIES[family]()
+    def __init__(self, pipeline, call: dict) -> None:
         self.calls = record(pipeline, call)
         super().__init__(pipeline, {}, branches=len(self.calls) // STEPS)
 
@@ -201,7 +202,21 @@ def _play(model: nn.Module, name: str | None, args: list, kwargs: dict):
 
 @cache
 def recorded(family: str) -> Recorded:
-    return Recorded(family)
+    return Recorded(*FAMILIES[family]())
+
+
+TRAINED = {"tiny_dit": {}, "tiny_wan": {"num_frames": 5, "output_type": "latent"}}
+
+
+@cache
+def trained(model: str) -> Recorded:
+    """A model that ships with the repository: its runs take three times as long as those of random ones."""
+    folder = f"assets/{model}"
+    pipeline, limits = load_pipeline(folder, "cpu", None), Limits.of(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    call = call_arguments(pipeline, limits, None, None, None) | {"prompt": limits.example}
+    call = with_prompt(pipeline, call) | TRAINED[model]
+    return Recorded(pipeline, {k: v for k, v in call.items() if k != "num_inference_steps"})
 
 
 def flux_cases() -> dict[str, Case]:

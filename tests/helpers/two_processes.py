@@ -39,12 +39,12 @@ INF = math.inf
 LINE = (0.0, 0.0, 0.0, 1.0, 0.0)
 SMALL = {"pool1": 8, "pool2": 12}  # so that the windows hold two tokens
 METHODS = {
-    "h2cache": H2Config(tau1=0.08, tau2=0.1, **SMALL),
-    "h2cache, mean": H2Config(tau1=0.08, tau2=0.1, reduce="mean", **SMALL),
+    "h2cache": H2Config(tau1=0.4, tau2=0.4, **SMALL),
+    "h2cache, mean": H2Config(tau1=0.35, tau2=0.35, reduce="mean", **SMALL),
     "h2cache, warm-up": H2Config(tau1=INF, tau2=INF, warmup_steps=3, max_consecutive_hits=2),
-    "h2cache, Taylor": H2Config(tau1=0.08, tau2=0.1, predictor="taylor"),
+    "h2cache, Taylor": H2Config(tau1=0.4, tau2=0.45, predictor="taylor"),
     "h2cache, DMD": H2Config(tau1=INF, tau2=INF, warmup_steps=5, predictor="dmd", repay=True),
-    "block_cache": BlockCacheConfig(threshold=0.1),
+    "block_cache": BlockCacheConfig(threshold=0.4),
     "teacache": TeaCacheConfig(threshold=0.1, coefficients=LINE),
     "magcache": MagCacheConfig(ratios=(1.0, 0.9), retention=0.0, max_consecutive_hits=3, threshold=9.0),
     "taylorseer": TaylorSeerConfig(warmup_steps=1, interval=3),
@@ -64,11 +64,14 @@ NOUGHT = {
     "taylorseer at 1": TaylorSeerConfig(interval=1),
 }
 FAMILY_METHODS = {
-    "h2cache": H2Config(tau1=0.1, tau2=0.1, **SMALL),
-    "magcache": METHODS["magcache"],
-    "teacache": TeaCacheConfig(threshold=0.1, coefficients=LINE),
+    "h2cache": H2Config(tau1=0.3, tau2=0.3, **SMALL),  # skips all but the first block
+    "teacache": TeaCacheConfig(
+        threshold=0.25, coefficients=LINE
+    ),  # skips the first block too, and looks at it
+    "plan": PlanConfig(speedup=2),
 }
-STEPS, WORLD = 10, 2
+WITH_TENSORS = ("h2cache", "h2cache, DMD", "teacache", "taylorseer", "speca", "h2cache at 0")
+STEPS, WORLD = 8, 2
 
 
 def divide(model) -> None:
@@ -115,10 +118,10 @@ def drawn(model, **inputs) -> torch.Tensor:
     return inputs["hidden_states"]
 
 
-def compared(name: str, one: tuple, many: tuple) -> dict:
+def compared(one: tuple, many: tuple) -> dict:
     """What the test looks at."""
     difference = (many[0] - one[0]).abs().max().item() / one[0].abs().max().item()
-    return {"name": name, "difference": difference, "alone": one[1], "together": many[1], "measures": many[2]}
+    return {"difference": difference, "alone": one[1], "together": many[1], "measures": many[2]}
 
 
 def run(model, config, **inputs) -> tuple:
@@ -128,83 +131,73 @@ def run(model, config, **inputs) -> tuple:
     return out
 
 
-def toys() -> list:
+def toys() -> dict:
+    """A small FLUX, alone and on both processes."""
     model = make_flux(2, 3)
-    many = deepcopy(model)
+    many, whole = deepcopy(model), deepcopy(model)
     divide(many)
-    whole = deepcopy(model)
     shard(whole)
-    found = []
+    found, uncached = {}, drawn(many)
     for name, config in (METHODS | NOUGHT).items():
-        alone = run(model, config)
-        found.append(compared(f"context, {name}", alone, run(many, config)))
-        found.append(compared(f"tensor, {name}", alone, run(whole, config)))
-    for name in NOUGHT:
-        same = [torch.equal(run(m, NOUGHT[name])[0], drawn(m)) for m in (many, whole)]
-        found.append({"name": f"uncached, {name}", "same": same})
+        alone, together = run(model, config), run(many, config)
+        found[f"context, {name}"] = compared(alone, together)
+        if name in NOUGHT:
+            found[f"uncached, {name}"] = torch.equal(together[0], uncached)
+        if name in WITH_TENSORS:
+            found[f"tensor, {name}"] = compared(alone, run(whole, config))
     ids = make_inputs()["img_ids"].clone()
     ids[8:, 0] = 1  # a reference image: the second process draws nothing
-    config = H2Config(tau1=0.1, tau2=0.1, **SMALL)
-    found.append(compared("reference", run(model, config, img_ids=ids), run(many, config, img_ids=ids)))
-
-    before = deepcopy(model)
-    h2cache.enable(before, METHODS["h2cache"])
-    divide(before)
-    found.append(
-        compared(
-            "enabled before",
-            run(model, METHODS["h2cache"]),
-            (drawn(before), outcomes(before), measures(before)),
-        )
-    )
-    return found + [doubting(many), refused(many), spread(model), guided(model)]
-
-
-def doubting(model) -> dict:
-    """One process forgets in mid-run: both start afresh."""
-    h2cache.enable(model, H2Config(tau1=INF, tau2=INF, warmup_steps=1))
-    inputs, seen = make_inputs(text=8), []
-    for n in range(6):
-        if n == 3 and dist.get_rank() == 1:
-            h2cache.enable(model, H2Config(tau1=INF, tau2=INF, warmup_steps=1))
-        called(model, inputs, n)
-        seen.append((step_records(model)[-1].step, step_records(model)[-1].outcome))
-    h2cache.disable(model)
-    return {"name": "doubting", "seen": seen}
-
-
-def refused(model) -> dict:
-    try:
-        h2cache.enable(model, ClusCaConfig())
-    except ValueError as error:
-        return {"name": "refused, clusters", "error": str(error)}
-    return {"name": "refused, clusters", "error": ""}
-
-
-def spread(model) -> dict:
-    """Weights spread over processes that draw different pictures."""
-    model = deepcopy(model)
+    found["context, reference"] = compared(*(run(m, METHODS["h2cache"], img_ids=ids) for m in (model, many)))
+    early = deepcopy(model)
+    h2cache.enable(early, METHODS["h2cache"])
+    divide(early)
+    together = drawn(early), outcomes(early), measures(early)
+    found["context, enabled before"] = compared(run(model, METHODS["h2cache"]), together)
+    found["doubting"] = doubting(many)
+    found["clusters"] = refusal(many, ClusCaConfig())
+    found["branches"] = guided(model)
     mesh = init_device_mesh("cpu", (WORLD,))
     for block in [*model.transformer_blocks, *model.single_transformer_blocks]:
         fully_shard(block, mesh=mesh)
+    found["FSDP"] = refusal(model, H2Config())
+    return found
+
+
+def doubting(model) -> list:
+    """One process forgets in mid-run: what both then do."""
+    config, inputs, seen = H2Config(tau1=INF, tau2=INF, warmup_steps=1), make_inputs(text=8), []
+    h2cache.enable(model, config)
+    for n in range(6):
+        if n == 3 and dist.get_rank() == 1:
+            h2cache.enable(model, config)
+        called(model, inputs, n)
+        seen.append((step_records(model)[-1].step, step_records(model)[-1].outcome))
+    h2cache.disable(model)
+    return seen
+
+
+def refusal(model, config) -> str:
+    """Why `config` is refused."""
     try:
-        h2cache.enable(model, H2Config())
+        h2cache.enable(model, config)
     except ValueError as error:
-        return {"name": "refused, FSDP", "error": str(error)}
-    return {"name": "refused, FSDP", "error": ""}
+        return str(error)
+    return ""
 
 
-def guided(model) -> dict:
-    """Each process draws one guidance branch; what they give is put together after each step."""
+def guided(model) -> float:
+    """Each process draws one guidance branch: how far from both on one process."""
+    names = ("cond", "uncond")
 
-    def loop(branches: dict, combine) -> torch.Tensor:
+    def loop(branches: tuple, combine) -> torch.Tensor:
         latents = make_inputs(text=8)["hidden_states"]
-        h2cache.enable(model, H2Config(tau1=0.1, tau2=0.1))
+        h2cache.enable(model, H2Config(tau1=0.4, tau2=0.4))
         for n in range(STEPS):
             outs = []
-            for name, seed in branches.items():
-                inputs = make_inputs(text=8, seed=seed) | {"hidden_states": latents}
-                outs.append(called(model, inputs | texts[seed], n, name))
+            for name in branches:
+                inputs = make_inputs(text=8, seed=names.index(name)) | {"hidden_states": latents}
+                inputs["encoder_hidden_states"] = texts[name]
+                outs.append(called(model, inputs, n, name))
             latents = latents - combine(outs) / STEPS
         h2cache.disable(model)
         return latents
@@ -212,14 +205,14 @@ def guided(model) -> dict:
     def gather(outs: list) -> torch.Tensor:
         both = [torch.empty_like(outs[0]) for _ in range(WORLD)]
         dist.all_gather(both, outs[0])
+        return guidance(both)
+
+    def guidance(both: list) -> torch.Tensor:
         return both[1] + 3 * (both[0] - both[1])
 
-    names = ("cond", "uncond")
-    texts = {n: {k: make_inputs(text=8, seed=n)[k] for k in ("encoder_hidden_states",)} for n in range(2)}
-    alone = loop({name: n for n, name in enumerate(names)}, lambda o: o[1] + 3 * (o[0] - o[1]))
-    rank = dist.get_rank()
-    together = loop({names[rank]: rank}, gather)
-    return {"name": "branches", "difference": (alone - together).abs().max().item()}
+    texts = {n: make_inputs(text=8, seed=k)["encoder_hidden_states"] for k, n in enumerate(names)}
+    together = loop(names[dist.get_rank() :][:1], gather)
+    return (loop(names, guidance) - together).abs().max().item()
 
 
 def latents_of(pipe, call: dict) -> torch.Tensor:
@@ -227,13 +220,13 @@ def latents_of(pipe, call: dict) -> torch.Tensor:
     return pipe(**call | {"generator": seed, "output_type": "latent", "num_inference_steps": STEPS})[0]
 
 
-def families() -> list:
-    found = []
+def families() -> dict:
+    """Pipelines whose plans divide the tokens at other places."""
+    found = {}
     for family in ("flux", "flux2", "qwen_image", "wan"):
         pipe, call = FAMILIES[family]()
-        many = deepcopy(pipe.transformer)
+        one, many = pipe.transformer, deepcopy(pipe.transformer)
         divide(many)
-        one = pipe.transformer
         for name, config in FAMILY_METHODS.items():
             seen = []
             for model in (one, many):
@@ -241,16 +234,7 @@ def families() -> list:
                 h2cache.enable(pipe, config)
                 seen.append((latents_of(pipe, call), outcomes(pipe), measures(pipe)))
                 h2cache.disable(pipe)
-            found.append(compared(f"{family}, {name}", *seen))
-        if family == "flux":
-            config = PlanConfig(speedup=2)
-            seen = []
-            for model in (one, many):
-                pipe.transformer = model
-                h2cache.enable(pipe, config)
-                seen.append((latents_of(pipe, call), outcomes(pipe), []))
-                h2cache.disable(pipe)
-            found.append(compared("flux, plan", *seen))
+            found[f"{family}, {name}"] = compared(*seen)
     return found
 
 
@@ -259,7 +243,7 @@ def main(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo", f"file://{folder}/meet", rank=rank, world_size=WORLD, timeout=timedelta(seconds=20)
     )
-    found = toys() + families()
+    found = toys() | families()
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 

@@ -15,6 +15,8 @@ import h2cache
 from analysis import fit_teacache
 from h2cache.api import checkpoint_name
 from h2cache.registry import fitted_constants
+from tests.helpers.families import recorded
+from tests.helpers.inside import request_of
 from tests.helpers.toys import denoise, generate, make_flux, make_inputs
 
 INF = float("inf")
@@ -140,6 +142,34 @@ def test_teacache_is_the_specification_step_by_step(tiny, threshold):
         expected.append(compute)
     assert computed == expected
     assert 2 < sum(computed) < steps
+
+
+def test_teacache_computes_the_first_and_last_steps_asked_for(flux):
+    for first, last, expected in ((1, 1, [0, 7]), (5, 0, [0, 1, 2, 3, 4]), (2, 3, [0, 1, 5, 6, 7])):
+        config = TeaCacheConfig(INF, IDENTITY, warmup_steps=first, last_steps=last)
+        assert config.needs_total_steps == (last > 0)
+        h2cache.enable(flux, config, steps=8 if last else None)
+        denoise(flux, 8)
+        records = [r for r in h2cache.step_records(flux) if r.stage == "structure"]
+        assert [r.step for r in records if r.outcome == "miss"] == expected
+    for wrong in ({"warmup_steps": 0}, {"last_steps": -1}):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            TeaCacheConfig(**wrong)
+
+
+@pytest.mark.parametrize(("family", "tokens"), [("wan", 1), ("wan22_5b", None)])
+def test_teacache_on_wan_keeps_what_was_estimated(family, tokens):
+    """Its input is the time embedding: six of a call, or of 5B six for each token."""
+    case = recorded(family)
+    model, calls = case.transformers[0], []
+    hook = model.blocks[0].register_forward_pre_hook(lambda _, args: calls.append(args[0]))
+    h2cache.enable(case.target, TeaCacheConfig(coefficients=IDENTITY))
+    case.run()
+    hook.remove()
+    batch, count, width = calls[0].shape
+    kept = 4 * batch * width * (count + 6 * (tokens or count)) * case.branches
+    assert h2cache.summary(case.target).bytes_held == request_of(model).bytes_needed == kept
+    h2cache.disable(case.target)
 
 
 def test_teacache_limits_hits_in_a_row(flux):

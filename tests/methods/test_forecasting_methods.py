@@ -2,12 +2,13 @@
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import TaylorSeerCacheConfig as DiffusersConfig
 from h2cache.baselines.clusca import ClusCaConfig
-from h2cache.baselines.hicache import PRESETS, HiCacheConfig
+from h2cache.baselines.hicache import PRESETS, AdaptiveForecast, HiCacheConfig
 from h2cache.baselines.magcache import MagCacheConfig
 from h2cache.baselines.speca import SpeCaConfig
 from h2cache.baselines.taylorseer import TaylorSeerConfig
@@ -16,9 +17,12 @@ from h2cache.baselines.teacache import TeaCacheConfig
 
 import h2cache
 from h2cache import H2Config, weights
+from h2cache.engines.divided import DividedBlocks
 from h2cache.forecasting import ModuleForecast
 from h2cache.method import Shape
 from h2cache.policies import interval_due
+from tests.helpers.families import recorded
+from tests.helpers.inside import memory_of, request_of
 from tests.helpers.toys import denoise, generate, make_flux, make_inputs
 
 
@@ -205,12 +209,70 @@ def test_memory_is_the_formula(flux, granularity, order):
     assert h2cache.summary(flux).bytes_held == config.bytes_needed(shape)
 
 
+CONFIGS = (
+    TaylorSeerConfig(interval=2, order=2),
+    HiCacheConfig(interval=3),
+    ClusCaConfig(interval=3, clusters=3),
+)
+
+
+@pytest.mark.parametrize("family", ["flux_kontext", "flux_controlnet", "hunyuan_image", "hunyuan_video"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
+def test_text_that_nobody_reads_changes_no_picture(config, family, monkeypatch):
+    """Where the engine does not say where text is, it is forecast as the authors do."""
+    case = recorded(family)
+    h2cache.enable(case.target, config)
+    without, held = case.run(), h2cache.summary(case.target).bytes_held
+    own = DividedBlocks.modules
+    monkeypatch.setattr(DividedBlocks, "modules", lambda self, block: replace(own(self, block), text={}))
+    h2cache.enable(case.target, replace(config))
+    assert all(map(torch.equal, without, case.run()))
+    assert held < h2cache.summary(case.target).bytes_held
+    h2cache.disable(case.target)
+
+
+@pytest.mark.parametrize("config", CONFIGS[:2], ids=lambda c: c.name)
+def test_what_is_held_is_no_part_of_something_larger(flux, config):
+    """A view would keep all of the tensor that it is cut from."""
+    h2cache.enable(flux, replace(config, interval=1), steps=12)
+    denoise(flux, 8)
+    outputs = memory_of(flux).state("forecast", dict).outputs
+    held = {s.data_ptr(): len(s) for t in _tensors(outputs) if (s := t.untyped_storage())}
+    shape = Shape(blocks=(3, 4), img=16, txt=5, width=32, out=8, itemsize=4)
+    assert sum(held.values()) == config.bytes_needed(shape)
+
+
+def test_the_estimate_has_ip_adapters_output_of_attention(flux):
+    forward = type(flux.transformer_blocks[0].attn.processor).__call__
+
+    class Processor(type(flux.transformer_blocks[0].attn.processor)):
+        def __call__(self, attn, hidden_states, *args, ip_hidden_states=None, **kwargs):
+            img, txt = forward(self, attn, hidden_states, *args, **kwargs)
+            return img, txt, img * 0.1
+
+    for block in flux.transformer_blocks:
+        block.attn.processor = Processor()
+    flux.encoder_hid_proj = torch.nn.Identity()
+    held = []
+    for config in (TaylorSeerConfig(interval=2), SpeCaConfig(max_drafts=0)):
+        h2cache.enable(flux, config, steps=8)
+        denoise(flux, 8, joint_attention_kwargs={"ip_adapter_image_embeds": torch.ones(1, 2, 4)})
+        held.append(h2cache.summary(flux).bytes_held)
+        shape = Shape((3, 4), img=16, txt=5, width=32, out=8, itemsize=4, attention_parts=3)
+        assert held[-1] == request_of(flux).bytes_needed == config.bytes_needed(shape)
+    assert held[0] == 2 * (3 * 3 + 4) * 16 * 32 * 4
+
+
+def _tensors(outputs: dict) -> list[torch.Tensor]:
+    return [tensor for kept in outputs.values() for parts in kept for tensor in parts]
+
+
 def test_memory_of_flux_dev_is_that_of_the_specification():
     dev = Shape(blocks=(19, 38), img=4096, txt=512, width=3072, out=64)
     for config, mib in (
-        (TaylorSeerConfig(), 4104),
-        (TaylorSeerConfig(order=2), 6156),
-        (HiCacheConfig(), 6156),
+        (TaylorSeerConfig(), 3648),
+        (TaylorSeerConfig(order=2), 5472),
+        (HiCacheConfig(), 5472),
         (TaylorSeerConfig(granularity="stage"), 108),
         (TaylorSeerLiteConfig(), 1.5),
         (TaylorSeerLiteConfig(order=1, lite_at="hidden"), 48),
@@ -263,6 +325,36 @@ def test_hicache_meets_taylorseer(flux, granularity):
     assert close(taylor[1], scaled, 1e-4)
     reuse = run(flux, TaylorSeerConfig(order=0, **common))
     assert close(reuse, run(flux, HiCacheConfig(order=2, sigma=1e-3, **common)), 1e-3)
+
+
+def test_adaptive_sigma_is_the_formula():
+    """Of a module of two images, one of which moves ten times as far."""
+    config = HiCacheConfig(adaptive=True, alpha=0.8, order=2)
+    forecast, q = AdaptiveForecast(config), torch.ones(2)
+    g = torch.Generator().manual_seed(0)
+    outs = [torch.randn(2, 6, 4, generator=g) * torch.tensor([1.0, 10.0])[:, None, None] for _ in range(3)]
+    for at, out in zip((2.0, 5.0, 8.0), outs, strict=True):
+        forecast.begin_computed(at)
+        assert forecast.learn(0, "ff", lambda x=out: x, (), {}) is out
+    for old, new in itertools.pairwise(outs):
+        first = (new - old) / 3
+        q = 0.99 * q + 0.01 * first.square().sum(-1).sqrt().mean(-1) ** 2
+    sigma = [min(1.0, 0.8 / (math.sqrt(2) * float(n) + 1e-6)) for n in q]
+    assert 0 < sigma[1] < sigma[0] < 1
+    forecast.begin_forecast(10.0)
+    got = forecast.predict(0, "ff", None, (), {})
+    for n, s in enumerate(sigma):
+        row = weights.hermite([2.0, 5.0, 8.0], 10.0, 2, s)
+        expected = sum(w * out[n] for w, out in zip(row, outs, strict=True))
+        assert torch.allclose(got[n], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_adaptive_sigma_is_refused_where_it_does_not_apply():
+    for wrong in ({"granularity": "stage"}, {"basis": "taylor"}):
+        with pytest.raises(ValueError, match="leave both at their defaults"):
+            HiCacheConfig(adaptive=True, **wrong)
+    with pytest.raises(ValueError, match="alpha=0"):
+        HiCacheConfig(adaptive=True, alpha=0)
 
 
 def test_presets_of_hicache_are_the_published_settings():

@@ -1,6 +1,7 @@
 """SpeCa and ClusCa against their specifications."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from h2cache.baselines.taylorseer import TaylorSeerConfig
 
 import h2cache
 from tests.helpers.inside import memory_of
-from tests.helpers.toys import denoise, make_inputs
+from tests.helpers.toys import denoise, generate, make_inputs
 
 INF = float("inf")
 
@@ -78,6 +79,27 @@ def test_speca_rejects_after_a_failed_check(flux, granularity):
     assert h2cache.summary(flux).blocks_run == 4 * 7 + 2
 
 
+@pytest.mark.parametrize("granularity", ["module", "stage"])
+def test_images_of_a_batch_draft_each_for_itself(tiny, granularity):
+    """The two part company: computed at other steps, together they are what each is alone."""
+    prompts = ['a red round sign that says "CAFE" on a green background', 'a blue oval badge that says "Q"']
+    loose = {"base": 0.05, "decay": 1.0, "floor": 0.0, "min_drafts": 1, "measure": "norm"}
+    config = SpeCaConfig(granularity=granularity, **loose)
+    h2cache.enable(tiny, config)
+    both, steps = generate(tiny, prompts, steps=28, seed=5), [computed(tiny)]
+    alone = []
+    for n, prompt in enumerate(prompts):
+        alone.append(generate(tiny, prompt, steps=28, seed=5 + n)[0])
+        steps.append(computed(tiny))
+    assert steps[1] != steps[2]
+    assert set(steps[0]) == {*steps[1], *steps[2]}
+    for a, b in zip(both, alone, strict=True):
+        assert (a - b).norm() <= 1e-4 * b.norm()
+    h2cache.enable(tiny, replace(config, reduce="mean"))
+    assert (generate(tiny, prompts, steps=28, seed=5)[1] - alone[1]).norm() > 1e-3 * alone[1].norm()
+    assert computed(tiny) != steps[0]
+
+
 def test_the_error_is_taken_in_float32():
     draft, real = torch.full((1, 4), 2.0, dtype=torch.bfloat16), torch.full((1, 4), 1.0, dtype=torch.bfloat16)
     assert error_of(draft, real, "element").item() == pytest.approx(1)
@@ -128,20 +150,16 @@ def test_as_many_clusters_as_tokens_computes_the_whole_mlp(flux):
     config = ClusCaConfig(interval=4, clusters=1000, gamma=0.0, exact_fresh=True)
     h2cache.enable(flux, config, steps=8)
     denoise(flux, 3, inputs=inputs)
-    for name in ("ff", "ff_context"):
-        module = getattr(flux.transformer_blocks[1], name)
-        own = module.forward
-        module.forward = lambda x, own=own: seen.append((x, own(x))) or seen[-1][1]
+    module = flux.transformer_blocks[1].ff
+    own = module.forward
+    module.forward = lambda x: seen.append((x, own(x))) or seen[-1][1]
     with torch.no_grad(), flux.cache_context("cond"):
         flux(**inputs | {"timestep": torch.full((1,), 0.1)})
     assert computed(flux) == [0, 1, 2]
     h2cache.disable(flux)
-    for module, (x, out) in zip(("ff", "ff_context"), seen, strict=True):
-        with torch.no_grad():
-            expected = type(flux.transformer_blocks[1].ff).forward(
-                getattr(flux.transformer_blocks[1], module), x
-            )
-        assert torch.allclose(out, expected, atol=1e-5)
+    [(x, out)] = seen
+    with torch.no_grad():
+        assert torch.allclose(out, type(module).forward(module, x), atol=1e-5)
 
 
 def test_only_the_picked_rows_are_touched(flux):

@@ -53,7 +53,7 @@ def test_taylorseer_of_order_0_is_plain_reuse(flux, outputs):
 def test_speca_compares_the_draft_in_use_with_the_block_on_the_same_input(flux, monkeypatch):
     pairs, used, inputs = [], [], []
     last = flux.single_transformer_blocks[-1].proj_out
-    monkeypatch.setattr(speca, "error_of", lambda g, r, m: pairs.append((g, r)) or error_of(g, r, m))
+    monkeypatch.setattr(speca, "error_of", lambda g, r, *how: pairs.append((g, r)) or error_of(g, r, *how))
     h2cache.enable(flux, SpeCaConfig(base=INF, floor=INF, min_drafts=1, warmup_steps=1), steps=3)
     last.register_forward_hook(lambda m, args, out: inputs.append(args[0]) or used.append(out))
     denoise(flux, 3)
@@ -90,7 +90,7 @@ def test_clusca_blends_each_image_token_with_its_clusters_fresh_one(flux):
     inputs = make_inputs(batch=2)
     denoise(flux, 3, inputs=inputs)
     old = memory_of(flux).state("modules", dict).outputs[0, "ff"][-1][0]
-    labels = memory_of(flux).state("clusters", dict).labels["img"]
+    labels = memory_of(flux).state("clusters", dict).labels
     module, seen = flux.transformer_blocks[0].ff, []
     before = module.forward
     module.forward = lambda x: seen.append((x, before(x))) or seen[-1][1]
@@ -180,7 +180,7 @@ def test_a_residual_that_is_not_finite_means_reuse(bad):
             r.img[0, 0, 0] = math.nan
         modes.learn(r, at=float(at))
     assert torch.equal(modes.predict(7.0).img.nan_to_num(), r.img.nan_to_num())
-    assert modes.answered == {0: "reuse"}
+    assert modes.answers == {"reuse": 1}
 
 
 def test_permuting_the_elements_permutes_the_forecast():

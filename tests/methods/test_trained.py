@@ -1,0 +1,40 @@
+"""The contract on the trained models that ship beside FLUX: a DiT with DDIM, a Wan with UniPC."""
+
+import pytest
+import torch
+
+import h2cache
+from h2cache.plan import PlanConfig
+from tests.helpers.families import STEPS, TRAINED, refused_by, trained
+from tests.methods.test_contract import METHODS, switched_off
+
+LIKE = {"tiny_dit": "dit", "tiny_wan": "wan22"}  # the random model of its class, whose refusals are its own
+PAIRS = [
+    (model, method)
+    for model in TRAINED
+    for method in METHODS
+    if switched_off(method).name not in refused_by(LIKE[model]) or " of " in method
+]
+
+
+@pytest.fixture
+def case(request):
+    case = trained(request.param)
+    yield case
+    h2cache.disable(case.target)
+
+
+@pytest.mark.parametrize(("case", "method"), PAIRS, indirect=["case"])
+def test_a_method_that_skips_nothing_changes_nothing(case, method):
+    h2cache.enable(case.target, switched_off(method))
+    assert all(map(torch.equal, case.run(), case.uncached()))
+
+
+@pytest.mark.parametrize("case", TRAINED, indirect=True)
+@pytest.mark.parametrize("evaluations", [1, 2, 3, STEPS])
+def test_the_plan_evaluates_as_often_as_asked(case, evaluations):
+    h2cache.enable(case.target, PlanConfig(evaluations=evaluations))
+    drawn = case.run()
+    found = h2cache.summary(case.target)
+    assert found.blocks_run == evaluations * case.branches * sum(case.stage_sizes)
+    assert all(map(torch.equal, drawn, case.uncached())) == (evaluations == STEPS)
