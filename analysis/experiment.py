@@ -129,12 +129,12 @@ class Experiment:
 
     def __init__(self, args: argparse.Namespace, state: PartialState) -> None:
         self.args, self.state = args, state
-        args.out.mkdir(parents=True, exist_ok=True)
         path = args.prompts or (CUTE80_TINY if is_embedded(args.model) else CUTE80)
         self.prompts = read_prompts(path)[: args.limit]
         self.unread = None if args.no_words else words.problem()
         if args.clip:
             ClipIqa(args.clip)  # before the hours of drawing: OSError with what to do
+        args.out.mkdir(parents=True, exist_ok=True)
         device = args.device
         if device is None:
             device = str(state.device) if state.num_processes > 1 else default_device()
