@@ -245,8 +245,9 @@ def answer(rows: list[dict], uncached: list[dict], everywhere: list[tuple[int, i
         structure, detail = leaning(rows, "structure", span), leaning(rows, "detail", span)
         found = bootstrap([structure[i] - detail[i] for i in structure if i in detail])
         gaps = [gap(rows, span, "psnr"), gap(rows, span, "psnr", "both", "detail")]
-        between.append([told(span), f"{found:+.2f}", *(number(g, "+.1f") for g in gaps)])
-    claim = ("steps", "log2 high/low", "PSNR dB", "PSNR dB, both less detail")
+        kind = "window" if span in spans(rows[0]["steps"])[:WINDOWS] else "to the end, overlaps"
+        between.append([told(span), f"{found:+.2f}", *(number(g, "+.1f") for g in gaps), kind])
+    claim = ("steps", "log2 high/low", "PSNR dB", "PSNR dB, both less detail", "span")
     lines = [
         f"Source: {source}, {len({r['id'] for r in rows})} prompts.", "", *as_table(heads, table), "",
         "Structure frozen less detail frozen: log2(high/low) is below 0 if structure is L1's and detail",
