@@ -23,14 +23,14 @@ import analysis  # noqa: F401  first: from here on Ctrl-C is one line
 import torch
 from tqdm import tqdm
 
-from analysis import keep
-from analysis.families import add_family_arguments
+from analysis.cli import TINY, check_prompts, chosen, guarded, size_of, warn
+from analysis.drawing.draw import Limits, default_device, prepare, require_memory, warm_up
+from analysis.drawing.families import add_family_arguments
+from analysis.drawing.load import add_loading_arguments, load
+from analysis.drawing.prompts import Prompt, read_prompts
 from analysis.gallery import HEADER, Gallery, table_line
-from analysis.loading import add_loading_arguments, load
 from analysis.options import Parser, at_least_one, seed, side
-from analysis.prompts import Prompt, read_prompts
-from analysis.runs import Limits, default_device, prepare, require_memory, warm_up
-from analysis.scripts import TINY, check_prompts, chosen, guarded, size_of, warn
+from analysis.records import store
 from h2cache import find_method, method_names
 from h2cache.presets import PRESETS
 
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     prompts = read_prompts(args.prompts) if args.prompts else [alone]
     check_prompts(limits, prompts)
     args.out.mkdir(parents=True, exist_ok=True)
-    keep.require_space(args.out, 16 + 8 * len(prompts))
+    store.require_space(args.out, 16 + 8 * len(prompts))
 
     torch.set_num_threads(limits.cpu_threads or torch.get_num_threads())
     pipeline, name = load(args)
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
             tqdm.write(table_line(row))
             if row.get("warning"):
                 warn(row["warning"])
-    keep.tidy(args.out / "records.jsonl")
+    store.tidy(args.out / "records.jsonl")
     print(f"pictures and records.jsonl are in {args.out}/")
 
 

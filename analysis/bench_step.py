@@ -24,11 +24,12 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import h2cache
-from analysis import keep
-from analysis.loading import add_loading_arguments, check_loading, load_quantized
+from analysis.cli import TINY, guarded, is_embedded
+from analysis.drawing.draw import DTYPE, default_device, require_memory
+from analysis.drawing.load import add_loading_arguments, check_loading, load_quantized
 from analysis.options import Parser, at_least_one, whole
-from analysis.runs import DTYPE, default_device, require_memory
-from analysis.scripts import TINY, guarded, is_embedded
+from analysis.records import store
+from analysis.records.compare import as_table
 from h2cache import H2Config
 
 INF = float("inf")
@@ -185,21 +186,20 @@ def run(args: argparse.Namespace) -> int:
         "steps": measure(bench, args.rounds),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         | {"side": side, "text": text, "dtype": str(transformer.dtype)},
-        "machine": keep.machine(args.device),
-        "date": keep.now(),
+        "machine": store.machine(args.device),
+        "date": store.now(),
     }
     print(f"{report['transformer']}, {side}x{side}, {report['machine']['device_name']}, {report['date']}")
     print(f"identical at zero thresholds: {'yes' if report['identical at zero thresholds'] else 'NO'}\n")
-    print("| step (structure, detail) | ms, median | fastest to slowest | of uncached | blocks | ideal |")
-    print("|---|---|---|---|---|---|")
-    for row in report["steps"]:
-        spread = f"{row['fastest']:.2f} to {row['slowest']:.2f}"
-        print(
-            f"| {row['step']} | {row['milliseconds']:.2f} | {spread} | {row['share']:.1%} | {row['blocks']} "
-            f"| {row['ideal']:.1%} |"
-        )
+    heads = ("step (structure, detail)", "ms, median", "fastest to slowest", "of uncached", "blocks", "ideal")
+    cells = [
+        (row["step"], f"{row['milliseconds']:.2f}", f"{row['fastest']:.2f} to {row['slowest']:.2f}",
+         f"{row['share']:.1%}", row["blocks"], f"{row['ideal']:.1%}")
+        for row in report["steps"]
+    ]  # fmt: skip
+    print("\n".join(as_table(heads, cells)))
     if args.out:
-        keep.write_atomically(args.out, json.dumps(report, indent=1).encode())
+        store.write_atomically(args.out, json.dumps(report, indent=1).encode())
     return 0 if report["identical at zero thresholds"] else 1
 
 

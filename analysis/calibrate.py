@@ -19,17 +19,19 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, median
+from statistics import median
 
-from analysis import keep, ocr
-from analysis.families import add_family_arguments
-from analysis.loading import add_loading_arguments
-from analysis.metrics import ClipIqa, fidelity
+from analysis.cli import TINY, command_of, guarded, progress, shard, shipped, start, warn
+from analysis.drawing.draw import default_device, draw
+from analysis.drawing.families import add_family_arguments
+from analysis.drawing.load import add_loading_arguments
+from analysis.drawing.prompts import read_prompts
+from analysis.measures import words
+from analysis.measures.fidelity import ClipIqa, fidelity
 from analysis.options import Parser, at_least_one, number, seed, side
-from analysis.prompts import read_prompts
-from analysis.runs import default_device, draw
-from analysis.saved import MAYBE, NUMBER, check_fields
-from analysis.scripts import TINY, command_of, guarded, progress, shard, shipped, start, warn
+from analysis.records import store
+from analysis.records.compare import as_table, known, mean, times_fewer
+from analysis.records.saved import MAYBE, NUMBER, check_fields
 from analysis.settings import parse_settings
 from h2cache import H2Config, find_method
 
@@ -41,6 +43,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
     parser.add_argument("--prompts", type=Path, default=Path(shipped("assets/prompts/tiny32.jsonl")))
+    parser.add_argument("--limit", type=at_least_one, help="only the first N prompts")
     parser.add_argument("--tau1", type=number, nargs="+")
     parser.add_argument("--tau2", type=number, nargs="+")
     parser.add_argument("--pairs", nargs="+", metavar="TAU1/TAU2[/HITS]", help="instead of the grid")
@@ -87,24 +90,24 @@ def measure(args: argparse.Namespace) -> dict:
     """Fill `records.jsonl` (of this shard) with a row for each prompt and pair; returns their settings."""
     contestants = [find_method("none")(), *configurations(args)]
     index, count = args.shard
-    prompts = read_prompts(args.prompts)[index::count]
+    prompts = read_prompts(args.prompts)[: args.limit][index::count]
     if not prompts:
         raise ValueError(f"--shard {index}/{count}: {args.prompts} has no prompt for it")
-    if args.words and (reason := ocr.problem()):
+    if args.words and (reason := words.problem()):
         raise ImportError(f"--words: {reason}")
     clip = ClipIqa(args.clip) if args.clip else None
     args.out.mkdir(parents=True, exist_ok=True)
     pipeline, _, call, settings = start(args, prompts)
     settings |= {"device": pipeline.device.type, "dtype": str(pipeline.dtype)}
-    settings |= {"words": args.words, "clip": args.clip and keep.place(args.clip)}
+    settings |= {"words": args.words, "clip": args.clip and store.place(args.clip)}
     path, earlier = args.out / f"records-{index}-of-{count}.jsonl", read(args.out)
-    settings = keep.as_before(settings, [row.get("settings") for row in earlier])
+    settings = store.as_before(settings, [row.get("settings") for row in earlier])
     done = {row["key"] for row in earlier}
     draw(pipeline, contestants[0], 0, prompt=prompts[0].text, **call)  # warm-up, untimed
     for turn, prompt in enumerate(progress(prompts, "prompt")):
         seed = args.seed if prompt.seed is None else prompt.seed
         fixed = settings | {"prompt": prompt.text, "seed": seed}
-        keys = [keep.run_key(**fixed, config=repr(config)) for config in contestants]
+        keys = [store.run_key(**fixed, config=repr(config)) for config in contestants]
         if done.issuperset(keys):
             continue
         # All pictures first, then the metrics: reading words would leave cold caches to the next picture.
@@ -120,18 +123,18 @@ def measure(args: argparse.Namespace) -> dict:
                 "settings": settings,
                 "seed": seed,
                 "method": config.name,
-                "config": keep.settings_of(config),
+                "config": store.settings_of(config),
                 "seconds": round(result.seconds, 4),
                 "seconds_uncached": round(drawn[0].seconds, 4),  # of the same turn
                 "blocks_run": result.summary.blocks_run,
                 "blocks": result.summary.blocks,
                 "hits": result.summary.hits,
                 **fidelity(result.image, drawn[0].image),
-                "words": ocr.word_recall(prompt.words or (), result.image) if args.words else None,
+                "words": words.word_recall(prompt.words or (), result.image) if args.words else None,
                 "clip_iqa": clip(result.image) if clip else None,
             }
-        keep.add_records(path, rows)
-    keep.tidy(path)
+        store.add_records(path, rows)
+    store.tidy(path)
     return settings
 
 
@@ -157,24 +160,21 @@ def table(rows: list[dict]) -> list[dict]:
     lines = []
     for config in sorted(settings.values(), key=lambda c: (float(c["tau1"]), float(c["tau2"]))):
         mine = [r for r in cached if r["config"] == config]
-        psnr = [r["psnr"] for r in mine if r["psnr"] is not None]
-        words = [r["words"] for r in mine if r["words"] is not None]
-        clip = [r["clip_iqa"] for r in mine if r.get("clip_iqa") is not None]
+        uncached = [base[_drawn(r)] for r in mine]
         lines.append(
             {
                 "config": config,
                 "prompts": len(mine),
-                "blocks": sum(base[_drawn(r)]["blocks_run"] for r in mine)
-                / sum(r["blocks_run"] for r in mine),
+                "blocks": times_fewer(mine, uncached),
                 "speed_up": median(r["seconds_uncached"] / r["seconds"] for r in mine),
                 "seconds": median(r["seconds"] for r in mine),
                 "seconds_uncached": median(r["seconds_uncached"] for r in mine),
-                "psnr": fmean(psnr) if psnr else None,
-                "worst_psnr": min(psnr, default=None),
-                "ssim": fmean(r["ssim"] for r in mine),
-                "words": fmean(words) if words else None,
-                "words_uncached": fmean(base[_drawn(r)]["words"] for r in mine) if words else None,
-                "clip_iqa": fmean(clip) if clip else None,
+                "psnr": mean(mine, "psnr"),
+                "worst_psnr": min(known(mine, "psnr"), default=None),
+                "ssim": mean(mine, "ssim"),
+                "words": mean(mine, "words"),
+                "words_uncached": mean(uncached, "words"),
+                "clip_iqa": mean(mine, "clip_iqa"),
             }
         )
     return lines
@@ -209,21 +209,21 @@ def show(line: dict) -> str:
 def markdown(lines: list[dict]) -> str:
     """The saved measurements as the table of the README."""
     heads = ("tau1", "tau2", "hits in a row", "blocks", "time", "seconds", "PSNR dB", "SSIM")
-    rows = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    rows = []
     for line in lines:
         config = line["config"]
         cells = [config["tau1"], config["tau2"], config["max_consecutive_hits"] or "any"]
         cells += [f"{line['blocks']:.2f}x fewer", f"{line['speed_up']:.2f}x", f"{line['seconds']:.2f}"]
         cells += ["identical" if line["psnr"] is None else f"{line['psnr']:.1f}", f"{line['ssim']:.3f}"]
-        rows.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(rows)
+        rows.append(cells)
+    return "\n".join(as_table(heads, rows))
 
 
 def read(folder: Path) -> list[dict]:
     """All rows of a calibration, whichever processes wrote them, each once; packed files too."""
     rows: dict[str, dict] = {}
     for path in sorted([*folder.glob("records-*.jsonl"), *folder.glob("records-*.jsonl.gz")]):
-        rows |= keep.read_records(path)
+        rows |= store.read_records(path)
     return [row for row in rows.values() if _usable(row, folder)]
 
 
@@ -260,13 +260,13 @@ def run(args: argparse.Namespace, command: str) -> None:
     lines = table(by_setting(read(args.out))[json.dumps(settings, sort_keys=True)])
     summary = {
         "command": command,
-        "machine": keep.machine(args.device),
-        "date": keep.now(),
+        "machine": store.machine(args.device),
+        "date": store.now(),
         "settings": settings,
         "table": lines,
         "best": {str(wanted): best(lines, wanted) for wanted in WANTED},
     }
-    keep.write_atomically(args.out / "summary.json", json.dumps(summary, indent=1).encode())
+    store.write_atomically(args.out / "summary.json", json.dumps(summary, indent=1).encode())
     for line in lines:
         print(show(line))
     for wanted in WANTED:

@@ -36,15 +36,16 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from analysis import keep, ocr
-from analysis.families import add_family_arguments
-from analysis.flops import count_step
-from analysis.loading import add_loading_arguments
-from analysis.metrics import ClipIqa, fidelity, lpips_model, more_fidelity
+from analysis.cli import TINY, command_of, guarded, is_embedded, progress, shipped, size_of, start, warn
+from analysis.drawing.draw import default_device, draw
+from analysis.drawing.families import add_family_arguments
+from analysis.drawing.load import add_loading_arguments
+from analysis.drawing.prompts import Prompt, read_prompts
+from analysis.measures import words
+from analysis.measures.fidelity import ClipIqa, fidelity, lpips_model, more_fidelity
+from analysis.measures.flops import count_step
 from analysis.options import Parser, at_least_one, seed, side
-from analysis.prompts import Prompt, read_prompts
-from analysis.runs import default_device, draw
-from analysis.scripts import TINY, command_of, guarded, is_embedded, progress, shipped, size_of, start, warn
+from analysis.records import store
 from analysis.settings import parse_settings
 from analysis.sharing import is_one_of_many, launch, shared
 from analysis.table import write_tables
@@ -94,7 +95,7 @@ class Contestant:
 
     @property
     def settings(self) -> dict[str, Any]:
-        return keep.settings_of(self.config)
+        return store.settings_of(self.config)
 
 
 def contestants(texts: Sequence[str], model: str, checkpoint: str | None) -> list[Contestant]:
@@ -128,27 +129,27 @@ class Experiment:
 
     def __init__(self, args: argparse.Namespace, state: PartialState) -> None:
         self.args, self.state = args, state
-        args.out.mkdir(parents=True, exist_ok=True)
         path = args.prompts or (CUTE80_TINY if is_embedded(args.model) else CUTE80)
         self.prompts = read_prompts(path)[: args.limit]
-        self.unread = None if args.no_words else ocr.problem()
+        self.unread = None if args.no_words else words.problem()
         if args.clip:
             ClipIqa(args.clip)  # before the hours of drawing: OSError with what to do
+        args.out.mkdir(parents=True, exist_ok=True)
         device = args.device
         if device is None:
             device = str(state.device) if state.num_processes > 1 else default_device()
         shown = self.prompts if state.is_main_process else ()
         self.pipeline, _, self.call, settings = start(args, shown, device)
         self.contestants = contestants(args.methods, args.model, checkpoint_name(self.pipeline))
-        self.machine = keep.machine(device)
+        self.machine = store.machine(device)
         self.settings = settings | {
             "device": self.pipeline.device.type,
             "dtype": str(self.pipeline.dtype),
             "processes": state.num_processes,
         }
-        earlier = [keep.read_json(path) for path in (args.out / "runs").glob("*/settings.json")]
-        self.settings = keep.as_before(self.settings, earlier)
-        self.folder = args.out / "runs" / keep.run_key(**self.settings)[:8]
+        earlier = [store.read_json(path) for path in (args.out / "runs").glob("*/settings.json")]
+        self.settings = store.as_before(self.settings, earlier)
+        self.folder = args.out / "runs" / store.run_key(**self.settings)[:8]
 
     def warn(self) -> None:
         """Say what will be missing from the table, and which presets are far from home."""
@@ -163,18 +164,18 @@ class Experiment:
         """Make the folders; check the disk; count operations."""
         for name in ("images", "rows", "scores", "taken"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        keep.sweep(self.folder)
-        keep.write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
+        store.sweep(self.folder)
+        store.write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
         pictures = len(self.prompts) * len(self.contestants)
         pixels = (
             (self.call.get("height") or 1024) * (self.call.get("width") or 1024) * (self.args.frames or 1)
         )
-        keep.require_space(self.folder, 16 + pictures * pixels * 4 // 2**20)
+        store.require_space(self.folder, 16 + pictures * pixels * 4 // 2**20)
         self.cost = count_step(self.pipeline, self.call | {"prompt": self.prompts[0].text})
 
     def key(self, prompt: Prompt, contestant: Contestant) -> str:
         """Names a picture: everything that decides how it looks and what it costs."""
-        return keep.run_key(
+        return store.run_key(
             **self.settings, prompt=prompt.text, id=prompt.id, own_seed=prompt.seed,
             method=contestant.config.name, config=contestant.settings,
         )  # fmt: skip
@@ -190,8 +191,8 @@ class Experiment:
 
     def drawn(self, key: str) -> bool:
         """Whether the row and the picture are there, and whole."""
-        row = keep.read_json(self.row_path(key))
-        return row is not None and keep.whole_picture(self.image_path(key)) is not None
+        row = store.read_json(self.row_path(key))
+        return row is not None and store.whole_picture(self.image_path(key)) is not None
 
     def draw(self) -> int:
         """Draw the missing pictures, with all processes; returns how many could not be drawn."""
@@ -228,7 +229,7 @@ class Experiment:
         seed = self.args.seed if prompt.seed is None else prompt.seed
         drawn = draw(self.pipeline, contestant.config, seed, prompt=prompt.text, **self.call)
         path = self.image_path(key)
-        keep.save_png(path, drawn.image)
+        store.save_png(path, drawn.image)
         row = {
             "key": key,
             "id": prompt.id,
@@ -243,10 +244,10 @@ class Experiment:
             "tflops": round(self.cost.tflops(drawn.trace), 6),
             "png_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "machine": self.machine,
-            "date": keep.now(),
-            "trace": keep.compact(drawn.trace),
+            "date": store.now(),
+            "trace": store.compact(drawn.trace),
         }
-        keep.write_json(self.row_path(key), row)
+        store.write_json(self.row_path(key), row)
 
     def score(self) -> None:
         """Compare the pictures that have not been compared in this way, with all processes."""
@@ -276,23 +277,23 @@ class Experiment:
                 "how": mine,
                 **fidelity(image, uncached),
                 **more_fidelity(image, uncached),
-                "words_read": ocr.word_recall(mine["words"], image) if read else None,
+                "words_read": words.word_recall(mine["words"], image) if read else None,
                 "words_reason": self.unread,
                 "clip_iqa": clip(image) if clip else None,
                 "clip_iqa_reason": reason,
             }
-            keep.write_json(self.score_path(key), score)
+            store.write_json(self.score_path(key), score)
 
     def scored(self, key: str, how: dict[str, Any]) -> bool:
         """Whether a picture has been compared in this way."""
-        return (keep.read_json(self.score_path(key)) or {}).get("how") == how
+        return (store.read_json(self.score_path(key)) or {}).get("how") == how
 
     def rows(self) -> list[dict]:
         """All finished rows of the asked contestants and prompts, with their scores, in their order."""
         rows = []
         for contestant, prompt in itertools.product(self.contestants, self.prompts):
             key = self.key(prompt, contestant)
-            row, score = keep.read_json(self.row_path(key)), keep.read_json(self.score_path(key))
+            row, score = store.read_json(self.row_path(key)), store.read_json(self.score_path(key))
             if row and score:
                 rows.append(row | score | {"label": contestant.label})
         return rows

@@ -22,9 +22,10 @@ import transformers
 from diffusers import DiffusionPipeline
 
 import h2cache
-from analysis import keep
+from analysis.cli import command_of, guarded, progress, shipped
 from analysis.options import Parser
-from analysis.scripts import command_of, guarded, progress, shipped
+from analysis.records import store
+from analysis.records.compare import as_table
 from analysis.settings import parse_settings
 from analysis.tiny_families import FAMILIES
 from h2cache import MethodConfig, find_method, method_names
@@ -124,7 +125,7 @@ def trial(families: list[str], methods: list[str]) -> dict[str, dict]:
 def table(report: dict) -> str:
     """The report as Markdown, with the reasons of refusals below."""
     methods = report["methods"]
-    lines = ["| family | pipeline | " + " | ".join(methods) + " |", "|---" * (len(methods) + 2) + "|"]
+    rows = []
     reasons: dict[str, int] = {}
     for family, row in report["families"].items():
         cells = []
@@ -134,7 +135,8 @@ def table(report: dict) -> str:
             if "reason" in cell:
                 note = f" [{reasons.setdefault(cell['reason'], len(reasons) + 1)}]"
             cells.append(cell["outcome"] + note)
-        lines.append(f"| {family} | {row['pipeline']} | " + " | ".join(cells) + " |")
+        rows.append([family, row["pipeline"], *cells])
+    lines = as_table(["family", "pipeline", *methods], rows)
     lines += ["", *(f"[{number}] {reason}  " for reason, number in reasons.items())] if reasons else []
     machine = report["machine"]["device_name"]
     lines += ["", f"Made by `{report['command']}`, {machine}, {report['date']}."]
@@ -154,13 +156,13 @@ def run(args: argparse.Namespace, command: str) -> int:
     rows = trial(args.families, args.methods)
     report = {
         "command": command,
-        "machine": keep.machine("cpu"),
-        "date": keep.now(),
+        "machine": store.machine("cpu"),
+        "date": store.now(),
         "methods": args.methods,
         "families": rows,
     }
-    keep.write_atomically(path, json.dumps(report, indent=1).encode())
-    keep.write_atomically(args.out / "families.md", table(report).encode())
+    store.write_atomically(path, json.dumps(report, indent=1).encode())
+    store.write_atomically(args.out / "families.md", table(report).encode())
     print(table(report))
     return int(any(c["outcome"] == FAILED for row in rows.values() for c in row["methods"].values()))
 

@@ -21,11 +21,7 @@ from statistics import fmean, pstdev
 import torch
 from torch import Tensor
 
-from analysis import keep
-from analysis.options import Parser, at_least_one
-from analysis.prompts import read_prompts
-from analysis.runs import draw
-from analysis.scripts import (
+from analysis.cli import (
     add_measuring_arguments,
     command_of,
     guarded,
@@ -35,6 +31,10 @@ from analysis.scripts import (
     start,
     warn,
 )
+from analysis.drawing.draw import draw
+from analysis.drawing.prompts import read_prompts
+from analysis.options import Parser, at_least_one
+from analysis.records import store
 from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig
 from h2cache.program import Program, Run, Stage
@@ -123,8 +123,8 @@ def measure(args: argparse.Namespace, command: str) -> None:
         draw(pipeline, config, args.seed if prompt.seed is None else prompt.seed, prompt=prompt.text, **call)
         points += config.points
     result = fit(points)
-    machine = keep.machine(args.device)["device_name"]
-    result["source"] = f"{command}, {args.steps} steps, {len(prompts)} prompts, {machine}, {keep.now()[:10]}"
+    machine = store.machine(args.device)["device_name"]
+    result["source"] = f"{command}, {args.steps} steps, {len(prompts)} prompts, {machine}, {store.now()[:10]}"
     if args.save:
         save_constants(CONSTANTS, pipeline, result)
     print(json.dumps(result))

@@ -21,11 +21,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from analysis import keep
-from analysis.options import Parser
-from analysis.prompts import read_prompts
-from analysis.runs import draw
-from analysis.scripts import (
+from analysis.cli import (
     add_measuring_arguments,
     command_of,
     guarded,
@@ -35,6 +31,10 @@ from analysis.scripts import (
     start,
     warn,
 )
+from analysis.drawing.draw import draw
+from analysis.drawing.prompts import read_prompts
+from analysis.options import Parser
+from analysis.records import store
 from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig
 from h2cache.program import Look, Program, Run, Stage
@@ -116,10 +116,10 @@ def measure(args: argparse.Namespace, command: str) -> None:
         draw(pipeline, config, args.seed if prompt.seed is None else prompt.seed, prompt=prompt.text, **call)
         watched += [(prompt.id, *point) for point in config.points]
     lines = ["id,step,input_change,output_change", *(",".join(map(str, row)) for row in watched)]
-    keep.write_atomically(args.out / "points.csv", ("\n".join(lines) + "\n").encode())
+    store.write_atomically(args.out / "points.csv", ("\n".join(lines) + "\n").encode())
     result = fit(np.array([row[2:] for row in watched]))
-    machine = keep.machine(args.device)["device_name"]
-    result["source"] = f"{command}, {args.steps} steps, {machine}, {keep.now()[:10]}"
+    machine = store.machine(args.device)["device_name"]
+    result["source"] = f"{command}, {args.steps} steps, {machine}, {store.now()[:10]}"
     if args.save:
         save_constants(CONSTANTS, pipeline, result)
     print(json.dumps(result, indent=1))

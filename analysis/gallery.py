@@ -9,13 +9,13 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from analysis import keep
-from analysis.families import save_video
-from analysis.metrics import fidelity
-from analysis.prompts import Prompt
-from analysis.runs import draw
-from analysis.saved import NUMBER, check_fields
-from analysis.sheets import side_by_side
+from analysis.drawing.draw import draw
+from analysis.drawing.families import save_video
+from analysis.drawing.prompts import Prompt
+from analysis.figures.sheets import side_by_side
+from analysis.measures.fidelity import fidelity
+from analysis.records import store
+from analysis.records.saved import NUMBER, check_fields
 from h2cache import MethodConfig
 
 # What resuming reads of a record, and what it gets beside another picture.
@@ -56,9 +56,9 @@ class Gallery:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.rows = keep.tidy(self.folder / "records.jsonl")
+        self.rows = store.tidy(self.folder / "records.jsonl")
         named = {"model": self.model, **self.further}
-        self.model, self.further = (before := keep.as_before(named, self.rows.values())).pop("model"), before
+        self.model, self.further = (before := store.as_before(named, self.rows.values())).pop("model"), before
 
     def picture(
         self,
@@ -84,15 +84,15 @@ class Gallery:
             "device": str(self.pipeline.device),
             "dtype": str(self.pipeline.dtype),
             "method": config.name,
-            "config": keep.settings_of(config),
+            "config": store.settings_of(config),
         }
-        key = keep.run_key(id=prompt.id, **decisive)
+        key = store.run_key(id=prompt.id, **decisive)
         path = self.folder / f"{prompt.id}-{config.name}-{key[:6]}.png"
         row = self.rows.get(key)
-        image = keep.whole_picture(path) if self.resume and row and _complete(row) else None
+        image = store.whole_picture(path) if self.resume and row and _complete(row) else None
         if image is None:
             drawn = draw(self.pipeline, config, seed, prompt=prompt.text, **self.call)
-            keep.save_png(path, drawn.image)
+            store.save_png(path, drawn.image)
             video = save_video(path, drawn.frames)
             row = {
                 "key": key,
@@ -102,8 +102,8 @@ class Gallery:
                 **({"video": video.name} if video else {}),
                 **drawn.costs(),
                 **MEASURED,
-                "machine": keep.machine(self.pipeline.device),
-                "date": keep.now(),
+                "machine": store.machine(self.pipeline.device),
+                "date": store.now(),
                 "trace": drawn.trace,
             }
             image = drawn.image
@@ -114,7 +114,7 @@ class Gallery:
                 **fidelity(image, uncached[0]),
             }
         if row != self.rows.get(key):
-            keep.add_records(self.folder / "records.jsonl", {key: row})
+            store.add_records(self.folder / "records.jsonl", {key: row})
             self.rows[key] = row
         return image, row
 
@@ -132,7 +132,7 @@ class Gallery:
         images, rows = zip(reference, *cached, strict=True)
         labels = [f"{r['method']}  {r['seconds']:.2f} s\n{label_of(r)}" for r in rows]
         name = rows[-1]["file"].replace(".png", "-compared.png")
-        keep.save_png(self.folder / name, side_by_side(list(images), labels))
+        store.save_png(self.folder / name, side_by_side(list(images), labels))
         return list(rows)
 
 

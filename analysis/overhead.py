@@ -21,10 +21,10 @@ from diffusers import FluxTransformer2DModel
 
 import h2cache
 from analysis.bench_step import random_inputs
-from analysis.keep import cpu_name, device_name
+from analysis.cli import TINY, guarded
+from analysis.drawing.draw import check_device
 from analysis.options import Parser, at_least_one
-from analysis.runs import check_device
-from analysis.scripts import TINY, guarded
+from analysis.records.store import cpu_name, device_name
 from h2cache import H2Config
 from h2cache.room import free_bytes
 

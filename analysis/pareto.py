@@ -23,13 +23,13 @@ from statistics import fmean, median
 
 import numpy as np
 
-from analysis import plots
+from analysis.ablations.trial import parser_of, source_of
+from analysis.cli import figure_script, passed_on, shipped
 from analysis.experiment import main as experiment
-from analysis.intervals import bootstrap
-from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script, passed_on, shipped
+from analysis.figures import style
+from analysis.records.compare import as_table, bootstrap, front, groups, known, number, paired, times_fewer
+from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from analysis.table import PUBLISHED, published
-from analysis.trials import parser_of, source_of
 from h2cache.presets import PRESETS
 
 SHIPPED = Path(shipped("assets/results/methods/rows.jsonl.gz"))
@@ -99,10 +99,7 @@ def run(args: argparse.Namespace) -> tuple[Path, int]:
 def read(path: Path) -> Saved:
     """Rows of an experiment; those of a prompt without its uncached picture are left out."""
     saved = read_saved([path], NEEDS, same=SAME, unique=("label", "key"))
-    base = {row["id"] for row in saved.rows if row["method"] == "none"}
-    lost = sorted({row["id"] for row in saved.rows} - base)
-    saved.complaints += [f"{path}: all pictures of {i}, whose uncached one is missing" for i in lost]
-    saved.rows = [row for row in saved.rows if row["id"] in base]
+    saved.keep_with_uncached(path)
     if not any(row["method"] != "none" for row in saved.rows):
         saved.exit_code()
         raise ValueError(f"{path} holds no cached picture with its uncached one")
@@ -122,7 +119,7 @@ def lines_of(labels: list[str]) -> dict[str, str]:
     lines = {label: words(label) for label in labels}
     several = Counter(line.split(" ")[0] for line in set(lines.values()))
     return {
-        label: line if line in plots.LOOKS or several[line.split(" ")[0]] > 1 else line.split(" ")[0]
+        label: line if line in style.LOOKS or several[line.split(" ")[0]] > 1 else line.split(" ")[0]
         for label, line in lines.items()
     }
 
@@ -150,35 +147,22 @@ def points(rows: list[dict], metric: str) -> list[dict]:
     line = lines_of(list(dict.fromkeys(row["label"] for row in rows)))
     base = {row["id"]: row for row in rows if row["method"] == "none"}
     found = []
-    for label in dict.fromkeys(row["label"] for row in rows):
-        mine = [row for row in rows if row["label"] == label]
-        known = [row[metric] for row in mine if row[metric] is not None]
-        if not known:
+    for label, mine in groups(rows, "label").items():
+        uncached = [base[row["id"]] for row in mine]
+        values = known(mine, metric)
+        if not values:
             continue
-        quality = bootstrap(known)
-        if metric in ALONE:
-            pairs = [(row[metric], base[row["id"]][metric]) for row in mine]
-            quality = bootstrap([a - b for a, b in pairs if a is not None and b is not None] or [0.0])
-        blocks = [sum(r["blocks_run"] for r in them) for them in ([base[r["id"]] for r in mine], mine)]
+        quality = (
+            (paired(mine, uncached, metric) or bootstrap([0.0])) if metric in ALONE else bootstrap(values)
+        )
         found.append({
             "label": label, "line": line[label], "method": mine[0]["method"], "prompts": len(mine),
-            "blocks_ratio": blocks[0] / max(1, blocks[1]),
+            "blocks_ratio": times_fewer(mine, uncached),
             "speed_up": median(base[r["id"]]["seconds"] / r["seconds"] for r in mine),
             "mebibytes": max(r["bytes_held"] for r in mine) / 2**20,
-            "mean": fmean(known), "quality": quality.mean, "low": quality.low, "high": quality.high,
+            "mean": fmean(values), "quality": quality.mean, "low": quality.low, "high": quality.high,
         })  # fmt: skip
     return found
-
-
-def front(found: list[dict], cost: str, higher: bool) -> list[dict]:
-    """The points that none beats in both cost and quality, from slow to fast; bytes are better when fewer."""
-    sign, fast = (1 if higher else -1), (-1 if cost == "mebibytes" else 1)
-    kept, best = [], -np.inf
-    for point in sorted(found, key=lambda p: (-fast * p[cost], -sign * p["quality"])):
-        if sign * point["quality"] > best:
-            kept.append(point)
-            best = sign * point["quality"]
-    return kept[::-1]
 
 
 def at(found: list[dict], line: str, ratio: float, what: str = "quality") -> float | None:
@@ -205,46 +189,48 @@ def _in_order(found: list[dict]) -> list[str]:
 
 def draw(found: list[dict], metric: str, others: list[dict], path: Path) -> None:
     label, higher = METRICS[metric]
+    sign = 1 if higher else -1
     cached = [p for p in found if p["method"] != "none"]
     methods = _in_order(cached)
-    with plots.figure(plots.PAGE, 5.0) as figure:
+    with style.figure(style.PAGE, 5.0) as figure:
         grid = figure.subplots(2, 2)
         for n, (axes, (cost, title)) in enumerate(zip(grid.flat, COSTS.items(), strict=False)):
             for method in methods:
                 mine = sorted((p for p in cached if p["line"] == method), key=lambda p: p["blocks_ratio"])
-                look = plots.look(method)
+                look = style.look(method)
                 x, y = [p[cost] for p in mine], np.array([p["quality"] for p in mine])
                 ends = np.abs(np.array([[p["low"] for p in mine], [p["high"] for p in mine]]) - y)
                 joined = "none" if cost == "mebibytes" else "--" if method == CONTROL else "-"
                 if cost != "mebibytes":  # there the points of many methods share a place
-                    style = {"linestyle": "none", "ecolor": look.colour, "elinewidth": 0.7, "capsize": 1.2}
-                    axes.errorbar(x, y, ends, **style)
+                    paint = {"linestyle": "none", "ecolor": look.colour, "elinewidth": 0.7, "capsize": 1.2}
+                    axes.errorbar(x, y, ends, **paint)
                 axes.plot(x, y, linestyle=joined, label=look.name, linewidth=0.9, zorder=3, **look.points)
             if cost != "mebibytes":
-                best = front([p for p in cached if p["method"] != CONTROL], cost, higher)
+                caches = [p for p in cached if p["method"] != CONTROL]
+                best = front(caches, lambda p, cost=cost: (p[cost], sign * p["quality"]))
                 x, y = [p[cost] for p in best], [p["quality"] for p in best]
                 axes.plot(x, y, color="#bbbbbb", linewidth=5, zorder=1, label="front of the caches")
             if metric in ALONE:
                 axes.axhline(0, color="black", linestyle=":", linewidth=0.8, label="uncached")
             axes.set(xlabel=title, ylabel=label.replace(", change", ",\nchange"))
-            plots.letter(axes, f"{'abc'[n]}  against {('blocks', 'time', 'memory')[n]}")
+            style.letter(axes, f"{'abc'[n]}  against {('blocks', 'time', 'memory')[n]}")
         figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
         _draw_published(grid[1, 1], others)
-        best = front(cached, "blocks_ratio", higher)
+        best = front(cached, lambda p: (p["blocks_ratio"], sign * p["quality"]))
         data = [p | {"on_front": p in best} for p in found]
-        plots.save(figure, path, data)
+        style.save(figure, path, data)
 
 
 def _draw_published(axes, others: list[dict]) -> None:
     """What the papers printed: other model, machines and metric, so no point of ours stands here."""
     shown = [r for r in others if r["speed_up"] and r["clip_iqa"] is not None]
     for row in shown:
-        look = plots.look(row["method"])
-        style = {"color": look.colour, "marker": look.marker, "markerfacecolor": "none", "linestyle": "none"}
-        axes.plot(row["speed_up"], row["clip_iqa"], label=f"paper: {look.name}", **style)
+        look = style.look(row["method"])
+        paint = {"color": look.colour, "marker": look.marker, "markerfacecolor": "none", "linestyle": "none"}
+        axes.plot(row["speed_up"], row["clip_iqa"], label=f"paper: {look.name}", **paint)
     axes.legend(loc="center left")
     axes.set(xlabel="time, times shorter (as printed)", ylabel="CLIP-IQA (variant not told)")
-    plots.letter(axes, "d  published: FLUX.1-dev, CUTE80")
+    style.letter(axes, "d  published: FLUX.1-dev, CUTE80")
 
 
 # The answer.
@@ -253,31 +239,15 @@ def _draw_published(axes, others: list[dict]) -> None:
 def answer(measured: dict[str, list[dict]], source: str) -> str:
     lines = [f"Source: {source}.", *by_speed(measured), *at_once(measured)]
     for metric, found in measured.items():
-        title, higher = METRICS[metric]
         methods = _in_order([p for p in found if p["method"] != "none"])
-        lines += ["", f"{title} at equal numbers of executed blocks (between measured points):", ""]
-        lines += [
-            f"| method | {' | '.join(f'{r:g}x fewer' for r in RATIOS)} |",
-            "|---" * (len(RATIOS) + 1) + "|",
-        ]
         form = ".1f" if metric == "psnr" else "+.3f" if metric in ALONE else ".3f"
-        table = {m: [at(found, m, r) for r in RATIOS] for m in methods}
-        for method, values in table.items():
-            cells = ["-" if v is None else format(v, form) for v in values]
-            lines.append(f"| {plots.look(method).name} | {' | '.join(cells)} |")
-        lines.append("")
-        for n, ratio in enumerate(RATIOS):
-            known = {m: v[n] for m, v in table.items() if v[n] is not None}
-            caches = {m: v for m, v in known.items() if m != CONTROL}
-            if not caches:
-                continue
-            best = (max if higher else min)(caches, key=caches.get)
-            text = f"- At {ratio:g}x the best cache is {plots.look(best).name} ({caches[best]:{form}})"
-            if CONTROL in known:
-                gain = (caches[best] - known[CONTROL]) * (1 if higher else -1)
-                word = "better" if gain > 0 else "worse" if gain < 0 else "the same"
-                text += f"; taking fewer steps instead gives {known[CONTROL]:{form}}: the cache is {word}"
-            lines.append(text + ".")
+        cells = [[style.look(m).name, *(number(at(found, m, r), form) for r in RATIOS)] for m in methods]
+        lines += [
+            "",
+            f"{METRICS[metric][0]} at equal numbers of executed blocks (between measured points):",
+            "",
+        ]
+        lines += as_table(["method", *(f"{r:g}x fewer" for r in RATIOS)], cells)
     return "\n".join(lines)
 
 
@@ -286,13 +256,9 @@ def by_speed(measured: dict[str, list[dict]]) -> list[str]:
     found = measured.get("psnr", [])
     if not {p["line"] for p in found} >= set(FEW):
         return []
-    lines = ["", "PSNR in dB, at so many times fewer executed blocks:", ""]
-    lines += [f"| | {' | '.join(f'{r:g}x' for r in SPEEDS)} |", "|---" * (len(SPEEDS) + 1) + "|"]
-    for line in FEW:
-        values = [at(found, line, r) for r in SPEEDS]
-        cells = ["-" if v is None else f"{v:.1f}" for v in values]
-        lines.append(f"| {plots.look(line).name} | {' | '.join(cells)} |")
-    return lines
+    cells = [[style.look(line).name, *(number(at(found, line, r), ".1f") for r in SPEEDS)] for line in FEW]
+    heads = ["", *(f"{r:g}x" for r in SPEEDS)]
+    return ["", "PSNR in dB, at so many times fewer executed blocks:", "", *as_table(heads, cells)]
 
 
 def at_once(measured: dict[str, list[dict]]) -> list[str]:
@@ -300,19 +266,14 @@ def at_once(measured: dict[str, list[dict]]) -> list[str]:
     found, words = measured.get("psnr"), measured.get("words_read", [])
     if not found:
         return []
-    heads = ["method", "PSNR, dB", "words read", "time", "cache"]
-    lines = ["", "Every method at 5x fewer executed blocks:", ""]
-    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    columns = ((found, "quality", "{:.1f}"), (words, "mean", "{:.1%}"), (found, "speed_up", "{:.2f}x"),
+               (found, "mebibytes", "{:.2f} MiB"))  # fmt: skip
+    cells = []
     for line in _in_order([p for p in found if p["method"] != "none"]):
-        cells = []
-        for those, what, form in (
-            (found, "quality", "{:.1f}"), (words, "mean", "{:.1%}"), (found, "speed_up", "{:.2f}x"),
-            (found, "mebibytes", "{:.2f} MiB"),
-        ):  # fmt: skip
-            value = at(those, line, 5.0, what)
-            cells.append("-" if value is None else form.format(value))
-        lines.append(f"| {plots.look(line).name} | {' | '.join(cells)} |")
-    return lines
+        values = [(at(those, line, 5.0, what), form) for those, what, form in columns]
+        cells.append([style.look(line).name, *(None if v is None else form.format(v) for v, form in values)])
+    heads = ("method", "PSNR, dB", "words read", "time", "cache")
+    return ["", "Every method at 5x fewer executed blocks:", "", *as_table(heads, cells)]
 
 
 @figure_script
@@ -329,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
         if not any(p["method"] != "none" for p in found):
             raise ValueError(f"{metric} was not measured in {path}")
         draw(found, metric, published(PUBLISHED), args.out / f"pareto_{metric}")
-    plots.write_words(args.out / "pareto.md", answer(measured, source_of(path.parent)))
+    style.write_words(args.out / "pareto.md", answer(measured, source_of(path.parent)))
     return max(code, saved.exit_code())
 
 

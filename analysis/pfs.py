@@ -18,19 +18,18 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import fmean, median
 
 import numpy as np
 
-from analysis import plots
-from analysis.intervals import Interval, bootstrap
-from analysis.pfs_runs import BLOCKS, DRAWS, NOISES, OWN_HITS, PARTS, REFERENCE_GAP, run, typical_ratios
-from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script, shipped
-from analysis.summaries import COMPARED, FULL, PAPER
-from analysis.trials import parser_of, source_of, write_about
+from analysis.ablations.pfs import BLOCKS, DRAWS, NOISES, OWN_HITS, PARTS, REFERENCE_GAP, run, typical_ratios
+from analysis.ablations.summaries import COMPARED, FULL, PAPER
+from analysis.ablations.trial import parser_of, source_of, write_about
+from analysis.cli import figure_script, shipped
+from analysis.figures import style
+from analysis.records.compare import Interval, as_table, bootstrap, number, paired
+from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_pfs"))
 STAGES = ("structure", "detail")
@@ -229,7 +228,7 @@ def draw(saved: dict[str, Saved], names: list[str], path: Path) -> None:
     data: list[dict] = []
     y = np.arange(len(names))[::-1]
     targets = dict(zip(targets_of(decided), SHAPES, strict=False))
-    with plots.figure(plots.PAGE, 4.6) as figure:
+    with style.figure(style.PAGE, 4.6) as figure:
         (a, b, c), (d, e, f) = figure.subplots(2, 3)
         priced = costs(cost)
         for (stage, marker), shift in zip(MARKS.items(), (0.12, -0.12), strict=True):
@@ -258,7 +257,7 @@ def draw(saved: dict[str, Saved], names: list[str], path: Path) -> None:
                 data += [{"panel": "bc"[stage == "detail"], "stage": stage, "summary": name, "step": int(n)}
                          | {"value": float(v)} for n, v in zip(steps, middle, strict=True)]  # fmt: skip
             axes.set(xlabel="step", ylabel="measure")
-            plots.logarithmic(axes.yaxis)
+            style.logarithmic(axes.yaxis)
         for (target, shape), shift in zip(targets.items(), (0.22, 0, -0.22), strict=False):
             for name, place in zip(names, y, strict=True):
                 found = psnr_differences(decided, target, name)
@@ -269,7 +268,7 @@ def draw(saved: dict[str, Saved], names: list[str], path: Path) -> None:
         for axes in (a, d, e, f):
             axes.set_yticks(y, names if axes in (a, d) else [])
             axes.set_ylim(-0.6, len(names) - 0.4)
-        plots.logarithmic(a.xaxis)
+        style.logarithmic(a.xaxis)
         a.set(xlabel="ms (● structure, ■ detail)")
         d.set(xlabel="sd of log step-to-step change")
         e.set(xlabel="share, under {:.0%} (hollow)\nand {:.0%} noise".format(*NOISES), xlim=(-0.01, None))
@@ -280,8 +279,8 @@ def draw(saved: dict[str, Saved], names: list[str], path: Path) -> None:
         titles = ("a  time of a check", "b  structure measure", "c  detail measure",
                   "d  unsteadiness", "e  decisions that flip", "f  PSNR at equal blocks")  # fmt: skip
         for axes, title in zip((a, b, c, d, e, f), titles, strict=True):
-            plots.letter(axes, title)
-        plots.save(figure, path, data)
+            style.letter(axes, title)
+        style.save(figure, path, data)
 
 
 def _dot(axes, found: Interval, place: float, marker: str, name: str, fill: str | None = None) -> None:
@@ -308,9 +307,7 @@ def answer(saved: dict[str, Saved], names: list[str], source: str) -> str:
     ]  # fmt: skip
     heads = ("summary", "check ms (structure + detail)", "of a step", "references MiB", "measure / full",
              "unsteadiness", *(f"flips at {noise:.0%} noise" for noise in NOISES))  # fmt: skip
-    targets = targets_of(decided)
-    lines += ["Pairs of numbers are structure / detail.", ""]
-    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    table = []
     for name in names:
         checks = [priced[name, stage] for stage in STAGES]
         cells = [name, " + ".join(f"{c['ms']:.2f}" for c in checks), f"{sum(c['share'] for c in checks):.3%}"]
@@ -320,18 +317,19 @@ def answer(saved: dict[str, Saved], names: list[str], source: str) -> str:
         cells += [" / ".join(f"{fmean(mine[s]):.3f}" for s in STAGES)]
         for noise in NOISES:
             cells += [" / ".join(f"{fmean(flips(steady, s, name, str(noise))):.1%}" for s in STAGES)]
-        lines.append(f"| {' | '.join(cells)} |")
-    for target in targets:
+        table.append(cells)
+    lines += ["Pairs of numbers are structure / detail.", "", *as_table(heads, table)]
+    for target in targets_of(decided):
         lines += ["", *_decided(decided, target, names)]
-    verdicts = _verdicts(priced, names, steady, decided) if str(PAPER) in names else []
-    return "\n".join([*lines, "", *verdicts])
+    if str(PAPER) in names:
+        lines += ["", *_pfs_and_full(steady, decided)]
+    return "\n".join(lines)
 
 
 def _decided(decided: list[dict], target: tuple[float, float], names: list[str]) -> list[str]:
     """The table of one target: thresholds that hit as often, and what came of them."""
     unknown = undetermined(decided, target)
-    lines = [f"Tuned to the hits of {target[0]:g} / {target[1]:g} on full tensors:", "",
-             "| summary | tau1 | tau2 | hits of its own | blocks | PSNR dB |", "|---" * 6 + "|"]  # fmt: skip
+    table = []
     for name in names:
         rows = [r for r in decided if r["summary"] == name and tuple(r["target"]) == target]
         if not rows:
@@ -342,73 +340,45 @@ def _decided(decided: list[dict], target: tuple[float, float], names: list[str])
             tuned = stage not in unknown or name == str(FULL)
             cells.append(f"{rows[0][tau]:.3g}" if tuned else "not determined")
         cells += [" / ".join(f"{hits:.1f}" for hits in own_hits(rows).values()), f"{fewer(rows):.2f}x fewer"]
-        cells += [f"{fmean(psnr):.1f}" if psnr else "identical"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        table.append([*cells, f"{fmean(psnr):.1f}" if psnr else "identical"])
+    heads = ("summary", "tau1", "tau2", "hits of its own", "blocks", "PSNR dB")
+    return [
+        f"Tuned to the hits of {target[0]:g} / {target[1]:g} on full tensors:",
+        "",
+        *as_table(heads, table),
+    ]
 
 
-def _verdicts(priced: dict, names: list[str], steady: list[dict], decided: list[dict]) -> Iterator[str]:
-    """PFS with the windows of FLUX.1-dev at 1024x1024 against full tensors, in words."""
+def _pfs_and_full(steady: list[dict], decided: list[dict]) -> list[str]:
+    """PFS with the windows of FLUX.1-dev at 1024x1024 less full tensors, prompt by prompt, as two tables."""
     full, paper = str(FULL), str(PAPER)
-    whole, pooled = (sum(priced[name, s]["ms"] for s in STAGES) for name in (full, paper))
-    shares = [sum(priced[name, s]["share"] for s in STAGES) for name in (full, paper)]
-    held = [sum(priced[name, s]["MiB"] for s in STAGES) for name in (full, paper)]
-    cheapest = min(names, key=lambda name: sum(priced[name, s]["ms"] for s in STAGES))
-    faster = (
-        f"{whole / pooled:.1f} times as fast" if pooled < whole else f"{pooled / whole:.1f} times as slow"
-    )
-    yield (
-        f"- Cost: a check with PFS ({paper}) is {faster} as one on full tensors: {shares[0]:.3%} of a step "
-        f"becomes {shares[1]:.3%}. The cheapest is {cheapest}. References take {held[1]:.1f} instead of "
-        f"{held[0]:.1f} MiB."
-    )
+    unsteady, quality = [], []
     for stage in STAGES:
         mine, base = (
-            {r["id"]: roughness(r) for r in steady if (r["stage"], r["summary"]) == (stage, name)}
+            [
+                {"id": r["id"], "rough": roughness(r)}
+                for r in steady
+                if (r["stage"], r["summary"]) == (stage, name)
+            ]
             for name in (paper, full)
         )
-        rough = bootstrap([mine[i] - base[i] for i in mine])
         turns = [flips(steady, stage, name, str(NOISES[1])) for name in (paper, full)]
         turned = bootstrap([a - b for a, b in zip(*turns, strict=True)])
-        yield (
-            f"- Steadiness of the {stage} measure: with PFS it is "
-            f"{_more(rough, 'unsteadier', 'steadier')} from step to step ({_signed(rough, '.3f')}),\n  and "
-            f"noise flips {_more(turned, 'more', 'fewer')} decisions ({_signed(turned, '.1%')})."
-        )
+        unsteady.append([stage, number(paired(mine, base, "rough"), "+.3f"), f"{turned:+.1%}"])
     for target in targets_of(decided):
         found = psnr_differences(decided, target, paper)
-        unknown = undetermined(decided, target)
-        if unknown:
-            hits = own_hits([r for r in decided if r["summary"] == full and tuple(r["target"]) == target])
-            compared = [stage for stage in STAGES if stage not in unknown]
-            yield (
-                f"- At {target[0]:g}/{target[1]:g} only the {' and '.join(compared) or 'no'} check is "
-                "compared: "
-                + " and ".join(f"that of {stage} hits {hits[stage]:.2g} times a request" for stage in unknown)
-                + ", forced\n  hits apart, so its threshold is not determined, nor are its few hits matched."
-            )
         if found:
-            difference, explained = found
-            rest = _less(difference, explained)
-            yield (
-                f"- Quality at the hit counts of {target[0]:g}/{target[1]:g} on full tensors: with PFS "
-                f"{difference.mean:+.2f} dB, of which {explained:+.2f} dB because it executes\n  "
-                f"other numbers of blocks; the rest, {_signed(rest, '.2f')} dB, says that PFS decides "
-                f"{_more(rest, 'better', 'worse')}."
-            )
-    yield "- Thresholds do not carry over from one summary to another: see the column of the measure's ratio."
+            cells = [f"{found[0]:+.2f}", f"{found[1]:+.2f}", f"{_less(*found):+.2f}"]
+            unknown = ", ".join(undetermined(decided, target)) or None
+            quality.append(["{:g} / {:g}".format(*target), *cells, unknown])
+    heads = ("stage", "unsteadiness", f"flips at {NOISES[1]:.0%} noise")
+    tuned = ("tuned to", "PSNR dB", "of it by other blocks", "by other decisions", "threshold not determined")
+    return [f"PFS ({paper}) less full tensors, with 95 % bootstrap intervals over prompts:", "",
+            *as_table(heads, unsteady), "", *as_table(tuned, quality)]  # fmt: skip
 
 
 def _less(found: Interval, value: float) -> Interval:
     return Interval(found.mean - value, found.low - value, found.high - value)
-
-
-def _signed(found: Interval, form: str) -> str:
-    return f"{found.mean:+{form}} [{found.low:+{form}}, {found.high:+{form}}]"
-
-
-def _more(found: Interval, above: str, below: str) -> str:
-    return above if found.low > 0 else below if found.high < 0 else f"neither {above} nor {below}"
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -428,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     saved = read(folder)
     names = complete(saved)
     draw(saved, names, args.out / "pfs")
-    plots.write_words(args.out / "pfs.md", answer(saved, names, source_of(folder)))
+    style.write_words(args.out / "pfs.md", answer(saved, names, source_of(folder)))
     return max([found.exit_code() for found in saved.values()])  # a list: all of them tell
 
 

@@ -16,12 +16,14 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import keep, plots
-from analysis.families import with_prompt
-from analysis.prompts import read_prompts
-from analysis.saved import MAYBE, NUMBER, read_saved
-from analysis.scripts import figure_script, progress, shipped, start
-from analysis.trials import alone, parser_of, source_of, write_about
+from analysis.ablations.trial import alone, parser_of, source_of, write_about
+from analysis.cli import figure_script, progress, shipped, start
+from analysis.drawing.families import with_prompt
+from analysis.drawing.prompts import read_prompts
+from analysis.figures import style
+from analysis.records import store
+from analysis.records.compare import as_table, groups
+from analysis.records.saved import MAYBE, NUMBER, read_saved
 from h2cache import PlanConfig, summary
 from h2cache.tuning import Studio
 
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> Path:
     prompts = read_prompts(args.prompts)[: args.limit]
     pipeline, _, call, _ = start(args, prompts)
     path = args.out / "rows.jsonl"
-    rows = keep.tidy(path)
+    rows = store.tidy(path)
     configs = {f"{p:g} dB": PlanConfig(psnr=p) for p in WANTED}
     configs |= {f"{k} evaluations": PlanConfig(evaluations=k) for k in FIXED}
     for prompt in progress(prompts, "prompt"):
@@ -69,17 +71,15 @@ def run(args: argparse.Namespace) -> Path:
                 "psnr": round(value, 3),
                 "expected": done.expected_psnr and round(done.expected_psnr[0], 3),
             }
-        keep.add_records(path, new)
+        store.add_records(path, new)
     write_about(args.out, "quality", args)
     return path
 
 
 def answer(rows: list[dict], source: str) -> str:
     """Of each wanted value: how many pictures reach it, beside the best fixed number of evaluations."""
-    of: dict[str, list[dict]] = {}
-    for row in rows:
-        of.setdefault(row["asked"], []).append(row)
-    heads = [
+    of, table = groups(rows, "asked"), []
+    heads = (
         "asked",
         "at or above",
         "evaluations",
@@ -87,9 +87,8 @@ def answer(rows: list[dict], source: str) -> str:
         "worst dB",
         "fixed for 90 %",
         "more than fixed",
-    ]
+    )
     lines = [f"Source: {source}; {len({row['id'] for row in rows})} prompts.", ""]
-    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for wanted in WANTED:
         mine = of.get(f"{wanted:g} dB", [])
         if not mine:
@@ -98,7 +97,8 @@ def answer(rows: list[dict], source: str) -> str:
         enough = [k for k in FIXED if np.mean([r["psnr"] >= wanted for r in of[f"{k} evaluations"]]) >= SHARE]
         fixed = [str(enough[0]), f"{mean / enough[0] - 1:+.0%}"] if enough else ["-", "-"]
         cells = [f"{wanted:g} dB", f"{(got >= wanted).mean():.1%}", f"{mean:.2f}"]
-        lines.append(f"| {' | '.join([*cells, f'{got.mean():.1f}', f'{got.min():.1f}', *fixed])} |")
+        table.append([*cells, f"{got.mean():.1f}", f"{got.min():.1f}", *fixed])
+    lines += as_table(heads, table)
     known = np.array([(row["expected"], row["psnr"]) for row in rows if row["expected"] is not None])
     if len(known):
         off = np.abs(known[:, 0] - known[:, 1])
@@ -115,7 +115,7 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     path = run(args) if args.run else args.records
     saved = read_saved([path], NEEDS, unique=("key",))
-    plots.write_words(args.out / "quality.md", answer(saved.rows, source_of(path.parent)))
+    style.write_words(args.out / "quality.md", answer(saved.rows, source_of(path.parent)))
     return saved.exit_code()
 
 

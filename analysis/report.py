@@ -25,10 +25,11 @@ from string import Template
 
 from PIL import Image
 
-from analysis import keep, pareto, trace
+from analysis import pareto, trace
+from analysis.ablations.trial import parser_of, source_of
+from analysis.cli import figure_script, shipped
 from analysis.options import positive
-from analysis.scripts import figure_script, shipped
-from analysis.trials import parser_of, source_of
+from analysis.records import store
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_report"))
 PAGE = Path(__file__).with_name("report.html")
@@ -243,7 +244,7 @@ def main(argv: list[str] | None = None) -> int:
     images, quality, broken = embed(wanted, room)
     saved.complaints += broken
     text = page(saved.rows, images, quality, figures, source_of(folder), saved.complaints)
-    keep.write_atomically(args.out / "report.html", text.encode())
+    store.write_atomically(args.out / "report.html", text.encode())
     print(f"{args.out / 'report.html'}: {len(text) / 2**20:.1f} MiB, {len(images)} pictures")
     return max(code, saved.exit_code())
 

@@ -18,9 +18,10 @@ from pathlib import Path
 from diffusers import FluxTransformer2DModel
 from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
-from analysis import keep, plots
+from analysis.cli import figure_script
+from analysis.figures import style
 from analysis.options import Parser, at_least_one, whole
-from analysis.scripts import figure_script
+from analysis.records import store
 from h2cache import H2Config
 from h2cache.engines.flux_diffusers import FluxDiffusers
 
@@ -44,7 +45,7 @@ def facts(args: argparse.Namespace) -> list[dict]:
     counts = {name: signature[name].default for name in COUNTS.values()}
     if args.model:
         path = args.model / "transformer" / "config.json"
-        found = keep.read_json(path)
+        found = store.read_json(path)
         if not found or not all(isinstance(found.get(name), int) for name in counts):
             raise ValueError(f"{path} does not tell {' and '.join(counts)}: it is no FLUX transformer's")
         counts = {name: found[name] for name in counts}
@@ -67,7 +68,7 @@ def facts(args: argparse.Namespace) -> list[dict]:
 
 
 def draw(rows: list[dict], path: Path) -> None:
-    with plots.figure(plots.PAGE, 3.6) as figure:
+    with style.figure(style.PAGE, 3.6) as figure:
         axes = figure.subplots()
         axes.set(xlim=(0, 14), ylim=(-0.45, 6.0))
         axes.axis("off")
@@ -82,7 +83,7 @@ def draw(rows: list[dict], path: Path) -> None:
         _arrow(axes, (12.2, 3.5), (11.62, 3.5), HIT)
         axes.text(7.2, -0.2, f"a {rows[0]['stage']} hit is a {rows[1]['stage']} hit too, without a check",
                   fontsize=7.5, ha="center", va="center", color=HIT)  # fmt: skip
-        plots.save(figure, path, rows)
+        style.save(figure, path, rows)
 
 
 def _stage(axes, row: dict, x: float, forced: bool) -> None:
@@ -136,8 +137,8 @@ def _box(
 
 
 def _arrow(axes, start, end, colour: str = "black") -> None:
-    style = {"arrowstyle": "-|>", "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0}
-    axes.add_patch(FancyArrowPatch(start, end, color=colour, linewidth=1, zorder=5, **style))
+    paint = {"arrowstyle": "-|>", "mutation_scale": 7, "shrinkA": 0, "shrinkB": 0}
+    axes.add_patch(FancyArrowPatch(start, end, color=colour, linewidth=1, zorder=5, **paint))
 
 
 @figure_script

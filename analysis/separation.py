@@ -4,7 +4,7 @@
     python -m analysis.separation --run --limit 8  # repeat the experiment on 8 prompts
     python -m analysis.separation --run --model black-forest-labs/FLUX.1-dev --prompts my.jsonl
 
-A stage is frozen in a window of a fifth of the steps, or from some step to the end (analysis/freeze.py). For
+A stage is frozen in a window of a fifth of the steps, or from some step to the end (ablations/freeze.py). For
 each picture: the error against the uncached one below and above 1/8 of the Nyquist frequency, both relative
 to what the picture itself has there, and whether word, shape and colours are still right.
 
@@ -22,20 +22,21 @@ from statistics import fmean
 import numpy as np
 from PIL import Image
 
-from analysis import keep, plots
-from analysis.freeze import STAGES, FreezeConfig
-from analysis.intervals import Interval, bootstrap
-from analysis.metrics import fidelity
-from analysis.ocr import word_recall
-from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script, progress, shipped
-from analysis.spectrum import BANDS, LOW, error_spectrum, low_and_high
+from analysis.ablations.freeze import STAGES, FreezeConfig
+from analysis.ablations.trial import Trial, alone, parser_of, source_of, write_about
+from analysis.cli import figure_script, progress, shipped
+from analysis.figures import style
+from analysis.measures.fidelity import fidelity
+from analysis.measures.spectrum import BANDS, LOW, error_spectrum, low_and_high
+from analysis.measures.words import word_recall
+from analysis.records import store
+from analysis.records.compare import Interval, as_table, bootstrap, mean, number, paired
+from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from analysis.tiny_flux import evaluate, signs
-from analysis.trials import Trial, alone, parser_of, source_of, write_about
 from h2cache import find_method
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_separation"))
-COLOURS = {"structure": plots.STRUCTURE, "detail": plots.DETAIL, "both": plots.BOTH}
+COLOURS = {"structure": style.STRUCTURE, "detail": style.DETAIL, "both": style.BOTH}
 WINDOWS = 5  # spans that have no step in common; the others reach to the end and hold each other
 CHECKS = {"word": "word read", "shape": "shape", "sign": "sign colour", "texture": "texture"}
 NEEDS = {
@@ -106,8 +107,8 @@ def run(args: argparse.Namespace) -> Path:
             rows[json.dumps([prompt.id, stage, config.first, config.last])] = _short(row)
             if prompt.id == pictured:
                 name = f"{stage}-{config.first}-{config.last}.png"
-                keep.save_png(args.out / "pictures" / name, image)
-        keep.write_records(args.out / "records.jsonl", rows)
+                store.save_png(args.out / "pictures" / name, image)
+        store.write_records(args.out / "records.jsonl", rows)
     write_about(args.out, "separation", args)
     return args.out
 
@@ -131,7 +132,7 @@ def draw_spectra(
     """Above: relative error by frequency, in a choice of spans. Below: errors and checks in all of them."""
     windows = everywhere[:5:2] + everywhere[5::2]
     data, frequency = [], (np.arange(BANDS) + 0.5) / BANDS
-    with plots.figure(plots.PAGE, 4.1) as figure:
+    with style.figure(style.PAGE, 4.1) as figure:
         above, below = figure.subfigures(2, 1, height_ratios=(1.05, 1))
         panels = above.subplots(1, len(windows), sharex=True, sharey=True, squeeze=False)[0]
         for axes, span in zip(panels, windows, strict=True):
@@ -165,8 +166,8 @@ def draw_spectra(
                 x = np.arange(len(everywhere)) + (shift - 1) * 0.2
                 means = np.array([i.mean for i in found])
                 ends = np.abs(np.array([[i.low for i in found], [i.high for i in found]]) - means)
-                style = {"color": COLOURS[stage], "marker": "osD"[shift], "capsize": 1, "markersize": 3}
-                axes.errorbar(x, means, ends, linestyle="none", elinewidth=0.8, **style)
+                paint = {"color": COLOURS[stage], "marker": "osD"[shift], "capsize": 1, "markersize": 3}
+                axes.errorbar(x, means, ends, linestyle="none", elinewidth=0.8, **paint)
                 for span, i in zip(everywhere, found, strict=True):
                     data.append({"part": name, "stage": stage, "first": span[0], "last": span[1]}
                                 | {"value": i.mean, "low": i.low, "high": i.high})  # fmt: skip
@@ -184,7 +185,7 @@ def draw_spectra(
                 axes.set(ylim=(-0.05, 1.05), ylabel="share" if name == "word" else "")
                 if name != "word":
                     axes.set_yticklabels([])
-        plots.save(figure, path, data)
+        style.save(figure, path, data)
 
 
 def draw_pictures(folder: Path, windows: list[tuple[int, int]], path: Path) -> bool:
@@ -195,7 +196,7 @@ def draw_pictures(folder: Path, windows: list[tuple[int, int]], path: Path) -> b
         return False
     uncached = np.asarray(Image.open(reference).convert("RGB"), float)
     data = []
-    with plots.figure(plots.PAGE, 4 * plots.PAGE / (len(windows) + 1.2)) as figure:
+    with style.figure(style.PAGE, 4 * style.PAGE / (len(windows) + 1.2)) as figure:
         grid = figure.subplots(4, len(windows) + 1)
         for axes in grid.flat:
             axes.set(xticks=[], yticks=[])
@@ -213,7 +214,7 @@ def draw_pictures(folder: Path, windows: list[tuple[int, int]], path: Path) -> b
                     grid[0, x].set_title(told((a, b)))
             grid[2 * y, 1].set_ylabel(f"{stage}\nfrozen", color=COLOURS[stage], fontweight="bold")
             grid[2 * y + 1, 1].set_ylabel("difference\n×4")
-        plots.save(figure, path, data)
+        style.save(figure, path, data)
     return True
 
 
@@ -226,111 +227,51 @@ def leaning(rows: list[dict], stage: str, span: tuple[int, int]) -> dict[str, fl
 
 
 def answer(rows: list[dict], uncached: list[dict], everywhere: list[tuple[int, int]], source: str) -> str:
-    """Does L1 stand for structure and L2 for detail? In words, from the numbers."""
-    lines = [f"Source: {source}, {len({r['id'] for r in rows})} prompts.", ""]
+    """Does L1 stand for structure and L2 for detail? Three tables."""
     heads = ("frozen", "steps", "PSNR dB", "low error", "high error", "log2 high/low", *CHECKS.values())
-    lines += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
+    table, between, changes = [], [], []
     if uncached:
-        cells = ["none", "-", "identical", "0", "0", "-", *(_mean(uncached, name, ".2f") for name in CHECKS)]
-        lines.append(f"| {' | '.join(cells)} |")
+        table.append(["none", "-", "identical", "0", "0", "-", *(_mean(uncached, n, ".2f") for n in CHECKS)])
     for span in everywhere:
         for stage in STAGES:
             mine = of(rows, stage, span)
             cells = [stage, told(span), _mean(mine, "psnr", ".1f")]
             cells += [_mean(mine, "low", ".2g"), _mean(mine, "high", ".2g")]
             cells += [f"{fmean(leaning(rows, stage, span).values()):+.2f}"]
-            cells += [_mean(mine, name, ".2f") for name in CHECKS]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        "If structure were L1's and detail L2's, freezing L1 would hurt low frequencies relatively "
-        "more than freezing L2 does:",
-        "a negative difference of log2(high/low), structure less detail. In brackets: 95 % bootstrap "
-        "intervals over prompts.",
-        "",
-    ]
-    verdicts = {}
-    for span in everywhere:
+            table.append([*cells, *(_mean(mine, name, ".2f") for name in CHECKS)])
+            lost = [paired([r for r in mine if uncached], uncached, name) for name in CHECKS]
+            if any(found and found.shows_difference for found in lost):
+                changes.append([stage, told(span), *(number(found, "+.2f") for found in lost)])
         structure, detail = leaning(rows, "structure", span), leaning(rows, "detail", span)
         found = bootstrap([structure[i] - detail[i] for i in structure if i in detail])
-        verdicts[span] = (found, gap(rows, span, "psnr"))
-        said = "as claimed" if found.high < 0 else "the reverse" if found.low > 0 else "no difference shown"
-        lines.append(
-            f"- steps {told(span)}: {signed(found, '.2f')}, {said}; PSNR with structure frozen less that "
-            f"with detail frozen: {signed(verdicts[span][1], '.1f')} dB"
-        )
-    lines.append("")
-    windows, long = disjoint(everywhere, rows[0]["steps"])
-    for some, name in ((windows, "windows that share no step"), (long, "spans to the end, which overlap")):
-        if some:
-            lines.append(_conclusion([verdicts[span] for span in some], name))
-    wholes = [gap(rows, span, "psnr", "both", "detail") for span in everywhere]
-    better = sum(w is not None and w.low > 0 for w in wholes)
-    known = [w.mean for w in wholes if w is not None]
-    if known:
-        lines.append(
-            f"Freezing both stages together is {abs(fmean(known)):.1f} dB "
-            f"{'better' if fmean(known) > 0 else 'worse'} than freezing detail alone (with an interval above "
-            f"0 in {better} of {len(wholes)} spans).\nThe stages differ in size: the slopes of the spectra "
-            "say more than their heights."
-        )
-    return "\n".join([*lines, *_losses(rows, uncached, everywhere)])
+        gaps = [gap(rows, span, "psnr"), gap(rows, span, "psnr", "both", "detail")]
+        kind = "window" if span in spans(rows[0]["steps"])[:WINDOWS] else "to the end, overlaps"
+        between.append([told(span), f"{found:+.2f}", *(number(g, "+.1f") for g in gaps), kind])
+    claim = ("steps", "log2 high/low", "PSNR dB", "PSNR dB, both less detail", "span")
+    lines = [
+        f"Source: {source}, {len({r['id'] for r in rows})} prompts.", "", *as_table(heads, table), "",
+        "Structure frozen less detail frozen: log2(high/low) is below 0 if structure is L1's and detail",
+        "L2's. In brackets: 95 % bootstrap intervals over prompts.", "", *as_table(claim, between),
+    ]  # fmt: skip
+    if changes:
+        lines += [
+            "",
+            "Checks less the uncached pictures', where one changes by more than chance:",
+            "",
+        ]
+        lines += as_table(("frozen", "steps", *CHECKS.values()), changes)
+    return "\n".join(lines)
 
 
-def _conclusion(verdicts: list[tuple[Interval, Interval | None]], name: str) -> str:
-    """How many spans speak for the claim, and in how many freezing structure costs more."""
-    count = len(verdicts)
-    supported, against = (sum(found.high < 0 for found, _ in verdicts), sum(f.low > 0 for f, _ in verdicts))
-    verdict = "holds" if supported == count else "is reversed" if against == count else "is not settled"
-    dearer, cheaper = (
-        sum(g is not None and test(g) for _, g in verdicts)
-        for test in (lambda g: g.high < 0, lambda g: g.low > 0)
-    )
-    return (
-        f"The claim {verdict} in the {count} {name}: {supported} for it, {against} the reverse. Freezing "
-        f"structure costs more PSNR than freezing detail in {dearer} of them, less in {cheaper}."
-    )
-
-
-def _losses(rows: list[dict], uncached: list[dict], everywhere: list[tuple[int, int]]) -> list[str]:
-    """What the freezes do to word, shape and colours, paired with the uncached picture of the prompt."""
-    base, shown, count = {r["id"]: r for r in uncached}, [], 0
-    for span in everywhere:
-        for stage in STAGES:
-            for name, title in CHECKS.items():
-                pairs = [(r[name], base[r["id"]][name]) for r in of(rows, stage, span) if r["id"] in base]
-                changes = [a - b for a, b in pairs if a is not None and b is not None]
-                if not changes:
-                    continue
-                count += 1
-                found = bootstrap(changes)
-                if found.shows_difference:
-                    shown.append(f"{title} with {stage} frozen in {told(span)} {signed(found, '.2f')}")
-    if not count:
-        return []
-    return ["", f"Against the uncached pictures, {len(shown)} of {count} checks change: "
-            f"{'; '.join(shown) or 'none'}. The rest shows no difference."]  # fmt: skip
-
-
-def signed(found: Interval | None, form: str) -> str:
-    if found is None:
-        return "-"
-    return f"{found.mean:+{form}} [{found.low:+{form}}, {found.high:+{form}}]"
-
-
-def _mean(rows: list[dict], name: str, form: str) -> str:
-    values = [r[name] for r in rows if r[name] is not None]
-    return format(fmean(values), form) if values else "-"
+def _mean(rows: list[dict], name: str, form: str) -> str | None:
+    return number(mean(rows, name), form)
 
 
 def gap(
     rows: list[dict], span: tuple[int, int], name: str, one: str = "structure", other: str = "detail"
 ) -> Interval | None:
     """The value with stage `one` frozen less that with stage `other` frozen, paired by prompt."""
-    others = {r["id"]: r[name] for r in of(rows, other, span)}
-    pairs = [(r[name], others.get(r["id"])) for r in of(rows, one, span)]
-    found = [a - b for a, b in pairs if a is not None and b is not None]
-    return bootstrap(found) if found else None
+    return paired(of(rows, one, span), of(rows, other, span), name)
 
 
 def read(folder: Path) -> Saved:
@@ -358,7 +299,7 @@ def main(argv: list[str] | None = None) -> int:
     shown = draw_pictures(folder / "pictures", everywhere, args.out / "separation_pictures")
     if not shown:
         print(f"no picture grid: {folder}/pictures is not complete", file=sys.stderr)
-    plots.write_words(args.out / "separation.md", answer(frozen, uncached, everywhere, source_of(folder)))
+    style.write_words(args.out / "separation.md", answer(frozen, uncached, everywhere, source_of(folder)))
     return saved.exit_code()
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-from analysis import keep
+from analysis.records import store
 
 T = TypeVar("T")
 PAUSE = 0.2  # seconds between two looks at what others work on
@@ -35,7 +35,7 @@ def shared(
             if done(item):
                 continue
             try:
-                with keep.locked(folder / name(item), patience=0):
+                with store.locked(folder / name(item), patience=0):
                     if not done(item):
                         yield item
             except TimeoutError:

@@ -25,13 +25,14 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 import h2cache
-from analysis import keep, plots
-from analysis.intervals import bootstrap
+from analysis.ablations.trial import alone, parser_of, source_of, write_about
+from analysis.cli import figure_script, progress, shipped, start
+from analysis.drawing.prompts import read_prompts
+from analysis.figures import style
 from analysis.options import at_least_one
-from analysis.prompts import read_prompts
-from analysis.saved import NUMBER, read_saved
-from analysis.scripts import figure_script, progress, shipped, start
-from analysis.trials import alone, parser_of, source_of, write_about
+from analysis.records import store
+from analysis.records.compare import as_table, bootstrap
+from analysis.records.saved import NUMBER, read_saved
 from h2cache import PlanConfig
 from h2cache.tuning import psnr
 
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> Path:
         return pipeline(prompt.text, **given, output_type="np").images[0]
 
     path = args.out / "rows.jsonl"
-    rows = keep.tidy(path)
+    rows = store.tidy(path)
     for prompt in progress(prompts, "prompt"):
         contestants = [(count, *each) for count in COUNTS for each in solvers(own, count, args.steps)]
         if all(f"{prompt.id} {name} {count}" in rows for count, name, *_ in contestants):
@@ -94,7 +95,7 @@ def run(args: argparse.Namespace) -> Path:
             values = dict(zip(REFERENCES, (psnr(picture, r) for r in references), strict=True))
             row = {"key": f"{prompt.id} {name} {count}", "id": prompt.id, "solver": name}
             new[row["key"]] = row | {"evaluations": count, **values, "references": distance}
-        keep.add_records(path, new)
+        store.add_records(path, new)
     write_about(args.out, "solvers", args)
     return path
 
@@ -107,21 +108,20 @@ def answer(rows: list[dict], source: str) -> str:
         f"Source: {source}. PSNR in dB, to the uncached picture / to the converged one.",
         f"The uncached picture itself lies at {gap:.1f} dB from the converged one.",
         "",
-        f"| solver | {' | '.join(f'{c} evaluations' for c in counts)} |",
-        "|---" * (len(counts) + 1) + "|",
     ]
+    table = []
     for name, (label, *_) in NAMES.items():
         cells = []
         for count in counts:
             mine = [row for row in rows if row["solver"] == name and row["evaluations"] == count]
             cells.append(" / ".join(f"{np.mean([row[r] for row in mine]):.1f}" for r in REFERENCES))
-        lines.append(f"| {label} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        table.append([label, *cells])
+    return "\n".join([*lines, *as_table(["solver", *(f"{c} evaluations" for c in counts)], table)])
 
 
 def draw_figure(rows: list[dict], path: Path) -> None:
     data = []
-    with plots.figure(plots.PAGE, 2.9) as figure:
+    with style.figure(style.PAGE, 2.9) as figure:
         for axes, reference, letter in zip(figure.subplots(1, 2), REFERENCES, "ab", strict=True):
             for name, (label, colour, marker) in NAMES.items():
                 mine = [row for row in rows if row["solver"] == name]
@@ -137,10 +137,10 @@ def draw_figure(rows: list[dict], path: Path) -> None:
                 level = np.mean([row["references"] for row in rows])
                 axes.axhline(level, color="black", linestyle="--", linewidth=0.8)
             axes.set(xlabel="evaluations", ylabel="PSNR, dB" if letter == "a" else "")
-            plots.letter(axes, f"{letter}  against the {reference} picture")
+            style.letter(axes, f"{letter}  against the {reference} picture")
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3)
-        plots.save(figure, path, data)
+        style.save(figure, path, data)
 
 
 @figure_script
@@ -149,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     path = run(args) if args.run else args.records
     saved = read_saved([path], NEEDS, unique=("key",))
     draw_figure(saved.rows, args.out / "solvers")
-    plots.write_words(args.out / "solvers.md", answer(saved.rows, source_of(path.parent)))
+    style.write_words(args.out / "solvers.md", answer(saved.rows, source_of(path.parent)))
     return saved.exit_code()
 
 

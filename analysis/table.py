@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from analysis import keep
-from analysis.intervals import Interval, bootstrap
+from analysis.cli import guarded, shipped
+from analysis.figures.sheets import grid
 from analysis.options import Parser
-from analysis.scripts import guarded, shipped
-from analysis.sheets import grid
+from analysis.records import store
+from analysis.records.compare import Interval, as_table, bootstrap, groups, known, mean, paired, times_fewer
 
 PUBLISHED = Path(shipped("assets/published_results.jsonl"))
 SHOWN = 4  # prompts from the start in compare.png, and as many of the worst
@@ -33,50 +33,47 @@ def lines(rows: list[dict]) -> list[dict[str, Any]]:
     One that has no prompt in common with the finished pictures of the baseline has no line.
     """
     base = {row["id"]: row for row in rows if row["method"] == "none"}
-    labels = dict.fromkeys(row["label"] for row in rows)
-    mine = {label: [r for r in rows if r["label"] == label and r["id"] in base] for label in labels}
-    return [_line(label, mine[label], base) for label in labels if mine[label]]
+    finished = groups([row for row in rows if row["id"] in base], "label")
+    return [_line(label, mine, base) for label, mine in finished.items()]
 
 
 def _line(label: str, mine: list[dict], base: dict[str, dict]) -> dict[str, Any]:
-    def mean(name: str) -> float | None:
-        values = [row[name] for row in mine if row[name] is not None]
-        return fmean(values) if values else None
+    uncached = [base[row["id"]] for row in mine]
 
     def difference(name: str) -> Interval | None:
-        pairs = [(row[name], base[row["id"]][name]) for row in mine]
-        values = [a - b for a, b in pairs if a is not None and b is not None]
-        return bootstrap(values) if values and label != "none" else None
+        return paired(mine, uncached, name) if label != "none" else None
 
-    seconds = [row["seconds"] for row in mine]
-    psnr = [row["psnr"] for row in mine if row["psnr"] is not None]
-    ratios = [base[row["id"]]["seconds"] / row["seconds"] for row in mine]
+    seconds, psnr = known(mine, "seconds"), known(mine, "psnr")
+    ratios = [b["seconds"] / row["seconds"] for row, b in zip(mine, uncached, strict=True)]
     return {
         "label": label,
         "method": mine[0]["method"],
         "config": mine[0]["config"],
         "prompts": len(mine),
-        "blocks_ratio": sum(base[r["id"]]["blocks_run"] for r in mine)
-        / max(1, sum(r["blocks_run"] for r in mine)),
-        "blocks_run": mean("blocks_run"),
+        "blocks_ratio": times_fewer(mine, uncached),
+        "blocks_run": mean(mine, "blocks_run"),
         "speed_up": median(ratios),
         "speed_up_interval": _ends(bootstrap(ratios, np.median)),
         "seconds_mean": fmean(seconds),
         "seconds_sd": stdev(seconds) if len(seconds) > 1 else None,
         "seconds_median": median(seconds),
-        "seconds_steps": mean("seconds_steps"),
-        "tflops": mean("tflops"),
-        "psnr": fmean(psnr) if psnr else None,
+        "seconds_steps": _median(known(mine, "seconds_steps")),
+        "tflops": mean(mine, "tflops"),
+        "psnr": mean(mine, "psnr"),
         "psnr_interval": _ends(bootstrap(psnr)) if psnr else None,
         "psnr_worst": min(psnr, default=None),
         "identical": sum(row["identical"] for row in mine),
-        **{name: mean(name) for name in ("ssim", "ms_ssim", "gmsd", "lpips", "words_read", "clip_iqa")},
+        **{name: mean(mine, name) for name in ("ssim", "ms_ssim", "gmsd", "lpips", "words_read", "clip_iqa")},
         "words_difference": _difference(difference("words_read")),
         "clip_iqa_difference": _difference(difference("clip_iqa")),
         "peak_bytes": max((row["peak_bytes"] for row in mine if row["peak_bytes"]), default=None),
         "peak_kind": mine[0]["peak_kind"],
         "bytes_held": max(row["bytes_held"] for row in mine),
     }
+
+
+def _median(values: list[float]) -> float | None:
+    return median(values) if values else None
 
 
 def _ends(interval: Interval) -> list[float]:
@@ -144,16 +141,14 @@ NARROW |= {head: COLUMNS[head] for head in ("s / image", "PSNR dB [95 %]", "wors
 
 def narrow(table: list[dict]) -> str:
     """The columns that fit a README."""
-    rows = [" | ".join(cell(line) for cell in NARROW.values()) for line in table]
-    return "\n".join(f"| {row} |" for row in [" | ".join(NARROW), " | ".join(["---"] * len(NARROW)), *rows])
+    return "\n".join(as_table(list(NARROW), [[cell(line) for cell in NARROW.values()] for line in table]))
 
 
 def markdown(table: list[dict], rows: list[dict]) -> str:
     """The table of `rows`; a column that nobody could be measured in is left out and its reason told."""
     cells = {head: [cell(line) for line in table] for head, cell in COLUMNS.items()}
     shown = [head for head in cells if head == "method" or set(cells[head]) != {"-"}]
-    parts = [f"| {' | '.join(shown)} |", "|---" * len(shown) + "|"]
-    parts += [f"| {' | '.join(cells[head][n] for head in shown)} |" for n in range(len(table))]
+    parts = as_table(shown, zip(*(cells[head] for head in shown), strict=True))
     left_out = [head for head in cells if head not in shown]
     return "\n".join([*parts, "", *(f"- {reason}" for reason in _notes(table, left_out, rows)), ""])
 
@@ -194,11 +189,8 @@ def published_markdown(rows: list[dict]) -> str:
     heads = ("model", "data", "method", "setting", "steps", "seconds", "speed_up", "clip_iqa", "hardware")
     heads = (*heads, "source")
     about = "1024x1024, except where no steps stand: there the source states no size either"
-    parts = [f"**Published by others, not measured here** ({about}):", ""]
-    parts += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    for row in rows:
-        parts.append(f"| {' | '.join('-' if row[h] is None else str(row[h]) for h in heads)} |")
-    return "\n".join([*parts, ""])
+    parts = as_table(heads, [[row[head] for head in heads] for row in rows])
+    return "\n".join([f"**Published by others, not measured here** ({about}):", "", *parts, ""])
 
 
 # As files.
@@ -219,15 +211,15 @@ def write_tables(out: Path, images: Path, rows: list[dict], settings: dict, comm
     machine = head["machine"]
     about = f"`{command}`, {machine['device_name']}, {machine['threads']} thread(s), {head['date']}"
     text = "\n".join([about, "", ours, published_markdown(published())])
-    keep.write_atomically(out / "table.md", text.encode())
+    store.write_atomically(out / "table.md", text.encode())
     everything = head | {"rows": table, "published": published()}
-    keep.write_atomically(out / "table.json", (json.dumps(everything, indent=1) + "\n").encode())
-    keep.write_atomically(out / "table.csv", _csv(table).encode())
+    store.write_atomically(out / "table.json", (json.dumps(everything, indent=1) + "\n").encode())
+    store.write_atomically(out / "table.csv", _csv(table).encode())
     told = {*settings, "machine", "how", "clip_iqa_reason", "words_reason"} - {"seed"}  # in table.json, once
     short = [{name: value for name, value in row.items() if name not in told} for row in rows]
-    keep.write_records(out / "rows.jsonl", {row["label"] + row["key"]: row for row in short})
+    store.write_records(out / "rows.jsonl", {row["label"] + row["key"]: row for row in short})
     told = {line["label"] for line in table}
-    keep.save_png(out / "compare.png", compare([r for r in rows if r["label"] in told], images))
+    store.save_png(out / "compare.png", compare([r for r in rows if r["label"] in told], images))
     return ours
 
 

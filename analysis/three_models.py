@@ -27,10 +27,11 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from analysis import keep, plots
-from analysis.intervals import Interval, bootstrap
+from analysis.cli import guarded
+from analysis.figures import style
 from analysis.pareto import SHIPPED, lines_of
-from analysis.scripts import guarded
+from analysis.records import store
+from analysis.records.compare import Interval, bootstrap
 from analysis.tiny_dit.classifier import Judge
 from analysis.tiny_dit.digits import NAMES
 from analysis.tiny_wan import clips, evaluate
@@ -83,7 +84,7 @@ def checker(model: str) -> Callable[[dict, np.ndarray], bool]:
 
 def collect(run: Path, model: str) -> None:
     """Check the pictures of the experiment in `run`, and keep its rows among the shipped records."""
-    rows = [row for path in sorted(run.glob("runs/*/rows/*.json")) if (row := keep.read_json(path))]
+    rows = [row for path in sorted(run.glob("runs/*/rows/*.json")) if (row := store.read_json(path))]
     labels = {row["label"] for row in rows}
     drawn = Counter(row["id"] for row in rows)
     rows = [row for row in rows if drawn[row["id"]] == len(labels)]  # of a stopped run, whole prompts
@@ -99,12 +100,12 @@ def collect(run: Path, model: str) -> None:
         found.append({k: row[k] for k in KEPT} | score)
     FOLDER.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in found)
-    keep.write_atomically(RECORDS[model], gzip.compress(text.encode(), mtime=0))
-    table = keep.read_json(run / "table.json") or {}
-    about = (keep.read_json(FOLDER / "about.json") or {}) | {
+    store.write_atomically(RECORDS[model], gzip.compress(text.encode(), mtime=0))
+    table = store.read_json(run / "table.json") or {}
+    about = (store.read_json(FOLDER / "about.json") or {}) | {
         model: {"command": table.get("command"), "machine": rows[0]["machine"], "date": rows[0]["date"]}
     }
-    keep.write_atomically(FOLDER / "about.json", (json.dumps(about, indent=1) + "\n").encode())
+    store.write_atomically(FOLDER / "about.json", (json.dumps(about, indent=1) + "\n").encode())
 
 
 def of_file(path: Path) -> Rows:
@@ -238,7 +239,7 @@ CLAIMS: dict[str, Callable[[Rows], Verdict]] = {
 
 
 def name(line: str) -> str:
-    return plots.look(line).name
+    return style.look(line).name
 
 
 # Words.
@@ -290,16 +291,16 @@ def methods_table(model: str, rows: Rows) -> list[str]:
 def steps_tables() -> list[str]:
     """What the models' own evaluations say about numbers of steps, uncached."""
     lines = []
-    flux = keep.read_json(Path("assets/tiny_flux/steps.json"))
+    flux = store.read_json(Path("assets/tiny_flux/steps.json"))
     if flux:
         count = flux["summary"]["images"]
         lines += ["", f"tiny_flux, {count} signs:", "", "| steps | words read | texture |", "|---|---|---|"]
         lines += [f"| {s} | {r['words']:.1%} | {r['texture']:.1%} |" for s, r in flux["by_steps"].items()]
-    wan = keep.read_json(Path("assets/tiny_wan/evaluation.json")) or {"summaries": {}}
+    wan = store.read_json(Path("assets/tiny_wan/evaluation.json")) or {"summaries": {}}
     lines += ["", "tiny_wan, 64 clips:", ""]
     lines += ["| steps | everything right | flicker, levels |", "|---|---|---|"]
     lines += [f"| {s} | {r['all']:.1%} | {r['flicker_levels']:.2f} |" for s, r in wan["summaries"].items()]
-    dit = keep.read_json(Path("assets/tiny_dit/evaluation.json")) or {"by_steps": {}}
+    dit = store.read_json(Path("assets/tiny_dit/evaluation.json")) or {"by_steps": {}}
     lines += ["", "tiny_dit, 200 digits:", "", "| steps | class right | Fréchet |", "|---|---|---|"]
     lines += [f"| {s} | {r['right']:.1%} | {r['frechet']:.2f} |" for s, r in dit["by_steps"].items()]
     return lines
@@ -315,7 +316,7 @@ def write(out: Path) -> None:
         lines += methods_table(model, rows)
     lines += ["", "## Few steps, uncached", *steps_tables(), ""]
     out.mkdir(parents=True, exist_ok=True)
-    keep.write_atomically(out / "three_models.md", "\n".join(lines).encode())
+    store.write_atomically(out / "three_models.md", "\n".join(lines).encode())
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,21 +14,20 @@ Writes thresholds.png/.pdf/.csv and the answer in thresholds.md.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from analysis import calibrate, plots
-from analysis.intervals import bootstrap
-from analysis.options import number
-from analysis.prompts import read_prompts
-from analysis.saved import MAYBE, NUMBER, Saved, read_saved
-from analysis.scripts import figure_script, passed_on, shipped
-from analysis.trials import parser_of, source_of, write_about
+from analysis import calibrate, options
+from analysis.ablations.trial import parser_of, source_of, write_about
+from analysis.cli import figure_script, passed_on, shipped
+from analysis.figures import style
+from analysis.records.compare import as_table, front, number, paired
+from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from h2cache import H2Config
 from h2cache.presets import PRESETS
 
@@ -55,8 +54,8 @@ RATIOS = (2.0, 3.0, 4.0, 5.0)
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = parser_of(__doc__, "thresholds")
     parser.add_argument("--records", type=Path, default=SHIPPED, help="folder of records-*.jsonl[.gz]")
-    parser.add_argument("--tau1", type=number, nargs="+", default=TAU1)
-    parser.add_argument("--tau2", type=number, nargs="+", default=TAU2)
+    parser.add_argument("--tau1", type=options.number, nargs="+", default=TAU1)
+    parser.add_argument("--tau2", type=options.number, nargs="+", default=TAU2)
     parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id")
     return parser.parse_args(argv)
 
@@ -64,14 +63,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 def run(args: argparse.Namespace) -> tuple[Path, int]:
     """Measure the grid with `analysis.calibrate`, words read back; its records and its exit code."""
     args.out.mkdir(parents=True, exist_ok=True)
-    command = ["--words", "--out", str(args.out), *passed_on(args, "clip")]
-    if args.limit:
-        first = args.out / f"first-{args.limit}.jsonl"
-        chosen = [{"id": p.id, "prompt": p.text} | ({"words": p.words} if p.words is not None else {})
-                  | ({"seed": p.seed} if p.seed is not None else {})
-                  for p in read_prompts(args.prompts)[: args.limit]]  # fmt: skip
-        first.write_text("".join(json.dumps(p) + "\n" for p in chosen), encoding="utf-8")
-        command[command.index("--prompts") + 1] = str(first)
+    command = ["--words", "--out", str(args.out), *passed_on(args, "clip", "limit")]
     command += ["--tau1", *map(str, args.tau1), "--tau2", *map(str, args.tau2)]
     if code := calibrate.main(command):
         return args.out, code
@@ -83,10 +75,7 @@ def read(folder: Path) -> Saved:
     """Rows of a calibration whose uncached picture is there too."""
     paths = sorted([*folder.glob("records-*.jsonl"), *folder.glob("records-*.jsonl.gz")])
     saved = read_saved(paths, NEEDS, same={"blocks": lambda row: row["blocks"]}, unique=("key",))
-    base = {r["id"]: r for r in saved.rows if r["method"] == "none"}
-    lost = sorted({r["id"] for r in saved.rows} - base.keys())
-    saved.complaints += [f"{folder}: all pictures of {i}, whose uncached one is missing" for i in lost]
-    saved.rows = [r for r in saved.rows if r["id"] in base]
+    base = saved.keep_with_uncached(folder)
     unread = Counter(r["id"] for r in saved.rows if (r["words"] is None) != (base[r["id"]]["words"] is None))
     for name, count in unread.items():
         saved.complaints.append(f"{folder}: {count} pictures of {name}, whose words were read in another way "
@@ -110,17 +99,6 @@ def _is_plain(config: dict, usual: dict) -> bool:
     return finite and all(config.get(k, v) == v for k, v in others.items())
 
 
-def front(lines: list[dict], quality: str = "psnr") -> list[dict]:
-    """The lines that no other beats in both blocks and `quality`, fewest blocks saved first."""
-    known = sorted((p for p in lines if p[quality] is not None), key=lambda p: (-p["blocks"], -p[quality]))
-    found, best = [], -np.inf
-    for line in known:
-        if line[quality] > best:
-            found.append(line)
-            best = line[quality]
-    return found[::-1]
-
-
 def axes_of(lines: list[dict]) -> tuple[list[float], list[float]]:
     """The thresholds that make up the grid: those with at least half as many partners as the most."""
     found = []
@@ -140,11 +118,11 @@ def pair(line: dict) -> tuple[float, float]:
 def draw(lines: list[dict], presets: dict[tuple, str], path: Path) -> None:
     rows, columns = axes_of(lines)
     measured = {pair(line): line for line in lines}
-    best = {pair(line) for line in front(lines)}
+    best = {pair(line) for line in on_front(lines)}
     shown = [name for name in METRICS if any(line[name] is not None for line in lines)]
     across = 2 if len(shown) > 1 else 1
     down = -(-len(shown) // across)
-    with plots.figure(plots.PAGE, 0.45 + 2.75 * down) as figure:
+    with style.figure(style.PAGE, 0.45 + 2.75 * down) as figure:
         grid = figure.subplots(down, across, squeeze=False)
         for n, (axes, name) in enumerate(zip(grid.flat, shown, strict=False)):
             values = np.array(
@@ -168,12 +146,12 @@ def draw(lines: list[dict], presets: dict[tuple, str], path: Path) -> None:
             axes.set_xticks(np.arange(len(columns)) + 0.5, [f"{b:g}" for b in columns])
             axes.set_yticks(np.arange(len(rows)) + 0.5, [f"{a:g}" for a in rows])
             axes.set(xlabel="tau2 (detail)", ylabel="tau1 (structure)")
-            plots.letter(axes, f"{'abcde'[n]}  {METRICS[name][0]}")
+            style.letter(axes, f"{'abcde'[n]}  {METRICS[name][0]}")
         for axes in list(grid.flat)[len(shown) :]:
             axes.set_visible(False)
         marks = [
-            axes.plot([], [], **style, label=label)[0]
-            for style, label in (
+            axes.plot([], [], **paint, label=label)[0]
+            for paint, label in (
                 ({"marker": "s", "markerfacecolor": "none", "color": "black", "linestyle": ""},
                  "on the front of blocks and PSNR"),
                 ({"marker": "*", "color": "white", "markeredgecolor": "black", "linestyle": ""},
@@ -183,7 +161,7 @@ def draw(lines: list[dict], presets: dict[tuple, str], path: Path) -> None:
             )
         ]  # fmt: skip
         figure.legend(handles=marks, loc="outside lower center", ncols=3)
-        plots.save(figure, path, [_flat(line, best, presets) for line in lines])
+        style.save(figure, path, [_flat(line, best, presets) for line in lines])
 
 
 def _cell(axes, x: int, y: int, value: float, middle: float, form: str) -> None:
@@ -214,79 +192,59 @@ def _flat(line: dict, best: set, presets: dict) -> dict:
 
 
 def answer(lines: list[dict], pictures: list[dict], presets: dict[tuple, str], source: str) -> str:
-    """What the plane says, in words."""
-    rows, columns = axes_of(lines)
-    known = lines[0]["words_uncached"]
-    words = [f"Source: {source}; {len(lines)} pairs, {lines[0]['prompts']} prompts"
-             + (f", words read of the uncached {known:.1%}." if known is not None else "."), "",
-             "Pairs that no other beats in both blocks and PSNR:", ""]  # fmt: skip
+    """The front, the fastest pairs of a wanted quality, and each metric's best pair, as tables."""
+    known_words = lines[0]["words_uncached"]
     heads = ("tau1", "tau2", "blocks", "time", "PSNR dB", "worst", "SSIM", "words", "CLIP-IQA", "preset")
-    words += [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    words += [f"| {' | '.join(_cells(line, presets))} |" for line in front(lines)]
-    words.append("")
+    return "\n".join([
+        f"Source: {source}; {len(lines)} pairs, {lines[0]['prompts']} prompts"
+        + (f", words read of the uncached {known_words:.1%}." if known_words is not None else "."),
+        "", "Pairs that no other beats in both blocks and PSNR:", "",
+        *as_table(heads, [_cells(line, presets) for line in on_front(lines)]),
+        "", "The fastest pair of a mean PSNR, and each threshold's limit while the other is the least:", "",
+        *as_table(("PSNR dB", "tau1 alone", "tau2 alone", "fastest pair", "blocks"), _floors(lines)),
+        "", "Where a metric's best pair is not PSNR's: what it gains in that metric, with 95 % intervals",
+        f"over prompts. The best of {len(lines)} pairs is picked on the same prompts, which flatters it.", "",
+        *as_table(("blocks at least", "metric", "best pair", "PSNR's", "gain"), _best_pairs(lines, pictures)),
+    ])  # fmt: skip
+
+
+def on_front(lines: list[dict]) -> list[dict]:
+    """The pairs that no other beats in both blocks and PSNR."""
+    return front([p for p in lines if p["psnr"] is not None], lambda p: (p["blocks"], p["psnr"]))
+
+
+def _floors(lines: list[dict]) -> Iterator[list]:
+    rows, columns = axes_of(lines)
     for floor in FLOORS:
         good = [line for line in lines if line["psnr"] is None or line["psnr"] >= floor]
         if not good:
-            words.append(f"- No pair reaches a mean of {floor:g} dB.")
+            yield [f"{floor:g}", None, None, None, None]
             continue
         alone1 = max((pair(p)[0] for p in good if pair(p)[1] == columns[0]), default=None)
         alone2 = max((pair(p)[1] for p in good if pair(p)[0] == rows[0]), default=None)
         best = max(good, key=lambda p: p["blocks"])
-        words.append(
-            f"- For a mean of {floor:g} dB, structure may be reused up to {_limit('tau1', alone1)} with "
-            f"tau2 = {columns[0]:g}, detail up to {_limit('tau2', alone2)} with tau1 = {rows[0]:g}; the "
-            f"fastest pair is {_pair(best)} with {best['blocks']:.2f}x fewer blocks."
-        )
-    words += ["", *_best_pairs(lines, pictures)]
-    paper = next((line for line in lines if pair(line) == PAPER), None)
-    if paper and paper["psnr"] is not None:
-        better = max((p for p in lines if p["blocks"] >= paper["blocks"]), key=lambda p: p["psnr"] or 0)
-        words += ["", f"The paper's pair for FLUX.1-dev, {_pair(paper)}, gives {paper['blocks']:.2f}x fewer "
-                  f"blocks at {paper['psnr']:.1f} dB here; {_pair(better)} gives {better['blocks']:.2f}x at "
-                  f"{better['psnr']:.1f} dB. Thresholds are a property of the model."]  # fmt: skip
-    return "\n".join(words)
+        yield [f"{floor:g}", alone1, alone2, _pair(best), f"{best['blocks']:.2f}x fewer"]
 
 
-def _best_pairs(lines: list[dict], pictures: list[dict]) -> list[str]:
-    """Each metric's best pair, and whether it is better in that metric than PSNR's best, paired by prompt."""
-    words, shown, compared = [], 0, 0
+def _best_pairs(lines: list[dict], pictures: list[dict]) -> Iterator[list]:
+    """Each metric's best pair, and what it gains in that metric over PSNR's best, paired by prompt."""
     for ratio in RATIOS:
         fast = [line for line in lines if line["blocks"] >= ratio and line["psnr"] is not None]
         if not fast:
             continue
         usual = _winner(fast, "psnr")
-        told = [f"PSNR {_pair(usual)} ({usual['psnr']:.1f} dB)"]
         for name, title in OTHERS.items():
-            known = [line for line in fast if line[name] is not None]
-            if not known:
-                continue
-            best = _winner(known, name)
+            best = _winner([line for line in fast if line[name] is not None] or [usual], name)
             if best[name] == usual[name]:
-                told.append(f"{title} the same ({usual[name]:.4g})")
                 continue
-            compared += 1
-            theirs, others = (
-                {r["id"]: r[name] for r in pictures if _is_of(r, line) and r.get(name) is not None}
-                for line in (best, usual)
-            )
-            found = bootstrap([theirs[i] - others[i] for i in theirs if i in others])
-            shown += found.shows_difference
-            told.append(
-                f"{title} {_pair(best)} ({best[name]:.4g}, {found.mean:+.3f} [{found.low:+.3f}, "
-                f"{found.high:+.3f}]{'' if found.shows_difference else ': no difference shown'})"
-            )
-        words.append(f"- at least {ratio:g}x fewer blocks: {'; '.join(told)}.")
-    verdict = (
-        f"in {shown} of {compared} comparisons with PSNR's best pair another is better by more than chance"
-        if shown
-        else f"not shown, in none of {compared} comparisons with PSNR's best pair"
-        if compared
-        else "no, PSNR's best pair is the best in all"
-    )
-    head = [f"Does the best pair depend on the metric? Here: {verdict}.", "In brackets 95 % bootstrap "
-            f"intervals of the paired difference; the winner of {len(lines)} pairs is picked on the same",
-            "prompts, which flatters it.", ""]  # fmt: skip
-    return head + words
+            mine, others = ([r for r in pictures if _is_of(r, line)] for line in (best, usual))
+            yield [
+                f"{ratio:g}x fewer",
+                title,
+                _pair(best),
+                _pair(usual),
+                number(paired(mine, others, name), "+.3f"),
+            ]
 
 
 def _winner(lines: list[dict], name: str) -> dict:
@@ -296,10 +254,6 @@ def _winner(lines: list[dict], name: str) -> dict:
 
 def _is_of(row: dict, line: dict) -> bool:
     return row["method"] != "none" and row["config"] == line["config"]
-
-
-def _limit(name: str, value: float | None) -> str:
-    return f"{name} = {value:g}" if value is not None else f"no measured {name}"
 
 
 def _pair(line: dict) -> str:
@@ -329,7 +283,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     lines = calibrate.table(saved.rows)
     draw(lines, presets, args.out / "thresholds")
-    plots.write_words(args.out / "thresholds.md", answer(lines, saved.rows, presets, source_of(folder)))
+    style.write_words(args.out / "thresholds.md", answer(lines, saved.rows, presets, source_of(folder)))
     return saved.exit_code()
 
 

@@ -24,12 +24,14 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis import keep, plots
+from analysis.ablations.trial import Trial, alone, parser_of, source_of, write_about
+from analysis.cli import figure_script, progress, shipped
+from analysis.figures import style
 from analysis.options import number
-from analysis.saved import Saved, read_saved
-from analysis.scripts import figure_script, progress, shipped
+from analysis.records import store
+from analysis.records.compare import as_table
+from analysis.records.saved import Saved, read_saved
 from analysis.settings import parse_settings
-from analysis.trials import Trial, alone, parser_of, source_of, write_about
 from h2cache import H2Config, find_method, method_names
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_traces/rows.jsonl.gz"))
@@ -62,15 +64,15 @@ def run(args: argparse.Namespace) -> Path:
     config = kind(**taus | parse_settings(kind, args.set))
     trial, rows = Trial.of(args), {}
     for prompt in progress(trial.prompts, "prompt"):
-        trace = keep.compact(trial.draw(prompt, config).trace)
+        trace = store.compact(trial.draw(prompt, config).trace)
         rows[prompt.id] = {
             "key": prompt.id,
             "id": prompt.id,
             "method": config.name,
-            "config": keep.settings_of(config),
+            "config": store.settings_of(config),
         }
         rows[prompt.id]["trace"] = trace
-    keep.write_records(args.out / "rows.jsonl", rows)
+    store.write_records(args.out / "rows.jsonl", rows)
     write_about(args.out, "trace", args)
     return args.out / "rows.jsonl"
 
@@ -121,7 +123,7 @@ def settings_told(row: dict) -> str:
     if not isinstance(config, dict):
         return "no settings"
     known = row["method"] in method_names()
-    usual = {} if not known else json.loads(json.dumps(keep.settings_of(find_method(row["method"])())))
+    usual = {} if not known else json.loads(json.dumps(store.settings_of(find_method(row["method"])())))
     told = {k: v for k, v in config.items() if k in ("tau1", "tau2") or v != usual.get(k)}
     return " ".join(f"{k}={v:g}" if isinstance(v, float) else f"{k}={v}" for k, v in told.items())
 
@@ -138,7 +140,7 @@ def _shape_told(shape: tuple[tuple[str, int], ...]) -> str:
 def _compacted(trace: list) -> list[dict] | None:
     """The compact form of the step records that run.py writes; None when they are broken."""
     try:
-        return keep.compact(trace)
+        return store.compact(trace)
     except (TypeError, KeyError, AttributeError, IndexError):
         return None
 
@@ -168,7 +170,7 @@ def thresholds_of(line: dict) -> np.ndarray:
 def draw_one(row: dict, path: Path) -> None:
     """One request: a panel for each stage, and a strip below it for the steps without a measure."""
     lines, data = stage_lines(row), []
-    with plots.figure(plots.PAGE, 2.9) as figure:
+    with style.figure(style.PAGE, 2.9) as figure:
         grid = figure.subplots(2, len(lines), sharex=True, height_ratios=(7, 1), squeeze=False)
         for n, (stage, line) in enumerate(lines.items()):
             axes, strip = grid[:, n]
@@ -181,32 +183,32 @@ def draw_one(row: dict, path: Path) -> None:
                 axes.plot(steps, limit, "--", color="black", linewidth=0.9, label="threshold")
             for code, (name, colour, marker) in OUTCOMES.items():
                 mine = outcomes == code
-                style = {"color": colour, "markersize": 5 if marker == "|" else 3.5}
-                axes.plot(steps[mine & seen], measures[mine & seen], marker, **style)
-                strip.plot(steps[mine & ~seen], 0 * steps[mine & ~seen], marker, **style)
+                paint = {"color": colour, "markersize": 5 if marker == "|" else 3.5}
+                axes.plot(steps[mine & seen], measures[mine & seen], marker, **paint)
+                strip.plot(steps[mine & ~seen], 0 * steps[mine & ~seen], marker, **paint)
                 if mine.any():
-                    axes.plot([], [], marker, label=f"{name} ({counts[code]})", **style)
+                    axes.plot([], [], marker, label=f"{name} ({counts[code]})", **paint)
             data += [{"stage": stage, "step": int(s), "measure": float(m) if np.isfinite(m) else "",
                       "threshold": float(t) if np.isfinite(t) else "", "outcome": OUTCOMES[o][0]}
                      for s, m, t, o in zip(steps, measures, limit, outcomes, strict=True)]  # fmt: skip
             label = "error of the forecasts before" if stage == "model" else "relative change"
             axes.set(ylabel=label if n == 0 else "", xlim=(-1, len(steps)))
             if seen.any():
-                plots.logarithmic(axes.yaxis)
+                style.logarithmic(axes.yaxis)
             strip.set(xlabel="step", ylim=(-1, 1))
             strip.set_yticks([0], ["not compared"] if n == 0 else [""])
             strip.tick_params(left=False)
             strip.legend(
                 *axes.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -1.7), ncols=3
             )
-            plots.letter(axes, f"{'abcd'[n % 4]}  {stage}")
-        plots.save(figure, path, data)
+            style.letter(axes, f"{'abcd'[n % 4]}  {stage}")
+        style.save(figure, path, data)
 
 
 def draw_all(rows: list[dict], path: Path) -> None:
     """All requests: the measure with bands above, the shares of outcomes below."""
     names, data = list(stage_lines(rows[0])), []
-    with plots.figure(plots.PAGE, 3.6) as figure:
+    with style.figure(style.PAGE, 3.6) as figure:
         grid = figure.subplots(2, len(names), sharex=True, height_ratios=(2, 1), squeeze=False)
         for n, stage in enumerate(names):
             lines = [stage_lines(row)[stage] for row in rows]
@@ -218,19 +220,19 @@ def draw_all(rows: list[dict], path: Path) -> None:
             above, below = grid[:, n]
             if seen.any():
                 bands[:, seen] = np.nanpercentile(measures[:, seen], (5, 25, 50, 75, 95), axis=0)
-                colour = (plots.STRUCTURE, plots.DETAIL)[n % 2]
+                colour = (style.STRUCTURE, style.DETAIL)[n % 2]
                 # A step is as wide as its share below; one that compared nothing stays empty.
                 edges, wide = np.repeat(steps, 2) + np.tile((-0.5, 0.5), len(steps)), np.repeat(bands, 2, 1)
-                style = {"color": colour, "linewidth": 0}
-                above.fill_between(edges, wide[0], wide[4], alpha=0.2, label="nine tenths", **style)
-                above.fill_between(edges, wide[1], wide[3], alpha=0.4, label="half", **style)
+                paint = {"color": colour, "linewidth": 0}
+                above.fill_between(edges, wide[0], wide[4], alpha=0.2, label="nine tenths", **paint)
+                above.fill_between(edges, wide[1], wide[3], alpha=0.4, label="half", **paint)
                 above.plot(edges, wide[2], color=colour, label="median of those compared")
-                plots.logarithmic(above.yaxis)
+                style.logarithmic(above.yaxis)
             limit = thresholds_of(lines[0])
             if np.isfinite(limit).any():
                 above.plot(steps, limit, "--", color="black", linewidth=0.9, label="threshold")
             above.set_ylabel("error of the forecasts before" if names[n] == "model" else "relative change")
-            plots.letter(above, f"{'abcd'[n % 4]}  {stage}, {len(lines)} requests")
+            style.letter(above, f"{'abcd'[n % 4]}  {stage}, {len(lines)} requests")
             floor = np.zeros(len(steps))
             for code, (name, colour, _) in OUTCOMES.items():
                 share = (outcomes == code).mean(0)
@@ -247,22 +249,20 @@ def draw_all(rows: list[dict], path: Path) -> None:
         marks = [axes.get_legend_handles_labels() for axes in grid[:, 0]]
         handles, labels = (a + b for a, b in zip(*marks, strict=True))
         figure.legend(handles, labels, loc="outside lower center", ncols=4)
-        plots.save(figure, path, data)
+        style.save(figure, path, data)
 
 
 def answer(rows: list[dict], label: str, source: str) -> str:
     """Where in the run the hits are."""
-    lines = [f"Source: {source}; {label}, {len(rows)} requests.", "",
-             "| stage | steps | hits | forced | misses | hits in each third of the run |",
-             "|---" * 6 + "|"]  # fmt: skip
+    table = []
     for stage in stage_lines(rows[0]):
         outcomes = np.array([list(stage_lines(row)[stage]["outcomes"]) for row in rows])
         steps = outcomes.shape[1]
         means = [(outcomes == code).sum(1).mean() for code in OUTCOMES]
         thirds = [(part != "M").mean() for part in np.array_split(outcomes, min(3, steps), axis=1)]
-        cells = [stage, str(steps), *(f"{m:.1f}" for m in means), ", ".join(f"{t:.0%}" for t in thirds)]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        table.append([stage, steps, *(f"{m:.1f}" for m in means), ", ".join(f"{t:.0%}" for t in thirds)])
+    heads = ("stage", "steps", "hits", "forced", "misses", "hits in each third of the run")
+    return "\n".join([f"Source: {source}; {label}, {len(rows)} requests.", "", *as_table(heads, table)])
 
 
 @figure_script
@@ -275,7 +275,7 @@ def main(argv: list[str] | None = None) -> int:
         raise ValueError(f"{path} holds no request {args.id!r} of {label}")
     draw_one(one, args.out / "trace")
     draw_all(saved.rows, args.out / "trace_all")
-    plots.write_words(args.out / "trace.md", answer(saved.rows, label, source_of(path.parent)))
+    style.write_words(args.out / "trace.md", answer(saved.rows, label, source_of(path.parent)))
     return saved.exit_code()
 
 

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 
 import h2cache
-from analysis.families import with_prompt
+from analysis.cli import add_measuring_arguments, guarded, start
+from analysis.drawing.families import with_prompt
+from analysis.drawing.prompts import read_prompts
 from analysis.options import Parser, at_least_one, positive, whole
-from analysis.prompts import read_prompts
-from analysis.scripts import add_measuring_arguments, guarded, start
 from h2cache import method_names
 from h2cache.tuned import Tuned
 

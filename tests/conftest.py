@@ -8,7 +8,7 @@ import torch
 from diffusers import FluxPipeline, FluxTransformer2DModel
 
 import h2cache
-from analysis.runs import load_pipeline
+from analysis.drawing.draw import load_pipeline
 from tests.helpers.nunchaku_env import checkpoint, nunchaku  # noqa: F401  fixtures
 from tests.helpers.toys import TINY, make_flux
 

@@ -25,7 +25,8 @@ from typing import Any
 
 import torch
 
-from analysis import keep
+from analysis.cli import command_of, guarded
+from analysis.drawing.draw import check_device, default_device
 from analysis.gpu_report.compiled import compiled
 from analysis.gpu_report.context import Context, OutOfTime
 from analysis.gpu_report.contract import contract
@@ -34,8 +35,7 @@ from analysis.gpu_report.exact import exact
 from analysis.gpu_report.pictures import pictures
 from analysis.gpu_report.report import markdown
 from analysis.gpu_report.steps import steps
-from analysis.runs import check_device, default_device
-from analysis.scripts import command_of, guarded
+from analysis.records import store
 
 SECTIONS: dict[str, tuple[Callable[[Context], Iterator[dict]], float]] = {  # and its share of the time
     "exact": (exact, 0.22),
@@ -67,7 +67,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def environment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """What the report was made on."""
-    found = keep.machine(args.device) | {"date": keep.now(), "command": command}
+    found = store.machine(args.device) | {"date": store.now(), "command": command}
     if torch.device(args.device).type == "cuda":
         properties = torch.cuda.get_device_properties(args.device)
         query = [
@@ -131,7 +131,7 @@ def run(args: argparse.Namespace, command: str) -> int:
     ends = time.monotonic() + 60 * args.minutes - SPARE
     ctx = Context(args.device, args.small)
     about = environment(args, command)
-    keep.write_json(args.out / "environment.json", about)
+    store.write_json(args.out / "environment.json", about)
     sections: dict[str, tuple[list[dict], dict]] = {
         name: ([], {"outcome": "not run: no time was left", "seconds": 0.0}) for name in args.sections
     }
@@ -158,8 +158,8 @@ def write(folder: Path, about: dict, sections: dict[str, tuple[list[dict], dict]
     lines = []
     for name, (rows, told) in sections.items():
         lines += [json.dumps({"section": name} | row) for row in [told, *rows]]
-    keep.write_atomically(folder / "records.jsonl", "".join(f"{line}\n" for line in lines).encode())
-    keep.write_atomically(folder / "report.md", markdown(about, sections).encode())
+    store.write_atomically(folder / "records.jsonl", "".join(f"{line}\n" for line in lines).encode())
+    store.write_atomically(folder / "report.md", markdown(about, sections).encode())
 
 
 def main(argv: list[str] | None = None) -> int:

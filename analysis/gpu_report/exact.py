@@ -10,11 +10,11 @@ import torch
 from diffusers import DiffusionPipeline
 
 import h2cache
-from analysis.families import takes
+from analysis.cli import TINY
+from analysis.drawing.draw import load_pipeline
+from analysis.drawing.families import takes
 from analysis.gpu_report.context import Context, goal
 from analysis.gpu_report.models import OFF, SKIPPING, settings
-from analysis.runs import load_pipeline
-from analysis.scripts import TINY
 
 STEPS = 5  # the fewest in which the plan skips any
 ONE_OF_EACH_ENGINE = ("flux", "flux2", "qwen_image", "sd3", "wan", "hunyuan_video", "z_image", "dit")

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 import h2cache
+from analysis.cli import TINY
+from analysis.drawing.draw import load_pipeline
 from analysis.gpu_report.context import Context
 from analysis.gpu_report.exact import SIGN
-from analysis.runs import load_pipeline
-from analysis.scripts import TINY
 from h2cache import PlanConfig
 from h2cache.presets import PRESETS
 

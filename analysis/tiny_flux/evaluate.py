@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from analysis.ocr import read_words
+from analysis.measures.words import read_words
 from analysis.tiny_flux import signs
 from analysis.tiny_flux.signs import COLOURS, SHAPES, SIZE, TEXTURES, SignSpec
 

@@ -131,7 +131,7 @@ def test_words_are_read_in_a_rendered_sign():
 
     from PIL import Image
 
-    from analysis.ocr import word_recall
+    from analysis.measures.words import word_recall
     from analysis.tiny_flux.signs import SignSpec, render
 
     sign = SignSpec("red", "white", "square", "plain", "STOP", False)

@@ -25,8 +25,6 @@ from analysis import (
     family_table,
     fit_magcache,
     fit_teacache,
-    keep,
-    ocr,
     overhead,
     pareto,
     pfs,
@@ -40,9 +38,11 @@ from analysis import (
     trace,
     tune,
 )
-from analysis.prompts import read_prompts
-from analysis.runs import Limits, load_pipeline
-from analysis.scripts import guarded
+from analysis.cli import guarded
+from analysis.drawing.draw import Limits, load_pipeline
+from analysis.drawing.prompts import read_prompts
+from analysis.measures import words
+from analysis.records import store
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 NUMBERS = ["nan", "x", "", "1e999999", "99999999999999999999", "\ud800"]
@@ -114,7 +114,7 @@ ANY = {"--id", "--pictured", "--save"}  # names, which may be of nothing
 OUT = ["--out", "OUT"]
 COMMANDS = {  # and what is given besides
     run: OUT, calibrate: OUT, experiment: OUT, fit_teacache: OUT, fit_magcache: [], tune: [], bench_step: [],
-    overhead: ["--width", "48"], cache_memory: [], family_table: OUT, table: [], ocr: [],
+    overhead: ["--width", "48"], cache_memory: [], family_table: OUT, table: [], words: [],
     pareto: [*OUT, "--run"], pfs: [*OUT, "--run"], quality: [*OUT, "--run"], report: [*OUT, "--run"],
     schematic: OUT, separation: [*OUT, "--run"], solvers: [*OUT, "--run"], thresholds: [*OUT, "--run"],
     trace: [*OUT, "--run"],
@@ -186,30 +186,30 @@ def test_records_of_two_writers_are_all_kept(tmp_path):
 
     def write(name: str) -> None:
         for n in range(16):
-            keep.add_records(path, {f"{name}{n}": {"key": f"{name}{n}"}})
+            store.add_records(path, {f"{name}{n}": {"key": f"{name}{n}"}})
 
     writers = [threading.Thread(target=write, args=(name,)) for name in "ab"]
     for writer in writers:
         writer.start()
     for writer in writers:
         writer.join()
-    assert len(keep.read_records(path)) == 32
+    assert len(store.read_records(path)) == 32
     assert os.listdir(tmp_path) == ["records.jsonl"]
 
 
 def test_a_killed_writer_holds_nothing(tmp_path):
     path = tmp_path / "records.jsonl"
     (tmp_path / ".records.jsonl.lock").write_text("process 1 on another")
-    keep.add_records(path, {"a": {"key": "a"}})
-    assert len(keep.read_records(path)) == 1
+    store.add_records(path, {"a": {"key": "a"}})
+    assert len(store.read_records(path)) == 1
 
 
 @pytest.mark.parametrize(
     "model", ["assets/tiny_flux/", "./assets/tiny_flux", os.path.abspath("assets/tiny_flux")]
 )
 def test_a_folder_has_one_name(model, monkeypatch, tmp_path):
-    assert keep.place(model) == "assets/tiny_flux"
-    assert keep.as_before({"model": "assets/tiny_flux"}, [{"model": model}]) == {"model": model}
+    assert store.place(model) == "assets/tiny_flux"
+    assert store.as_before({"model": "assets/tiny_flux"}, [{"model": model}]) == {"model": model}
 
 
 def test_a_picture_cut_short_or_a_record_without_fields_is_made_again(tmp_path):
@@ -255,7 +255,7 @@ def test_two_runs_in_one_folder_lose_no_record(tmp_path):
     command += ["--method", "none", "--seed"]
     runs = [subprocess.Popen([*command, s], cwd=tmp_path, stdout=subprocess.DEVNULL) for s in "12"]
     assert [process.wait(120) for process in runs] == [0, 0]
-    rows = keep.read_records(tmp_path / "outputs" / "records.jsonl")
+    rows = store.read_records(tmp_path / "outputs" / "records.jsonl")
     assert len(rows) == 8
     assert {row["file"] for row in rows.values()} | {"records.jsonl"} == set(os.listdir(tmp_path / "outputs"))
 
@@ -279,7 +279,7 @@ def test_one_step_is_drawn_and_explained(tmp_path, capsys):
     assert run.main(["--steps", "1", "--out", str(tmp_path)]) == 0
     told = capsys.readouterr().err.strip().split("\n")
     assert [line for line in told if "nothing can be skipped" in line] == told[:1]
-    rows = keep.read_records(tmp_path / "records.jsonl").values()
+    rows = store.read_records(tmp_path / "records.jsonl").values()
     assert [row["identical"] for row in rows if row["method"] != "none"] == [True, True]
 
 
@@ -307,7 +307,7 @@ def test_records_of_no_seconds_and_of_another_spelling_are_taken(tmp_path, capsy
         row["identical"] = None
         old = row["file"]
         decisive = {name: row[name] for name in (*settings, "method", "config")}
-        row["key"] = keep.run_key(id=row["id"], **decisive)
+        row["key"] = store.run_key(id=row["id"], **decisive)
         row["file"] = f"{row['id']}-{row['method']}-{row['key'][:6]}.png"
         os.rename(path.parent / old, path.parent / row["file"])
     path.write_text("".join(json.dumps(row) + "\n" for row in before))
@@ -322,21 +322,21 @@ def test_records_of_no_seconds_and_of_another_spelling_are_taken(tmp_path, capsy
 def test_half_a_line_at_the_end_is_left_out_and_repaired(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text('{"key": "a"}\n{"key": "b", "x')
-    with pytest.warns(keep.BrokenLine, match="breaks off in line 2"):
-        assert list(keep.read_records(path)) == ["a"]
-    keep.add_records(path, {"c": {"key": "c"}})
-    keep.add_records(path, {"a": {"key": "a", "new": 1}})
+    with pytest.warns(store.BrokenLine, match="breaks off in line 2"):
+        assert list(store.read_records(path)) == ["a"]
+    store.add_records(path, {"c": {"key": "c"}})
+    store.add_records(path, {"a": {"key": "a", "new": 1}})
     assert path.read_text() == '{"key": "a"}\n{"key": "c"}\n{"key": "a", "new": 1}\n'
-    assert keep.tidy(path) == {"a": {"key": "a", "new": 1}, "c": {"key": "c"}}
+    assert store.tidy(path) == {"a": {"key": "a", "new": 1}, "c": {"key": "c"}}
     assert path.read_text() == '{"key": "a", "new": 1}\n{"key": "c"}\n'
     path.write_text('{"key": "a"}')  # an editor left the end of the line out
-    keep.add_records(path, {"c": {"key": "c"}})
-    assert list(keep.read_records(path)) == ["a", "c"]
+    store.add_records(path, {"c": {"key": "c"}})
+    assert list(store.read_records(path)) == ["a", "c"]
 
 
 def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     path = tmp_path / "records.jsonl"
-    keep.add_records(path, {"a": {"key": "a"}})
+    store.add_records(path, {"a": {"key": "a"}})
 
     def full(*_) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -344,7 +344,7 @@ def test_a_full_disk_leaves_no_half_line(tmp_path, monkeypatch):
     with monkeypatch.context() as patched:
         patched.setattr(os, "fsync", full)
         with pytest.raises(OSError, match=r"No space left on device: .*records\.jsonl"):
-            keep.add_records(path, {"b": {"key": "b"}})
+            store.add_records(path, {"b": {"key": "b"}})
     assert path.read_text() == '{"key": "a"}\n'
 
 
@@ -368,7 +368,7 @@ def test_an_error_that_is_a_number_names_the_place_and_what_to_do(number, advice
 
 
 def test_a_second_run_in_a_held_folder_is_refused(tmp_path, capsys):
-    with keep.held(tmp_path):
+    with store.held(tmp_path):
         assert trace.main(["--run", "--limit", "1", "--out", str(tmp_path)]) == 2
     told = capsys.readouterr().err
     assert f"process {os.getpid()}" in told

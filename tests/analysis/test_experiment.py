@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis import keep
+from analysis.drawing.draw import Limits, draw
+from analysis.drawing.prompts import read_prompts
 from analysis.experiment import contestants, main
-from analysis.flops import CPU_ATTENTION, count_forward, count_step
-from analysis.intervals import bootstrap
-from analysis.metrics import ClipIqa, fidelity, gmsd, more_fidelity, to_tensor
-from analysis.prompts import read_prompts
-from analysis.runs import Limits, draw
+from analysis.measures.fidelity import ClipIqa, fidelity, gmsd, more_fidelity, to_tensor
+from analysis.measures.flops import CPU_ATTENTION, count_forward, count_step
+from analysis.records import store
+from analysis.records.compare import bootstrap
 from analysis.table import lines, markdown, published, published_markdown
 from analysis.tiny_families import FAMILIES
 from h2cache import find_method
@@ -101,7 +101,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
         for path in finished:
             row = json.loads(path.read_text())
             Image.open(path.parent.parent / "images" / f"{row['key']}.png").load()
-    half = keep.temporary(rows / finished[0].parts[-3] / "rows/half.json", process=999999999)
+    half = store.temporary(rows / finished[0].parts[-3] / "rows/half.json", process=999999999)
     half.write_text("{")  # as a kill may leave it
     assert main(arguments(tmp_path / "killed", "--no-words")) == 0
     assert not list(rows.rglob(".*"))

@@ -16,12 +16,14 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import pareto, pfs, plots, trace
+from analysis import pareto, pfs, trace
+from analysis.ablations.freeze import FreezeConfig
+from analysis.ablations.summaries import FULL, PAPER, SummaryConfig
 from analysis.experiment import contestants
-from analysis.freeze import FreezeConfig
-from analysis.saved import MAYBE, NUMBER, read_saved
-from analysis.spectrum import BANDS, error_spectrum, low_and_high, power
-from analysis.summaries import FULL, PAPER, SummaryConfig
+from analysis.figures import style
+from analysis.measures.spectrum import BANDS, error_spectrum, low_and_high, power
+from analysis.records.compare import front
+from analysis.records.saved import MAYBE, NUMBER, read_saved
 from analysis.tiny_flux import signs
 from h2cache import H2Config, enable, method_names, step_records
 from tests.helpers.toys import generate
@@ -54,7 +56,7 @@ def test_every_figure_comes_from_the_shipped_records_twice_the_same(name, tmp_pa
         assert {f"{figure}.pdf", f"{figure}.csv"} <= first.keys()
         assert b"/Type3" not in first[f"{figure}.pdf"]
         width = Image.open(tmp_path / "a" / f"{figure}.png").width
-        assert abs(width / 300 - plots.PAGE) < 0.1
+        assert abs(width / 300 - style.PAGE) < 0.1
     if name not in ("schematic", "report"):  # of the others, the same numbers and words are enough
         monkeypatch.setattr(Figure, "savefig", lambda *_, **__: None)
         first = {n: data for n, data in first.items() if n.endswith((".csv", ".md"))}
@@ -74,10 +76,10 @@ def test_help_explains_first(name, capsys):
 
 
 def test_every_method_has_its_own_look():
-    names = {*method_names(), *plots.LOOKS}
-    looks = [(plots.look(n).colour, plots.look(n).marker) for n in names]
+    names = {*method_names(), *style.LOOKS}
+    looks = [(style.look(n).colour, style.look(n).marker) for n in names]
     assert len(set(looks)) == len(looks)
-    assert plots.look("never heard of") == plots.look("never heard of")
+    assert style.look("never heard of") == style.look("never heard of")
 
 
 # Broken records.
@@ -227,7 +229,7 @@ def test_other_prompts_are_not_read():
 
 def test_the_front_holds_what_nothing_beats():
     found = [{"line": "m", "blocks_ratio": b, "quality": q} for b, q in ((1, 9), (2, 5), (3, 6), (4, 1))]
-    assert [p["quality"] for p in pareto.front(found, "blocks_ratio", True)] == [9, 6, 1]
+    assert [p["quality"] for p in front(found, lambda p: (p["blocks_ratio"], p["quality"]))] == [9, 6, 1]
     assert pareto.at(found, "m", 3.5) == 3.5
     assert pareto.at(found, "m", 5) is None
 
@@ -240,8 +242,8 @@ def test_settings_that_are_words_make_a_line_of_their_own():
 @pytest.mark.parametrize("others", [[], ["h2cache (tiny_flux-5x)", "h2cache tau1=0.1 tau2=0.1"]])
 def test_a_preset_looks_as_its_settings_do(others):
     found = pareto.lines_of(["block_cache (tiny_flux-block_cache)", *others])
-    assert plots.look(found["block_cache (tiny_flux-block_cache)"]).name == "Block Cache"
-    assert all(plots.look(found[other]).name == "H2-Cache" for other in others)
+    assert style.look(found["block_cache (tiny_flux-block_cache)"]).name == "Block Cache"
+    assert all(style.look(found[other]).name == "H2-Cache" for other in others)
 
 
 @pytest.mark.parametrize("name", ["pareto", "report"])
@@ -263,7 +265,7 @@ def test_all_contestants_are_of_known_methods_and_have_a_look_of_their_own():
     found = contestants(pareto.CONTESTANTS, "assets/tiny_flux", "tiny_flux")
     lines = set(pareto.lines_of([c.label for c in found]).values())
     assert {line.split(" ")[0] for line in lines} == set(method_names())
-    looks = [plots.LOOKS[line] for line in lines]
+    looks = [style.LOOKS[line] for line in lines]
     assert len({(look.colour, look.marker) for look in looks}) == len({x.name for x in looks}) == len(looks)
 
 
@@ -277,7 +279,7 @@ def test_a_forced_hit_determines_no_threshold(tmp_path, capsys):
     assert pfs.undetermined(rows, (0.1, 0.2)) == []
     assert script("pfs")(["--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
-    assert "At 0.12/0.02 only the structure check is compared" in text
+    assert "| -0.06 [-0.29, +0.16] | detail |" in text
     assert "| average 2/12 | 0.106 | not determined |" in text
     steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "pfs.csv").open()) if row["panel"] == "b"]
     assert (min(steps), max(steps)) == (3, 49)
@@ -288,8 +290,8 @@ def test_separation_counts_the_windows_apart_and_knows_the_uncached(tmp_path, ca
     assert script("separation")(["--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "| none | - | identical | 0 | 0 | - | 0.88 | 1.00 | 1.00 | 0.94 |" in text
-    assert "in the 5 windows that share no step" in text
-    assert "in the 3 spans to the end" in text
+    assert text.count("] | window |") == 5
+    assert text.count("] | to the end, overlaps |") == 3
 
 
 def grid_rows(words: dict[str, list[float | None]]) -> list[dict]:
@@ -307,14 +309,13 @@ def grid_rows(words: dict[str, list[float | None]]) -> list[dict]:
 
 
 @pytest.mark.usefixtures("undrawn")
-def test_thresholds_names_no_winner_by_chance_and_no_row_goes_unsaid(tmp_path, capsys):
+def test_thresholds_gives_intervals_with_winners_and_no_row_goes_unsaid(tmp_path, capsys):
     rows = grid_rows({"none": [1.0] * 8, "0.1/0.1": [1.0, *[0.0] * 7], "0.2/0.1": [0.0] * 8})
     path = tmp_path / "records-0-of-1.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     assert script("thresholds")(["--records", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
     text = capsys.readouterr().out
-    assert "words 0.1 / 0.1 (0.125, +0.125 [+0.000, +0.375]: no difference shown)" in text
-    assert "not shown, in none of" in text
+    assert "| 2x fewer | words | 0.1 / 0.1 | 0.2 / 0.1 | +0.125 [+0.000, +0.375] |" in text
     path.write_text(
         "".join(json.dumps(r | {"words": None} if r["key"] == "0.1/0.1 3" else r) + "\n" for r in rows)
     )
@@ -375,13 +376,13 @@ def test_separation_repeats_its_experiment(tmp_path, capsys, monkeypatch):
     assert script("separation")(["--run", "--limit", "1", "--steps", "5", "--out", str(out)]) == 0
     assert {p.name for p in out.iterdir()} >= {"records.jsonl", "about.json", "separation.png",
                                                "separation_pictures.png", "separation.md"}  # fmt: skip
-    assert "The claim" in capsys.readouterr().out
+    assert "\n| 1-1 | " in capsys.readouterr().out
     assert json.loads((out / "about.json").read_text())["settings"]["limit"] == 1
 
 
 @pytest.mark.usefixtures("undrawn")
 def test_pfs_repeats_its_measurements(tmp_path, capsys, monkeypatch):
-    from analysis import pfs_runs
+    from analysis.ablations import pfs as pfs_runs
 
     for name, value in {"IMG": 64, "TXT": 16, "WIDTH": 96, "HEADS": 3, "TUNING": 1, "HALVINGS": 0}.items():
         monkeypatch.setattr(pfs_runs, name, value)
@@ -390,7 +391,7 @@ def test_pfs_repeats_its_measurements(tmp_path, capsys, monkeypatch):
     assert script("pfs")(["--run", "--limit", "2", "--steps", "6", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "| full tensor |" in text
-    assert "Thresholds do not carry over" in text
+    assert "PFS (average 2/12) less full tensors" in text
 
 
 @pytest.fixture
@@ -419,7 +420,7 @@ def test_thresholds_repeats_its_experiment(tmp_path, capsys, random_clip):
     assert script("thresholds")(["--run", *grid, "--clip", str(random_clip), "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "4 pairs, 1 prompts" in text
-    assert "; CLIP-IQA " in text
+    assert " CLIP-IQA |" in text
     data = list(csv.DictReader((out / "thresholds.csv").open()))
     assert {(row["tau1"], row["tau2"]) for row in data} == {
         (a, b) for a in ("0.2", "0.5") for b in ("0.1", "0.3")

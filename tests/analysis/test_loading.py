@@ -10,8 +10,9 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 import run as script
-from analysis import bench_step, loading
-from analysis.loading import add_loading_arguments, choose_engine, load, load_quantized
+from analysis import bench_step
+from analysis.drawing import load as loading
+from analysis.drawing.load import add_loading_arguments, choose_engine, load, load_quantized
 from h2cache import nunchaku_install
 from tests.helpers.toys import TINY, generate
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from analysis.prompts import Prompt, read_prompts
+from analysis.drawing.prompts import Prompt, read_prompts
 
 
 def write(tmp_path, name: str, text: str):

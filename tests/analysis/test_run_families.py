@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import run as script
-from analysis import families
+from analysis.drawing import families
 from analysis.tiny_families import FAMILIES, parts
 
 FAST = ["--steps", "3", "--tau1", "99", "--tau2", "99"]

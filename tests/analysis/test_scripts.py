@@ -14,20 +14,12 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis import (
-    bench_step,
-    calibrate,
-    family_table,
-    fit_magcache,
-    fit_teacache,
-    keep,
-    ocr,
-    overhead,
-    table,
-)
-from analysis.peak import PeakMemory
-from analysis.scripts import guarded, is_embedded, shard, shipped
-from analysis.sheets import fitted, grid
+from analysis import bench_step, calibrate, family_table, fit_magcache, fit_teacache, overhead, table
+from analysis.cli import guarded, is_embedded, shard, shipped
+from analysis.drawing.peak import PeakMemory
+from analysis.figures.sheets import fitted, grid
+from analysis.measures import words
+from analysis.records import store
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -76,7 +68,7 @@ def test_a_fault_of_ours_keeps_its_traceback():
         (family_table.main, ["--table", "--out", "MISSING"], "families.json is not there"),
         (calibrate.main, ["--table", "--out", "MISSING"], "MISSING holds no records"),
         (calibrate.main, ["--pairs", "0.3"], "--pairs 0.3: the form is TAU1/TAU2"),
-        (ocr.main, ["MISSING.png"], "MISSING.png"),
+        (words.main, ["MISSING.png"], "MISSING.png"),
         (fit_teacache.main, ["--model", "MISSING/"], "no model folder"),
         (fit_magcache.main, ["--prompts", "MISSING.jsonl"], "MISSING.jsonl"),
     ],
@@ -167,19 +159,19 @@ def test_files_of_the_checkout_are_found_from_anywhere(monkeypatch, tmp_path):
 
 
 def test_sweeping_leaves_what_is_not_surely_dead(tmp_path, monkeypatch):
-    dead, own = keep.temporary(tmp_path / "a.json", 999999999), keep.temporary(tmp_path / "b.json")
+    dead, own = store.temporary(tmp_path / "a.json", 999999999), store.temporary(tmp_path / "b.json")
     elsewhere = tmp_path / ".a.json.another-machine.999999999.tmp"
     strange = tmp_path / ".x.tmp"
     for path in (dead, own, elsewhere, strange):
         path.write_text("{")
-    keep.sweep(tmp_path)
+    store.sweep(tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {own.name, elsewhere.name, strange.name}
 
     def forbidden(process: int, number: int) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "kill", forbidden)  # of another user
-    keep.sweep(tmp_path)
+    store.sweep(tmp_path)
     assert own.exists()
 
 
@@ -187,14 +179,14 @@ def test_a_broken_line_is_told_plainly_and_kept(tmp_path, capsys):
     path = tmp_path / "records.jsonl"
     path.write_text('{"key": "a"}\n{broken\n')
     for _ in range(2):  # kept once
-        assert guarded(lambda: keep.write_records(path, keep.read_records(path)), "") == 0
+        assert guarded(lambda: store.write_records(path, store.read_records(path)), "") == 0
     assert capsys.readouterr().err == (
         f"warning: {path} line 2 is left out: "
         "broken JSON (Expecting property name enclosed in double quotes at column 2)\n"
     )
     assert path.read_text() == '{"key": "a"}\n'
     path.write_text('{"key": "a"}\n{broken\n[]\n')
-    guarded(lambda: keep.read_records(path), "")
+    guarded(lambda: store.read_records(path), "")
     assert (tmp_path / "records.jsonl.broken").read_text() == "{broken\n[]\n"
 
 
@@ -203,18 +195,18 @@ def test_packed_records_are_read(tmp_path):
     row = {"key": "a", "id": "x", "method": "none", "config": {}, "seconds": 1.0, "seconds_uncached": 1.0}
     row |= {"blocks_run": 1, "psnr": None, "ssim": 1.0, "words": None}
     path.write_bytes(gzip.compress(json.dumps(row).encode() + b'\n{"key": "b"}\n'))
-    assert keep.read_records(path) == {"a": row, "b": {"key": "b"}}
+    assert store.read_records(path) == {"a": row, "b": {"key": "b"}}
     assert calibrate.read(tmp_path) == [row]  # a record without its fields makes no table
 
 
 def test_the_machine_is_what_was_computed_on(monkeypatch):
-    monkeypatch.setattr(keep, "device_name", lambda: "an accelerator")
-    assert keep.machine("cpu")["device_name"] == keep.cpu_name()
-    assert keep.machine("cuda:1")["device_name"] == keep.machine()["device_name"] == "an accelerator"
+    monkeypatch.setattr(store, "device_name", lambda: "an accelerator")
+    assert store.machine("cpu")["device_name"] == store.cpu_name()
+    assert store.machine("cuda:1")["device_name"] == store.machine()["device_name"] == "an accelerator"
 
 
 def test_a_sandbox_without_peaks_tells_none(monkeypatch, tmp_path):
-    monkeypatch.setattr("analysis.peak.RESET", tmp_path)  # it is there, and cannot be written
+    monkeypatch.setattr("analysis.drawing.peak.RESET", tmp_path)  # it is there, and cannot be written
     peak = PeakMemory(torch.device("cpu"))
     peak.start()
     assert (peak.kind, peak.bytes()) == ("unknown", None)
@@ -222,7 +214,7 @@ def test_a_sandbox_without_peaks_tells_none(monkeypatch, tmp_path):
 
 def test_a_missing_reader_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    assert "reading words needs onnxruntime: pip install" in ocr.problem()
+    assert "reading words needs onnxruntime: pip install" in words.problem()
 
 
 # Sheets.

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import run
-from analysis.runs import Limits
+from analysis.drawing.draw import Limits
 from analysis.tiny_wan import clips, evaluate
 from analysis.tiny_wan.latents import from_latent, to_latent
 

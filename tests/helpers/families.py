@@ -14,8 +14,8 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from analysis.families import with_prompt
-from analysis.runs import Limits, call_arguments, load_pipeline
+from analysis.drawing.draw import Limits, call_arguments, load_pipeline
+from analysis.drawing.families import with_prompt
 from analysis.tiny_families import FAMILIES
 from tests.helpers.nunchaku_double import make_v1, make_v2
 from tests.helpers.toys import denoise, make_flux, make_inputs, standing_still

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import h2cache
-from analysis import keep
+from analysis.records import store
 from h2cache import H2Config
 from h2cache.records import StepRecord, summarise
 from tests.helpers.toys import denoise
@@ -55,14 +55,14 @@ def test_a_run_that_always_starts_afresh_says_why(flux):
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "records.jsonl"
-    keep.write_atomically(path, b"old")
+    store.write_atomically(path, b"old")
 
     def full(fd):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        keep.write_atomically(path, b"new")
+        store.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["records.jsonl"]
 
@@ -71,27 +71,27 @@ def test_broken_lines_of_records_are_named_and_the_rest_is_used(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_text(json.dumps({"key": "a", "x": 1}) + "\n{broken\n" + json.dumps({"key": "b"}) + "\n[1]\n")
     with pytest.warns(UserWarning, match=r"line (2|4) is broken") as caught:
-        assert list(keep.read_records(path)) == ["a", "b"]
+        assert list(store.read_records(path)) == ["a", "b"]
     assert len(caught) == 2
 
 
 def test_a_disk_without_room_is_refused(tmp_path):
     with pytest.raises(OSError, match=r"MiB are free on its disk, the run needs about \d+ MiB"):
-        keep.require_space(tmp_path, 10**9)
+        store.require_space(tmp_path, 10**9)
 
 
 def test_infinite_settings_survive_json(tmp_path):
-    settings = keep.settings_of(H2Config(tau1=float("inf")))
+    settings = store.settings_of(H2Config(tau1=float("inf")))
     assert json.loads(json.dumps(settings, allow_nan=False))["tau1"] == "inf"
 
 
 def test_the_key_of_a_run_depends_on_every_setting():
-    assert keep.run_key(a=1, b=2) == keep.run_key(b=2, a=1)
-    assert keep.run_key(a=1, b=2) != keep.run_key(a=1, b=3)
+    assert store.run_key(a=1, b=2) == store.run_key(b=2, a=1)
+    assert store.run_key(a=1, b=2) != store.run_key(a=1, b=3)
 
 
 def test_images_are_compared_as_the_metrics_say():
-    from analysis.metrics import fidelity
+    from analysis.measures.fidelity import fidelity
 
     grey, darker = Image.new("RGB", (32, 32), (128, 128, 128)), Image.new("RGB", (32, 32), (118, 118, 118))
     assert fidelity(grey, grey) == {"psnr": None, "ssim": 1.0, "identical": True}

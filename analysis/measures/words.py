@@ -1,6 +1,6 @@
 """Which words can be read in a picture: RapidOCR (PP-OCR models inside the wheel, CPU, one thread).
 
-    python -m analysis.ocr picture.png CAFE        # prints what is read, and the share of "CAFE" found
+    python -m analysis.measures.words picture.png CAFE   # prints what is read, and the share of "CAFE" found
 
 A word counts as read only when it stands alone or as a whole line: the detector also finds "text" in
 pictures that hold none, so any reading that merely contains the word says little.
@@ -16,8 +16,8 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image
 
+from analysis.cli import guarded
 from analysis.options import Parser
-from analysis.scripts import guarded
 
 SMALLEST, LARGEST = 256, 512  # long side in pixels: 128 px enlarged reads better, 1024 px far worse than 512
 

@@ -19,8 +19,7 @@ from packaging.version import Version
 from PIL import Image
 
 import h2cache
-from analysis import keep
-from analysis.families import (
+from analysis.drawing.families import (
     default_of,
     for_picture,
     frames_of,
@@ -30,8 +29,9 @@ from analysis.families import (
     takes,
     with_prompt,
 )
-from analysis.peak import PeakMemory
-from analysis.prompts import check_text
+from analysis.drawing.peak import PeakMemory
+from analysis.drawing.prompts import check_text
+from analysis.records import store
 from h2cache import MethodConfig, Summary
 from h2cache.room import free_bytes
 
@@ -115,7 +115,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 def check_folder(folder: Path, given: Container[str] = ()) -> None:
     """ValueError for a pipeline folder without a proper index, or with pickled weights only."""
     path = folder / "model_index.json"
-    index = keep.read_json(path)
+    index = store.read_json(path)
     if index is None or "_class_name" not in index:
         raise ValueError(f"{path} is no index of a diffusers pipeline: download the model again")
     for name in index.keys() - set(given):
@@ -159,7 +159,7 @@ class Limits:
         path = Path(model).expanduser() / "limits.json"
         if not path.is_file():
             return cls()
-        facts = keep.read_json(path)
+        facts = store.read_json(path)
         if facts is None:
             raise ValueError(f"{path}: it is no JSON object; mend it or take it away")
         for name, value in facts.items():
@@ -280,7 +280,7 @@ def prepare(
             raise ValueError(f"--frames: {type(pipeline).__name__} draws pictures")
         call["num_frames"] = args.frames
     further = {key: getattr(args, key) for key in ("negative_prompt", "true_cfg", "frames")}
-    further["input_image"] = args.input_image and keep.place(str(args.input_image))
+    further["input_image"] = args.input_image and store.place(str(args.input_image))
     return pipeline, call, {key: value for key, value in further.items() if value is not None}
 
 

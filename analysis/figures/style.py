@@ -19,7 +19,7 @@ import matplotlib
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from analysis.keep import write_atomically
+from analysis.records.store import write_atomically
 
 PAGE = 7.0  # width in inches of every figure: both columns of a page
 STYLE = {

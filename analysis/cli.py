@@ -21,13 +21,14 @@ import torch
 from diffusers import DiffusionPipeline
 from tqdm import tqdm
 
-from analysis import keep, stop
-from analysis.families import add_family_arguments
-from analysis.keep import CHECKOUT
-from analysis.loading import load
+from analysis import stop
+from analysis.drawing.draw import Limits, default_device, prepare, require_memory
+from analysis.drawing.families import add_family_arguments
+from analysis.drawing.load import load
+from analysis.drawing.prompts import Prompt, check_text
 from analysis.options import at_least_one, one_line, seed, side, speak_anyhow
-from analysis.prompts import Prompt, check_text
-from analysis.runs import Limits, default_device, prepare, require_memory
+from analysis.records import store
+from analysis.records.store import CHECKOUT
 from analysis.settings import parse_settings
 from h2cache import MethodConfig, find_method
 from h2cache.api import checkpoint_name
@@ -295,7 +296,7 @@ def save_constants(path: Path, pipeline: DiffusionPipeline, fitted: dict) -> Non
     table = json.loads(path.read_text(encoding="utf-8"))
     table[checkpoint_name(pipeline)] = fitted
     rows = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in table.items()]
-    keep.write_atomically(path, ("{\n" + ",\n".join(rows) + "\n}\n").encode())
+    store.write_atomically(path, ("{\n" + ",\n".join(rows) + "\n}\n").encode())
 
 
 def command_of(module: str, argv: Sequence[str] | None = None) -> str:

@@ -28,7 +28,7 @@ import torch
 import transformers
 from PIL import Image
 
-from analysis.saved import lines_of, row_of
+from analysis.records.saved import lines_of, row_of
 from h2cache import MethodConfig
 
 try:
@@ -36,7 +36,7 @@ try:
 except ImportError:  # Windows has none
     fcntl = None  # type: ignore[assignment]
 
-CHECKOUT = Path(__file__).resolve().parents[1]
+CHECKOUT = Path(__file__).resolve().parents[2]
 PATIENCE = 60  # seconds to wait for another process that writes
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
@@ -13,11 +12,11 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from analysis import keep
+from analysis.cli import add_measuring_arguments, command_of, start
+from analysis.drawing.draw import Drawn, draw
+from analysis.drawing.prompts import Prompt, read_prompts
 from analysis.options import Parser, at_least_one
-from analysis.prompts import Prompt, read_prompts
-from analysis.runs import Drawn, draw
-from analysis.scripts import add_measuring_arguments, start
+from analysis.records import store
 from h2cache import MethodConfig
 
 
@@ -37,7 +36,7 @@ def alone(run: Callable[[argparse.Namespace], Path]) -> Callable[[argparse.Names
 
     @wraps(run)
     def guarded_run(args: argparse.Namespace) -> Path:
-        with keep.held(args.out):
+        with store.held(args.out):
             return run(args)
 
     return guarded_run
@@ -68,18 +67,18 @@ class Trial:
 def write_about(folder: Path, module: str, args: argparse.Namespace) -> None:
     """Write `about.json`: command, machine, date and settings of the records in `folder`."""
     about = {
-        "command": f"python -m analysis.{module} {' '.join(sys.argv[1:])}".strip(),
-        "machine": keep.machine(args.device),
-        "date": keep.now(),
+        "command": command_of(module),
+        "machine": store.machine(args.device),
+        "date": store.now(),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()},
     }
-    keep.write_atomically(folder / "about.json", (json.dumps(about, indent=1) + "\n").encode())
+    store.write_atomically(folder / "about.json", (json.dumps(about, indent=1) + "\n").encode())
 
 
 def source_of(folder: Path) -> str:
     """Command, machine and date of the records in `folder`, in a line for a figure's words."""
-    about = keep.read_json(folder / "about.json") or keep.read_json(folder / "table.json")
-    about = about or keep.read_json(folder / "summary.json")
+    about = store.read_json(folder / "about.json") or store.read_json(folder / "table.json")
+    about = about or store.read_json(folder / "summary.json")
     if about is None:
         return f"records of {folder}"
     machine = about["machine"]

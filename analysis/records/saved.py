@@ -28,6 +28,14 @@ class Saved:
     rows: list[dict] = field(default_factory=list)
     complaints: list[str] = field(default_factory=list)
 
+    def keep_with_uncached(self, source: Path) -> dict[str, dict]:
+        """Leave out prompts whose uncached picture is missing; returns the uncached rows by prompt."""
+        base = {row["id"]: row for row in self.rows if row["method"] == "none"}
+        lost = sorted({row["id"] for row in self.rows} - base.keys())
+        self.complaints += [f"{source}: all pictures of {i}, whose uncached one is missing" for i in lost]
+        self.rows = [row for row in self.rows if row["id"] in base]
+        return base
+
     def exit_code(self) -> int:
         """0, or 1 after naming the broken lines on the standard error output."""
         for complaint in self.complaints:

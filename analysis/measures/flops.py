@@ -16,7 +16,7 @@ import torch
 from diffusers import DiffusionPipeline, FluxTransformer2DModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from analysis.families import with_prompt
+from analysis.drawing.families import with_prompt
 from h2cache.engines import find_engine
 from h2cache.engines.base import lay_out
 

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 
-from analysis import keep
+from analysis.drawing.draw import PICKLES, check_device, load_pipeline
 from analysis.options import finite
-from analysis.runs import PICKLES, check_device, load_pipeline
+from analysis.records import store
 from h2cache.nunchaku_install import Place, gpu_problem, install_problem, require_gpu, require_nunchaku
 
 QUANTIZED = (  # 4-bit files of nunchaku-tech: the last part of the original's hub id, in lower case
@@ -55,7 +55,7 @@ def load(args: argparse.Namespace, device: str | None = None) -> tuple[Diffusion
     or change where nunchaku cannot run, and ValueError for options that do not go together.
     """
     device = device or args.device
-    engine, name = check_loading(args, device), keep.place(args.model)
+    engine, name = check_loading(args, device), store.place(args.model)
     if engine == "nunchaku":
         transformer, dtype = load_quantized(args, device)
         pipeline = load_pipeline(args.model, device, dtype, place=not args.offload, transformer=transformer)
@@ -75,7 +75,7 @@ def load(args: argparse.Namespace, device: str | None = None) -> tuple[Diffusion
         # nunchaku moves its own blocks, which diffusers' whole-model moves would undo
         offload = pipeline.enable_sequential_cpu_offload if engine == "nunchaku" else None
         (offload or pipeline.enable_model_cpu_offload)(device=device)
-    return pipeline, name + (f" + {keep.place(args.lora)} at {strength(args):g}" if args.lora else "")
+    return pipeline, name + (f" + {store.place(args.lora)} at {strength(args):g}" if args.lora else "")
 
 
 def check_loading(args: argparse.Namespace, device: str) -> str:

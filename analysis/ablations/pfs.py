@@ -17,13 +17,13 @@ from diffusers.models.transformers.transformer_flux import FluxSingleTransformer
 from torch import Tensor
 
 import h2cache
-from analysis import keep
-from analysis.metrics import fidelity
-from analysis.prompts import Prompt
-from analysis.runs import check_device, synchronise
-from analysis.scripts import progress
-from analysis.summaries import COMPARED, FULL, ProbeConfig, Summary, SummaryConfig
-from analysis.trials import Trial, alone
+from analysis.ablations.summaries import COMPARED, FULL, ProbeConfig, Summary, SummaryConfig
+from analysis.ablations.trial import Trial, alone
+from analysis.cli import progress
+from analysis.drawing.draw import check_device, synchronise
+from analysis.drawing.prompts import Prompt
+from analysis.measures.fidelity import fidelity
+from analysis.records import store
 from h2cache import find_method
 from h2cache.similarity import magnitude, relative_l1
 
@@ -243,7 +243,7 @@ def run(args: argparse.Namespace) -> Path:
     if "steadiness" in args.parts:
         steady = _write(path, steadiness(trial, trial.prompts[:TUNING]))
     else:
-        steady = list(keep.read_records(path).values())
+        steady = list(store.read_records(path).values())
         if not steady:
             raise ValueError(f"decisions start from the steadiness of the measures, and {path} has none")
     if "decisions" in args.parts:
@@ -270,5 +270,5 @@ def _write(path: Path, rows: Iterator[dict]) -> list[dict]:
             found[row["key"]] = row
     finally:
         if found:
-            keep.write_records(path, found)
+            store.write_records(path, found)
     return list(found.values())

@@ -1,0 +1,1 @@
+"""What separation and pfs take apart."""
