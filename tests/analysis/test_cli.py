@@ -74,6 +74,7 @@ BAD = {  # option: values that it cannot take
     "--itemsize": COUNTS,
     "--label": ["nope"],
     "--limit": COUNTS,
+    "--processes": COUNTS,
     "--lora": ["", "none.safetensors", "a/none.safetensors", "./none.safetensors", "x.bin", "a/b/c/d"],
     "--lora-scale": ["nan", "inf", "x", "0.5"],
     "--megabytes": ["0", "-1", "nan", "inf", "x"],
