@@ -6,7 +6,6 @@
 are written; others in --out stay.
 """
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from diffusers import AutoencoderKL, DiTPipeline
 
 from analysis.tiny_dit.digits import NAMES
 from analysis.tiny_dit.train import load_transformer, scheduler
+from analysis.tiny_flux.assemble import command, forget_origin
 
 STEPS, GUIDANCE, EXAMPLE = 50, 1.5, "seven"
 
@@ -40,12 +40,6 @@ def name_classes(index: Path) -> None:
     write_json(index, json.loads(index.read_text(encoding="utf-8")) | {"id2label": labels})
 
 
-def forget_origin(config: Path) -> None:
-    """diffusers stores the folder a part came from, which means nothing elsewhere."""
-    found = json.loads(config.read_text(encoding="utf-8"))
-    write_json(config, {key: value for key, value in found.items() if key != "_name_or_path"})
-
-
 def assemble(work: Path, out: Path) -> None:
     pipe = DiTPipeline(
         transformer=load_transformer(work / "checkpoint.pt").half(),
@@ -62,13 +56,7 @@ def assemble(work: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path("work/dit"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    assemble(args.work, args.out)
-    total = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
-    print(f"{args.out}: {total:,} bytes")
+    command(__doc__, assemble, "work/dit")
 
 
 if __name__ == "__main__":

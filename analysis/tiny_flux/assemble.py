@@ -10,6 +10,7 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -113,14 +114,19 @@ def assemble(work: Path, out: Path) -> None:
         shutil.copytree(folder, out, dirs_exist_ok=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path("work/tiny"))
+def command(doc: str, assemble: Callable[[Path, Path], None], work: str) -> None:
+    """The command line of an `assemble`; `doc`: what it does, `work`: its folder of trained parts."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path(work))
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     assemble(args.work, args.out)
     total = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
     print(f"{args.out}: {total:,} bytes")
+
+
+def main() -> None:
+    command(__doc__, assemble, "work/tiny")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@
 Only the files of the pipeline and limits.json are written; others in --out stay.
 """
 
-import argparse
 import json
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from analysis.tiny_flux.assemble import forget_origin
+from analysis.tiny_flux.assemble import command, forget_origin
 from analysis.tiny_wan.clips import BAD, FRAMES, SIZE
 from analysis.tiny_wan.model import load_transformer
 from analysis.tiny_wan.text_encoder import MAX_TOKENS
@@ -89,13 +88,7 @@ def assemble(work: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path("work/wan"))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    assemble(args.work, args.out)
-    total = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
-    print(f"{args.out}: {total:,} bytes")
+    command(__doc__, assemble, "work/wan")
 
 
 if __name__ == "__main__":

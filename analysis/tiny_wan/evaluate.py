@@ -11,7 +11,6 @@ at the measured centre, letters the glyphs that fit best in the cells of the lin
 
 import argparse
 import json
-import platform
 import random
 import shlex
 import sys
@@ -24,6 +23,7 @@ from statistics import mean, median
 import numpy as np
 import torch
 
+from analysis.tiny_flux.evaluate import machine
 from analysis.tiny_wan import clips
 from analysis.tiny_wan.clips import COLOURS, DIRECTIONS, FRAMES, LETTERS, SHAPES, SIZE, ClipSpec
 
@@ -290,17 +290,6 @@ def summarise(rows: list[dict]) -> dict:
     found["psnr_to_canonical_db"] = round(mean(row["psnr"] for row in rows), 2)
     found["flicker_levels"] = round(mean(row["flicker"] for row in rows), 3)
     return found
-
-
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
 
 
 class Drawer:
