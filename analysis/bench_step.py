@@ -30,6 +30,7 @@ from analysis.drawing.load import add_loading_arguments, check_loading, load_qua
 from analysis.options import Parser, at_least_one, whole
 from analysis.records import store
 from analysis.records.compare import as_table
+from analysis.records.provenance import provenance
 from h2cache import H2Config
 
 INF = float("inf")
@@ -186,8 +187,7 @@ def run(args: argparse.Namespace) -> int:
         "steps": measure(bench, args.rounds),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         | {"side": side, "text": text, "dtype": str(transformer.dtype)},
-        "machine": store.machine(args.device),
-        "date": store.now(),
+        **provenance("bench_step", args.device),
     }
     print(f"{report['transformer']}, {side}x{side}, {report['machine']['device_name']}, {report['date']}")
     print(f"identical at zero thresholds: {'yes' if report['identical at zero thresholds'] else 'NO'}\n")

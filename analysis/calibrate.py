@@ -18,19 +18,22 @@ import itertools
 import json
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-from analysis.cli import TINY, command_of, guarded, progress, shard, shipped, start, warn
-from analysis.drawing.draw import default_device, draw
+from analysis.cli import TINY, guarded, shard, shipped, warn
+from analysis.drawing.draw import Drawn, default_device
 from analysis.drawing.families import add_family_arguments
 from analysis.drawing.load import add_loading_arguments
-from analysis.drawing.prompts import read_prompts
+from analysis.drawing.prompts import Prompt, read_prompts
 from analysis.measures import words
 from analysis.measures.fidelity import ClipIqa, fidelity
+from analysis.measuring import Trial, measure
 from analysis.options import Parser, at_least_one, number, seed, side
 from analysis.records import store
 from analysis.records.compare import as_table, known, mean, times_fewer
+from analysis.records.provenance import provenance
 from analysis.records.saved import MAYBE, NUMBER, check_fields
 from analysis.settings import parse_settings
 from h2cache import H2Config, find_method
@@ -86,8 +89,8 @@ def configurations(args: argparse.Namespace) -> list[H2Config]:
     return configs
 
 
-def measure(args: argparse.Namespace) -> dict:
-    """Fill `records.jsonl` (of this shard) with a row for each prompt and pair; returns their settings."""
+def measured(args: argparse.Namespace) -> dict:
+    """Fill the records of this shard with a row for each prompt and pair; returns their settings."""
     contestants = [find_method("none")(), *configurations(args)]
     index, count = args.shard
     prompts = read_prompts(args.prompts)[: args.limit][index::count]
@@ -97,44 +100,37 @@ def measure(args: argparse.Namespace) -> dict:
         raise ImportError(f"--words: {reason}")
     clip = ClipIqa(args.clip) if args.clip else None
     args.out.mkdir(parents=True, exist_ok=True)
-    pipeline, _, call, settings = start(args, prompts)
-    settings |= {"device": pipeline.device.type, "dtype": str(pipeline.dtype)}
-    settings |= {"words": args.words, "clip": args.clip and store.place(args.clip)}
-    path, earlier = args.out / f"records-{index}-of-{count}.jsonl", read(args.out)
+    trial, earlier = Trial.of(args, prompts), read(args.out)
+    settings = trial.settings | {"words": args.words, "clip": args.clip and store.place(args.clip)}
     settings = store.as_before(settings, [row.get("settings") for row in earlier])
-    done = {row["key"] for row in earlier}
-    draw(pipeline, contestants[0], 0, prompt=prompts[0].text, **call)  # warm-up, untimed
-    for turn, prompt in enumerate(progress(prompts, "prompt")):
-        seed = args.seed if prompt.seed is None else prompt.seed
-        fixed = settings | {"prompt": prompt.text, "seed": seed}
-        keys = [store.run_key(**fixed, config=repr(config)) for config in contestants]
-        if done.issuperset(keys):
-            continue
-        # All pictures first, then the metrics: reading words would leave cold caches to the next picture.
-        turns = [(turn + n) % len(contestants) for n in range(len(contestants))]  # each prompt another order
-        found = {n: draw(pipeline, contestants[n], seed, prompt=prompt.text, **call) for n in turns}
-        drawn = [found[n] for n in range(len(contestants))]
-        rows = {}
-        for key, config, result in zip(keys, contestants, drawn, strict=True):
-            rows[key] = {
-                "key": key,
-                "id": prompt.id,
+
+    def rows(prompt: Prompt, drawn: dict[str, Drawn]) -> dict[str, dict]:
+        uncached, *_ = drawn.values()
+        return {
+            name: {
                 "prompt": prompt.text,
                 "settings": settings,
-                "seed": seed,
-                "method": config.name,
-                "config": store.settings_of(config),
+                "seed": trial.seed_of(prompt),
+                "method": configs[name].name,
+                "config": store.settings_of(configs[name]),
                 "seconds": round(result.seconds, 4),
-                "seconds_uncached": round(drawn[0].seconds, 4),  # of the same turn
+                "seconds_uncached": round(uncached.seconds, 4),  # of the same turn
                 "blocks_run": result.summary.blocks_run,
                 "blocks": result.summary.blocks,
                 "hits": result.summary.hits,
-                **fidelity(result.image, drawn[0].image),
+                **fidelity(result.image, uncached.image),
                 "words": words.word_recall(prompt.words or (), result.image) if args.words else None,
                 "clip_iqa": clip(result.image) if clip else None,
             }
-        store.add_records(path, rows)
-    store.tidy(path)
+            for name, result in drawn.items()
+        }
+
+    def key(prompt: Prompt, name: str) -> str:
+        return store.run_key(**settings | {"prompt": prompt.text, "seed": trial.seed_of(prompt)}, config=name)
+
+    configs = {repr(config): config for config in contestants}
+    path, begin = args.out / f"records-{index}-of-{count}.jsonl", partial(trial.warm_up, configs=contestants)
+    measure(path, prompts, configs, trial.draw, rows, key, {row["key"] for row in earlier}, begin)
     return settings
 
 
@@ -252,33 +248,30 @@ def tables(folder: Path) -> str:
     return "\n\n".join(head + markdown(table(rows)) for head, rows in zip(heads, found.values(), strict=True))
 
 
-def run(args: argparse.Namespace, command: str) -> None:
-    if args.table:
-        print(tables(args.out))
-        return
-    settings = measure(args)
+def run(args: argparse.Namespace, about: dict) -> None:
+    """Measure; the table of this setting goes to summary.json, with the provenance `about`."""
+    settings = measured(args)
     lines = table(by_setting(read(args.out))[json.dumps(settings, sort_keys=True)])
-    summary = {
-        "command": command,
-        "machine": store.machine(args.device),
-        "date": store.now(),
-        "settings": settings,
-        "table": lines,
-        "best": {str(wanted): best(lines, wanted) for wanted in WANTED},
-    }
+    chosen = {str(wanted): best(lines, wanted) for wanted in WANTED}
+    summary = about | {"settings": settings, "table": lines, "best": chosen}
     store.write_atomically(args.out / "summary.json", json.dumps(summary, indent=1).encode())
     for line in lines:
         print(show(line))
-    for wanted in WANTED:
-        found = best(lines, wanted)
+    for wanted, found in chosen.items():
         print(f"best with at least {wanted}x fewer blocks: {show(found) if found else 'none'}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    command = command_of("calibrate", argv)
     kept = f"the same command goes on; finished prompts are in {args.out}/"
-    return guarded(lambda: run(args, command), kept)
+
+    def work() -> None:
+        if args.table:
+            print(tables(args.out))
+        else:
+            run(args, provenance("calibrate", args.device, argv))
+
+    return guarded(work, kept)
 
 
 if __name__ == "__main__":

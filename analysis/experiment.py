@@ -25,7 +25,6 @@ import itertools
 import json
 import sys
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,16 +35,18 @@ import torch
 from accelerate import PartialState
 from PIL import Image
 
-from analysis.cli import TINY, command_of, guarded, is_embedded, progress, shipped, size_of, start, warn
-from analysis.drawing.draw import default_device, draw
+from analysis.cli import TINY, guarded, is_embedded, progress, shipped, size_of, warn
+from analysis.drawing.draw import default_device
 from analysis.drawing.families import add_family_arguments
 from analysis.drawing.load import add_loading_arguments
 from analysis.drawing.prompts import Prompt, read_prompts
 from analysis.measures import words
 from analysis.measures.fidelity import ClipIqa, fidelity, lpips_model, more_fidelity
 from analysis.measures.flops import count_step
+from analysis.measuring import Trial, turns
 from analysis.options import Parser, at_least_one, seed, side
 from analysis.records import store
+from analysis.records.provenance import command_of, machine, now
 from analysis.settings import parse_settings
 from analysis.sharing import is_one_of_many, launch, shared
 from analysis.table import write_tables
@@ -139,16 +140,12 @@ class Experiment:
         if device is None:
             device = str(state.device) if state.num_processes > 1 else default_device()
         shown = self.prompts if state.is_main_process else ()
-        self.pipeline, _, self.call, settings = start(args, shown, device)
-        self.contestants = contestants(args.methods, args.model, checkpoint_name(self.pipeline))
-        self.machine = store.machine(device)
-        self.settings = settings | {
-            "device": self.pipeline.device.type,
-            "dtype": str(self.pipeline.dtype),
-            "processes": state.num_processes,
-        }
+        self.trial = Trial.of(args, shown, device)
+        self.contestants = contestants(args.methods, args.model, checkpoint_name(self.trial.pipeline))
+        self.machine = machine(device)
         earlier = [store.read_json(path) for path in (args.out / "runs").glob("*/settings.json")]
-        self.settings = store.as_before(self.settings, earlier)
+        settings = self.trial.settings | {"processes": state.num_processes}
+        self.settings = store.as_before(settings, earlier)
         self.folder = args.out / "runs" / store.run_key(**self.settings)[:8]
 
     def warn(self) -> None:
@@ -156,7 +153,7 @@ class Experiment:
         if self.unread:
             warn(f"words are not read back: {self.unread}")
         presets = [c.preset for c in self.contestants if c.preset]
-        told = [p.mismatch(self.args.model, self.args.steps, size_of(self.call)) for p in presets]
+        told = [p.mismatch(self.args.model, self.args.steps, size_of(self.trial.call)) for p in presets]
         for text in dict.fromkeys(filter(None, told)):
             warn(text)
 
@@ -166,12 +163,10 @@ class Experiment:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         store.sweep(self.folder)
         store.write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
-        pictures = len(self.prompts) * len(self.contestants)
-        pixels = (
-            (self.call.get("height") or 1024) * (self.call.get("width") or 1024) * (self.args.frames or 1)
-        )
+        call, pictures = self.trial.call, len(self.prompts) * len(self.contestants)
+        pixels = (call.get("height") or 1024) * (call.get("width") or 1024) * (self.args.frames or 1)
         store.require_space(self.folder, 16 + pictures * pixels * 4 // 2**20)
-        self.cost = count_step(self.pipeline, self.call | {"prompt": self.prompts[0].text})
+        self.cost = count_step(self.trial.pipeline, call | {"prompt": self.prompts[0].text})
 
     def key(self, prompt: Prompt, contestant: Contestant) -> str:
         """Names a picture: everything that decides how it looks and what it costs."""
@@ -196,38 +191,28 @@ class Experiment:
 
     def draw(self) -> int:
         """Draw the missing pictures, with all processes; returns how many could not be drawn."""
-        turns = []
-        for number, prompt in enumerate(self.prompts):
-            shift = number % len(self.contestants)
-            order = self.contestants[shift:] + self.contestants[:shift]
-            turns += [(self.key(prompt, c), prompt, c) for c in order]
-        turns = [turn for turn in turns if not self.drawn(turn[0])]
-        if turns:
-            self._warm_up(turns[0][1])
-        for key, prompt, contestant in self.share(turns, "drawing", self.drawn):
+        tasks = [
+            (self.key(prompt, contestant), prompt, contestant)
+            for number, prompt in enumerate(self.prompts)
+            for contestant in turns(self.contestants, number)
+        ]
+        tasks = [task for task in tasks if not self.drawn(task[0])]
+        if tasks:
+            self.trial.warm_up(tasks[0][1], [c.config for c in self.contestants])
+        for key, prompt, contestant in self.share(tasks, "drawing", self.drawn):
             try:
                 self._draw(key, prompt, contestant)
             except Exception:  # the others can still be drawn; this one is tried again at the next run
                 print(f"{prompt.id} by {contestant.label} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        return sum(not self.drawn(key) for key, *_ in turns)
+        return sum(not self.drawn(key) for key, *_ in tasks)
 
     def share(self, tasks: list[tuple], what: str, done: Callable[[str], bool]) -> Iterator[tuple]:
         """Those of `tasks`, by key, that this process takes on, until all are `done`."""
         taken = shared(tasks, self.folder / "taken", lambda task: task[0], lambda task: done(task[0]))
         yield from progress(taken, "picture", what, self.state.is_main_process, total=len(tasks))
 
-    def _warm_up(self, prompt: Prompt) -> None:
-        """One whole uncached picture, and a few steps of each method, untimed."""
-        few = self.call | {"num_inference_steps": min(4, self.args.steps), "output_type": "latent"}
-        draw(self.pipeline, self.contestants[0].config, 0, prompt=prompt.text, **self.call)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*too few steps")  # of these four
-            for config in {c.config.name: c.config for c in self.contestants}.values():
-                draw(self.pipeline, config, 0, prompt=prompt.text, **few)
-
     def _draw(self, key: str, prompt: Prompt, contestant: Contestant) -> None:
-        seed = self.args.seed if prompt.seed is None else prompt.seed
-        drawn = draw(self.pipeline, contestant.config, seed, prompt=prompt.text, **self.call)
+        drawn = self.trial.draw(prompt, contestant.config)
         path = self.image_path(key)
         store.save_png(path, drawn.image)
         row = {
@@ -239,12 +224,12 @@ class Experiment:
             "prompt": prompt.text,
             "words": prompt.words,
             **self.settings,
-            "seed": seed,
+            "seed": self.trial.seed_of(prompt),
             **drawn.costs(),
             "tflops": round(self.cost.tflops(drawn.trace), 6),
             "png_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
             "machine": self.machine,
-            "date": store.now(),
+            "date": now(),
             "trace": store.compact(drawn.trace),
         }
         store.write_json(self.row_path(key), row)

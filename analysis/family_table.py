@@ -22,10 +22,11 @@ import transformers
 from diffusers import DiffusionPipeline
 
 import h2cache
-from analysis.cli import command_of, guarded, progress, shipped
+from analysis.cli import guarded, progress, shipped
 from analysis.options import Parser
 from analysis.records import store
 from analysis.records.compare import as_table
+from analysis.records.provenance import provenance
 from analysis.settings import parse_settings
 from analysis.tiny_families import FAMILIES
 from h2cache import MethodConfig, find_method, method_names
@@ -143,7 +144,7 @@ def table(report: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def run(args: argparse.Namespace, command: str) -> int:
+def run(args: argparse.Namespace, argv: list[str] | None) -> int:
     path = args.out / "families.json"
     if args.table:
         if not path.is_file():
@@ -154,13 +155,7 @@ def run(args: argparse.Namespace, command: str) -> int:
         library.logging.set_verbosity_error()  # the tiny models are odd in ways that do not matter
     args.out.mkdir(parents=True, exist_ok=True)
     rows = trial(args.families, args.methods)
-    report = {
-        "command": command,
-        "machine": store.machine("cpu"),
-        "date": store.now(),
-        "methods": args.methods,
-        "families": rows,
-    }
+    report = provenance("family_table", "cpu", argv) | {"methods": args.methods, "families": rows}
     store.write_atomically(path, json.dumps(report, indent=1).encode())
     store.write_atomically(args.out / "families.md", table(report).encode())
     print(table(report))
@@ -169,7 +164,7 @@ def run(args: argparse.Namespace, command: str) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    return guarded(lambda: run(args, command_of("family_table", argv)), "nothing is written")
+    return guarded(lambda: run(args, argv), "nothing is written")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from analysis.bench_step import random_inputs
 from analysis.cli import TINY, guarded
 from analysis.drawing.draw import check_device
 from analysis.options import Parser, at_least_one
-from analysis.records.store import cpu_name, device_name
+from analysis.records.provenance import machine
 from h2cache import H2Config
 from h2cache.room import free_bytes
 
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> None:
             for name, seconds in row.items():
                 times[name].append(seconds)
     medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
-    device = f"{cpu_name()}, {args.threads} thread(s)" if args.device == "cpu" else device_name()
+    here = machine(args.device)
     print(
         json.dumps(
             {
@@ -152,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
                 "disabled / uncached": round(medians["disabled"] / medians["uncached"], 3),
                 "blocks of an all-hit step": hit_blocks,
                 "rounds": args.rounds,
-                "device": device,
+                "device": f"{here['device_name']}, {here['threads']} thread(s)",
                 "settings": vars(args),
             },
             indent=1,

@@ -23,11 +23,12 @@ from statistics import fmean, median
 
 import numpy as np
 
-from analysis.ablations.trial import parser_of, source_of
-from analysis.cli import figure_script, passed_on, shipped
-from analysis.experiment import main as experiment
+from analysis import experiment
+from analysis.cli import figure_script, shipped
 from analysis.figures import style
+from analysis.measuring import parser_of
 from analysis.records.compare import as_table, bootstrap, front, groups, known, number, paired, times_fewer
+from analysis.records.provenance import command_of, source_of
 from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from analysis.table import PUBLISHED, published
 from h2cache.presets import PRESETS
@@ -73,6 +74,7 @@ COSTS = {
 }
 ALONE = ("words_read", "clip_iqa")  # the uncached picture has a value too: shown is the paired difference
 CONTROL = "fewer_steps"
+EXPERIMENT = {"clip": None, "no_words": False, "processes": 1}  # as it is run from here
 RATIOS = (2.0, 3.0, 4.0, 5.0, 6.0)
 OURS = ("plan", "h2cache")
 FEW, SPEEDS = ("plan", "plan file=none", "h2cache", CONTROL), (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
@@ -83,17 +85,13 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--records", type=Path, default=SHIPPED, help="rows.jsonl of `analysis.experiment`")
     parser.add_argument("--metric", nargs="+", choices=list(METRICS), help="default: all that were measured")
     parser.add_argument("--methods", nargs="+", default=CONTESTANTS, help="of the run, as in the experiment")
-    parser.set_defaults(prompts=None)
+    parser.set_defaults(prompts=None, **EXPERIMENT)
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> tuple[Path, int]:
-    """The experiment with many settings of each method; returns its rows and its exit code.
-
-    1: some pictures failed, the others can be drawn; above: nothing can.
-    """
-    command = ["--out", str(args.out), *passed_on(args, "limit"), "--methods", *args.methods]
-    return args.out / "rows.jsonl", experiment(command)
+    """The experiment with many settings of each method: its rows, and 1 where some pictures failed."""
+    return args.out / "rows.jsonl", experiment.run(args, command_of("pareto"))
 
 
 def read(path: Path) -> Saved:
@@ -280,8 +278,6 @@ def at_once(measured: dict[str, list[dict]]) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     path, code = run(args) if args.run else (args.records, 0)
-    if code not in (0, 1):
-        return code
     saved = read(path)
     cached = [r for r in saved.rows if r["method"] != "none"]
     metrics = args.metric or [m for m in METRICS if any(r[m] is not None for r in cached)]

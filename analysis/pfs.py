@@ -25,10 +25,11 @@ import numpy as np
 
 from analysis.ablations.pfs import BLOCKS, DRAWS, NOISES, OWN_HITS, PARTS, REFERENCE_GAP, run, typical_ratios
 from analysis.ablations.summaries import COMPARED, FULL, PAPER
-from analysis.ablations.trial import parser_of, source_of, write_about
 from analysis.cli import figure_script, shipped
 from analysis.figures import style
+from analysis.measuring import parser_of
 from analysis.records.compare import Interval, as_table, bootstrap, number, paired
+from analysis.records.provenance import source_of
 from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_pfs"))
@@ -391,10 +392,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 @figure_script
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    folder = args.records
-    if args.run:
-        folder = run(args)
-        write_about(folder, "pfs", args)
+    folder = run(args) if args.run else args.records
     saved = read(folder)
     names = complete(saved)
     draw(saved, names, args.out / "pfs")

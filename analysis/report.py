@@ -26,10 +26,11 @@ from string import Template
 from PIL import Image
 
 from analysis import pareto, trace
-from analysis.ablations.trial import parser_of, source_of
 from analysis.cli import figure_script, shipped
+from analysis.measuring import parser_of
 from analysis.options import positive
 from analysis.records import store
+from analysis.records.provenance import source_of
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_report"))
 PAGE = Path(__file__).with_name("report.html")
@@ -50,7 +51,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--megabytes", type=positive, default=20.0, help="largest page (default: %(default)s)"
     )
     parser.add_argument("--methods", nargs="+", default=["h2cache", "block_cache", "teacache", "fewer_steps"])
-    parser.set_defaults(prompts=None)
+    parser.set_defaults(prompts=None, **pareto.EXPERIMENT)
     return parser.parse_args(argv)
 
 
@@ -229,8 +230,6 @@ def page(
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     path, code = pareto.run(args) if args.run else (args.folder / "rows.jsonl", 0)
-    if code not in (0, 1):
-        return code
     folder = path.parent
     paths = [p for p in (folder / "rows.jsonl", folder / "rows.jsonl.gz") if p.is_file()]
     if not paths:

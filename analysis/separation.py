@@ -14,7 +14,6 @@ Writes separation.png/.pdf/.csv, separation_pictures.png/.pdf/.csv and the answe
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -23,14 +22,17 @@ import numpy as np
 from PIL import Image
 
 from analysis.ablations.freeze import STAGES, FreezeConfig
-from analysis.ablations.trial import Trial, alone, parser_of, source_of, write_about
-from analysis.cli import figure_script, progress, shipped
+from analysis.cli import figure_script, shipped
+from analysis.drawing.draw import Drawn
+from analysis.drawing.prompts import Prompt
 from analysis.figures import style
 from analysis.measures.fidelity import fidelity
 from analysis.measures.spectrum import BANDS, LOW, error_spectrum, low_and_high
 from analysis.measures.words import word_recall
+from analysis.measuring import Trial, measure, parser_of, recorded
 from analysis.records import store
 from analysis.records.compare import Interval, as_table, bootstrap, mean, number, paired
+from analysis.records.provenance import source_of
 from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from analysis.tiny_flux import evaluate, signs
 from h2cache import find_method
@@ -85,31 +87,30 @@ def checked(image: Image.Image, words: tuple[str, ...] | None, prompt: str) -> d
     return found | {name: None if value is None else float(value) for name, value in ok.items()}
 
 
-@alone
+@recorded("separation")
 def run(args: argparse.Namespace) -> Path:
     """Draw every prompt with every stage frozen in every span; returns the folder of the records."""
     trial = Trial.of(args)
     (args.out / "pictures").mkdir(parents=True, exist_ok=True)
-    frozen = [FreezeConfig(stage, *span) for span in spans(args.steps) for stage in STAGES]
     pictured = args.pictured if args.pictured in {p.id for p in trial.prompts} else trial.prompts[0].id
-    rows = {}
-    for prompt in progress(trial.prompts, "prompt"):
-        uncached = trial.draw(prompt, find_method("none")()).image
-        for config in [FreezeConfig("structure", 1, 1), *frozen]:
-            image = uncached if config.first == config.last else trial.draw(prompt, config).image
-            stage = "none" if config.first == config.last else config.stage
-            row = {
-                "id": prompt.id, "stage": stage, "first": config.first, "last": config.last,
-                "steps": args.steps, **fidelity(image, uncached), **low_and_high(image, uncached),
-                "spectrum": error_spectrum(image, uncached).tolist(),
-                **checked(image, prompt.words, prompt.text),
-            }  # fmt: skip
-            rows[json.dumps([prompt.id, stage, config.first, config.last])] = _short(row)
-            if prompt.id == pictured:
-                name = f"{stage}-{config.first}-{config.last}.png"
-                store.save_png(args.out / "pictures" / name, image)
-        store.write_records(args.out / "records.jsonl", rows)
-    write_about(args.out, "separation", args)
+    frozen = [FreezeConfig(stage, *span) for span in spans(args.steps) for stage in STAGES]
+    contestants = {"none-1-1": find_method("none")()} | {f"{c.stage}-{c.first}-{c.last}": c for c in frozen}
+
+    def rows(prompt: Prompt, drawn: dict[str, Drawn]) -> dict[str, dict]:
+        uncached = drawn["none-1-1"].image
+        return {name: row(prompt, name, found.image, uncached) for name, found in drawn.items()}
+
+    def row(prompt: Prompt, name: str, image: Image.Image, uncached: Image.Image) -> dict:
+        if prompt.id == pictured:
+            store.save_png(args.out / "pictures" / f"{name}.png", image)
+        stage, first, last = name.split("-")
+        return _short({
+            "stage": stage, "first": int(first), "last": int(last), "steps": args.steps,
+            **fidelity(image, uncached), **low_and_high(image, uncached),
+            "spectrum": error_spectrum(image, uncached).tolist(), **checked(image, prompt.words, prompt.text),
+        })  # fmt: skip
+
+    measure(args.out / "records.jsonl", trial.prompts, contestants, trial.draw, rows, trial.key)
     return args.out
 
 

@@ -22,6 +22,7 @@ from analysis.figures.sheets import grid
 from analysis.options import Parser
 from analysis.records import store
 from analysis.records.compare import Interval, as_table, bootstrap, groups, known, mean, paired, times_fewer
+from analysis.records.provenance import in_words
 
 PUBLISHED = Path(shipped("assets/published_results.jsonl"))
 SHOWN = 4  # prompts from the start in compare.png, and as many of the worst
@@ -208,9 +209,7 @@ def write_tables(out: Path, images: Path, rows: list[dict], settings: dict, comm
         "settings": settings,
     }
     ours = markdown(table, rows)
-    machine = head["machine"]
-    about = f"`{command}`, {machine['device_name']}, {machine['threads']} thread(s), {head['date']}"
-    text = "\n".join([about, "", ours, published_markdown(published())])
+    text = "\n".join([in_words(head), "", ours, published_markdown(published())])
     store.write_atomically(out / "table.md", text.encode())
     everything = head | {"rows": table, "published": published()}
     store.write_atomically(out / "table.json", (json.dumps(everything, indent=1) + "\n").encode())

@@ -23,10 +23,11 @@ from pathlib import Path
 import numpy as np
 
 from analysis import calibrate, options
-from analysis.ablations.trial import parser_of, source_of, write_about
-from analysis.cli import figure_script, passed_on, shipped
+from analysis.cli import figure_script, shipped
 from analysis.figures import style
+from analysis.measuring import parser_of, recorded
 from analysis.records.compare import as_table, front, number, paired
+from analysis.records.provenance import provenance, source_of
 from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from h2cache import H2Config
 from h2cache.presets import PRESETS
@@ -57,18 +58,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--tau1", type=options.number, nargs="+", default=TAU1)
     parser.add_argument("--tau2", type=options.number, nargs="+", default=TAU2)
     parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id")
+    parser.set_defaults(pairs=None, set=[], words=True, shard=(0, 1))
     return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> tuple[Path, int]:
-    """Measure the grid with `analysis.calibrate`, words read back; its records and its exit code."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    command = ["--words", "--out", str(args.out), *passed_on(args, "clip", "limit")]
-    command += ["--tau1", *map(str, args.tau1), "--tau2", *map(str, args.tau2)]
-    if code := calibrate.main(command):
-        return args.out, code
-    write_about(args.out, "thresholds", args)
-    return args.out, 0
+@recorded("thresholds")
+def run(args: argparse.Namespace) -> Path:
+    """Measure the grid as `analysis.calibrate` does, words read back."""
+    calibrate.run(args, provenance("thresholds", args.device))
+    return args.out
 
 
 def read(folder: Path) -> Saved:
@@ -271,9 +269,7 @@ def _cells(line: dict, presets: dict) -> list[str]:
 @figure_script
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    folder, code = run(args) if args.run else (args.records, 0)
-    if code:
-        return code
+    folder = run(args) if args.run else args.records
     saved = read(folder)
     model = Path(args.model).name
     presets = {

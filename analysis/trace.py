@@ -24,12 +24,15 @@ from pathlib import Path
 
 import numpy as np
 
-from analysis.ablations.trial import Trial, alone, parser_of, source_of, write_about
-from analysis.cli import figure_script, progress, shipped
+from analysis.cli import figure_script, shipped
+from analysis.drawing.draw import Drawn
+from analysis.drawing.prompts import Prompt
 from analysis.figures import style
+from analysis.measuring import Trial, measure, parser_of, recorded
 from analysis.options import number
 from analysis.records import store
 from analysis.records.compare import as_table
+from analysis.records.provenance import source_of
 from analysis.records.saved import Saved, read_saved
 from analysis.settings import parse_settings
 from h2cache import H2Config, find_method, method_names
@@ -56,25 +59,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@alone
+@recorded("trace")
 def run(args: argparse.Namespace) -> Path:
-    """Draw every prompt once with the method; the pictures are not kept."""
+    """Draw every prompt once with the method; the pictures are not kept. A stopped run goes on."""
     kind = find_method(args.method)
     taus = {"tau1": args.tau1, "tau2": args.tau2} if kind is H2Config else {}
     config = kind(**taus | parse_settings(kind, args.set))
-    trial, rows = Trial.of(args), {}
-    for prompt in progress(trial.prompts, "prompt"):
-        trace = store.compact(trial.draw(prompt, config).trace)
-        rows[prompt.id] = {
-            "key": prompt.id,
-            "id": prompt.id,
-            "method": config.name,
-            "config": store.settings_of(config),
-        }
-        rows[prompt.id]["trace"] = trace
-    store.write_records(args.out / "rows.jsonl", rows)
-    write_about(args.out, "trace", args)
-    return args.out / "rows.jsonl"
+    trial, path = Trial.of(args), args.out / "rows.jsonl"
+    known = {"method": config.name, "config": store.settings_of(config)}
+
+    def rows(_: Prompt, drawn: dict[str, Drawn]) -> dict[str, dict]:
+        return {name: known | {"trace": store.compact(found.trace)} for name, found in drawn.items()}
+
+    measure(path, trial.prompts, {repr(config): config}, trial.draw, rows, trial.key)
+    return path
 
 
 def read(path: Path, method: str, label: str | None) -> tuple[Saved, str]:

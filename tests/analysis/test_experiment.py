@@ -137,9 +137,9 @@ def test_two_processes_divide_the_prompts(tmp_path):
 
 
 def test_what_fails_is_told_and_the_rest_is_kept(tmp_path, capsys, monkeypatch):
-    import analysis.experiment as experiment
+    import analysis.measuring as measuring
 
-    draw, broken = experiment.draw, []
+    draw, broken = measuring.draw, []
 
     def sometimes(pipeline, config, seed, **call):
         if "CARP" in call["prompt"] and config.name == "block_cache" and not broken:
@@ -147,7 +147,7 @@ def test_what_fails_is_told_and_the_rest_is_kept(tmp_path, capsys, monkeypatch):
             raise RuntimeError("out of memory")
         return draw(pipeline, config, seed, **call)
 
-    monkeypatch.setattr(experiment, "draw", sometimes)
+    monkeypatch.setattr(measuring, "draw", sometimes)
     assert main(arguments(tmp_path, "--no-words")) == 1
     assert "out of memory" in capsys.readouterr().err
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 11
