@@ -54,9 +54,8 @@ class Trial:
 
     def draw(self, prompt: Prompt, config: MethodConfig, **other: Any) -> Drawn:
         """The picture of `prompt` by the method of `config`; `other` arguments replace those of the call."""
-        return draw(
-            self.pipeline, config, self.seed_of(prompt), **self.call | other | {"prompt": prompt.text}
-        )
+        call = self.call | other | {"prompt": prompt.text}
+        return draw(self.pipeline, config, self.seed_of(prompt), **call)
 
     def warm_up(self, prompt: Prompt, configs: Sequence[MethodConfig]) -> None:
         """One whole picture by the first method, and a few steps of each, untimed."""
@@ -105,9 +104,8 @@ def measure(
         # All pictures first, then what is read of them, which would leave cold caches to the next picture.
         drawn = {name: draw(prompt, contestants[name]) for name in turns(contestants, number)}
         found = rows_of(prompt, {name: drawn[name] for name in contestants})
-        store.add_records(
-            path, {keys[n]: {"key": keys[n], "id": prompt.id} | row for n, row in found.items()}
-        )
+        new = [{"key": keys[name], "id": prompt.id} | row for name, row in found.items()]
+        store.add_records(path, {row["key"]: row for row in new})
     kept = store.tidy(path)
     if elsewhere is None and kept.keys() - asked:
         store.write_records(path, {key: row for key, row in kept.items() if key in asked})

@@ -15,14 +15,13 @@ from __future__ import annotations
 
 import argparse
 import base64
-import html
 import io
-import json
 import sys
 from pathlib import Path
 from statistics import fmean
-from string import Template
+from typing import Any
 
+from jinja2 import Environment
 from PIL import Image
 
 from analysis import pareto, trace
@@ -30,6 +29,7 @@ from analysis.cli import figure_script, shipped
 from analysis.measuring import parser_of
 from analysis.options import positive
 from analysis.records import store
+from analysis.records.compare import groups, known
 from analysis.records.provenance import source_of
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_report"))
@@ -115,28 +115,22 @@ def _opens(path: Path) -> bool:
 # Parts of the page.
 
 
-def table(rows: list[dict]) -> str:
-    """The summary: a row for each contestant, with intervals, sortable by any column."""
+def table(rows: list[dict]) -> tuple[list[str], list[list[tuple]]]:
+    """The summary: headings, and a line for each contestant of values to sort by, each with its text."""
     by_metric = {m: {p["label"]: p for p in pareto.points(rows, m)} for m in NAMES}
     shown = [m for m in NAMES if any(p["method"] != "none" for p in by_metric[m].values())]
-    heads = ["method", "prompts", "blocks", "time", *(NAMES[m] for m in shown), "worst PSNR", "cache MiB"]
-    cells = []
-    for label in dict.fromkeys(row["label"] for row in rows):
-        mine = [row for row in rows if row["label"] == label]
-        cost = pareto.points(
-            [*mine, *(r for r in rows if r["method"] == "none" and label != "none")], "ssim"
-        )[0]
-        worst = min((r["psnr"] for r in mine if r["psnr"] is not None), default=None)
+    base, lines = [r for r in rows if r["method"] == "none"], []
+    for label, mine in groups(rows, "label").items():
+        cost = pareto.points(mine if mine[0] in base else [*mine, *base], "ssim")[0]
+        worst = min(known(mine, "psnr"), default=None)
         line = [(label, label), (len(mine), str(len(mine)))]
         line += [(cost["blocks_ratio"], f"{cost['blocks_ratio']:.2f}x fewer")]
         line += [(cost["speed_up"], f"{cost['speed_up']:.2f}x")]
         line += [_cell(by_metric[m].get(label), m) for m in shown]
         line += [(worst if worst is not None else 1e9, "-" if worst is None else f"{worst:.1f}")]
-        line += [(cost["mebibytes"], f"{cost['mebibytes']:.2f}")]
-        inner = "".join(f'<td data-value="{html.escape(str(v))}">{html.escape(t)}</td>' for v, t in line)
-        cells.append(f"<tr>{inner}</tr>")
-    head = "".join(f'<th scope="col"><button>{html.escape(h)}</button></th>' for h in heads)
-    return f'<table id="summary"><thead><tr>{head}</tr></thead><tbody>{"".join(cells)}</tbody></table>'
+        lines.append([*line, (cost["mebibytes"], f"{cost['mebibytes']:.2f}")])
+    heads = ["method", "prompts", "blocks", "time", *(NAMES[m] for m in shown), "worst PSNR", "cache MiB"]
+    return heads, lines
 
 
 def _cell(point: dict | None, metric: str) -> tuple[float, str]:
@@ -154,38 +148,25 @@ def _cell(point: dict | None, metric: str) -> tuple[float, str]:
     return point["mean"], text
 
 
-def plots_of(rows: list[dict], source: Path, out: Path) -> str:
-    """The figures that these rows allow, as pictures in the page."""
-    parts = []
+def plots_of(rows: list[dict], source: Path, out: Path) -> list[tuple[str, str]]:
+    """The figures that these rows allow: each PNG in base64, and its words."""
+    parts = {}
     for metric in ("psnr", "words_read", "clip_iqa"):
         found = pareto.points(rows, metric)
         if any(p["method"] != "none" for p in found):
             pareto.draw(found, metric, pareto.published(), out / f"pareto_{metric}")
-            parts.append((f"pareto_{metric}", f"{pareto.METRICS[metric][0]} against what it costs"))
-    if any(row.get("trace") and row["method"] == "h2cache" for row in rows):
+            parts[f"pareto_{metric}"] = f"{pareto.METRICS[metric][0]} against what it costs"
+    if traced(rows):
         saved, label = trace.read(source, "h2cache", None)
         trace.draw_all(saved.rows, out / "trace_all")
-        parts.append(("trace_all", f"Measures and decisions at every step, {label}"))
-        figures = []
-    else:
-        figures = ["<p>No plot of measures and decisions by step: these rows hold no trace of h2cache.</p>"]
-    for name, told in parts:
-        data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
-        figures.append(f'<figure><img alt="{html.escape(told)}" src="data:image/png;base64,{data}">'
-                       f"<figcaption>{html.escape(told)}</figcaption></figure>")  # fmt: skip
-    return "".join(figures)
+        parts["trace_all"] = f"Measures and decisions at every step, {label}"
+    read = {name: base64.b64encode((out / f"{name}.png").read_bytes()).decode() for name in parts}
+    return [(read[name], words) for name, words in parts.items()]
 
 
-def card(place: int, row: dict) -> str:
-    """The place of one prompt's two pictures; the page's script fills it."""
-    name, text = html.escape(row["id"], quote=True), html.escape(str(row.get("prompt") or ""))
-    return (
-        f'<article class="card" data-id="{name}" data-place="{place}"><h3>{name}</h3><div class="pair">'
-        '<img class="uncached" alt="" hidden><img class="cached" alt="" hidden>'
-        '<div class="line" hidden></div>'
-        f'<div class="none"></div></div><input type="range" min="0" max="100" value="50" aria-label="{name}: '
-        f'percent uncached"><p>{text}</p><p class="numbers"></p></article>'
-    )
+def traced(rows: list[dict]) -> bool:
+    """Whether they hold a trace of h2cache."""
+    return any(row.get("trace") and row["method"] == "h2cache" for row in rows)
 
 
 def told(row: dict) -> str:
@@ -196,34 +177,25 @@ def told(row: dict) -> str:
     return ", ".join([*parts, f"{row['blocks_run']} blocks", f"{row['seconds']:.2f} s"])
 
 
-def page(
-    rows: list[dict], images: dict[str, str], quality: str, figures: str, source: str, problems: list[str]
-) -> str:
-    """The whole page."""
+def page(rows: list[dict], images: dict[str, str], **parts: Any) -> str:
+    """The whole page; `parts` go to the template as they are."""
     by_id: dict[str, dict[str, dict]] = {}
     for row in rows:
         short = {k: row[k] for k in ("key", "psnr", "words_read")} | {"told": told(row)}
         by_id.setdefault(row["id"], {})[row["label"]] = short
-    labels = list(dict.fromkeys(row["label"] for row in rows))
-    base = next(row["label"] for row in rows if row["method"] == "none")
-    cached = [label for label in labels if label != base]
-    with_pictures = [x for x in cached if any(r["label"] == x and r["key"] in images for r in rows)]
-    first = (with_pictures or cached)[0]
-    options = [f"<option{' selected' if x == first else ''}>{html.escape(x)}</option>" for x in cached]
-    uncached = [row for row in rows if row["label"] == base]
-    data = json.dumps({"base": base, "rows": by_id, "images": images}, allow_nan=False)
-    left_out = "".join(f"<li>{html.escape(p)}</li>" for p in problems)
-    return Template(PAGE.read_text(encoding="utf-8")).substitute(
+    uncached = [row for row in rows if row["method"] == "none"]
+    base = uncached[0]["label"]
+    cached = [label for label in groups(rows, "label") if label != base]
+    pictured = {row["label"] for row in rows if row["key"] in images}
+    heads, lines = table(rows)
+    environment = Environment(autoescape=True)
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
+    return environment.from_string(PAGE.read_text(encoding="utf-8")).render(
         title=f"{len(uncached)} prompts, {len(cached)} cached contestants",
-        about=html.escape(source.replace("`", "")),
-        problems=f'<p id="problems">Left out:</p><ul>{left_out}</ul>' if problems else "",
-        table=table(rows),
-        plots=figures,
-        quality=quality,
-        methods="".join(options),
-        cards="".join(card(n, row) for n, row in enumerate(uncached)),
-        data=data.replace("<", "\\u003c"),
-    )
+        heads=heads, table=lines, no_trace=not traced(rows), uncached=uncached, methods=cached,
+        first=next((label for label in cached if label in pictured), cached[0]),
+        data={"base": base, "rows": by_id, "images": images}, **parts,
+    )  # fmt: skip
 
 
 @figure_script
@@ -239,10 +211,13 @@ def main(argv: list[str] | None = None) -> int:
     figures = plots_of(saved.rows, paths[0], args.out)
     found = find_pictures(folder)
     wanted = {row["key"]: found[row["key"]] for row in saved.rows if row["key"] in found}
-    room = args.megabytes * 2**20 - len(figures) - 2**20  # a mebibyte for the rows and the page itself
+    room = (
+        args.megabytes * 2**20 - sum(map(len, (data for data, _ in figures))) - 2**20
+    )  # a mebibyte for the rows and the page itself
     images, quality, broken = embed(wanted, room)
     saved.complaints += broken
-    text = page(saved.rows, images, quality, figures, source_of(folder), saved.complaints)
+    about = source_of(folder).replace("`", "")
+    text = page(saved.rows, images, figures=figures, quality=quality, about=about, problems=saved.complaints)
     store.write_atomically(args.out / "report.html", text.encode())
     print(f"{args.out / 'report.html'}: {len(text) / 2**20:.1f} MiB, {len(images)} pictures")
     return max(code, saved.exit_code())

@@ -21,9 +21,7 @@ from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig
 from h2cache.program import Look, Program, Run, Stage
 
-Seen = tuple[
-    Tensor | None, Tensor
-]  # the modulated input, where it is asked for, and the residual of all blocks
+Seen = tuple[Tensor | None, Tensor]  # modulated input, where it is asked for, and residual of all blocks
 
 
 @dataclass(frozen=True)
@@ -82,14 +80,8 @@ def watch(trial: Trial, kind: type[WatchConfig]) -> list[tuple]:
 def source(module: str, args: argparse.Namespace, argv: Sequence[str] | None, *more: str) -> dict[str, Any]:
     """Where constants come from, in words, to stand beside them."""
     about = provenance(module, args.device, argv)
-    parts = (
-        about["command"],
-        f"{args.steps} steps",
-        *more,
-        about["machine"]["device_name"],
-        about["date"][:10],
-    )
-    return {"source": ", ".join(parts)}
+    where = about["machine"]["device_name"], about["date"][:10]
+    return {"source": ", ".join([about["command"], f"{args.steps} steps", *more, *where])}
 
 
 def save_constants(path: Path, trial: Trial, fitted: dict) -> None:

@@ -258,7 +258,7 @@ def test_the_experiments_exit_code_is_kept(name, code, expected, tmp_path, monke
 
     monkeypatch.setattr(pareto.experiment, "run", experiment)
     monkeypatch.setattr(pareto, "draw", lambda *_: None)
-    monkeypatch.setattr("analysis.report.plots_of", lambda *_: "")
+    monkeypatch.setattr("analysis.report.plots_of", lambda *_: [])
     assert script(name)(["--run", "--out", str(tmp_path)]) == expected
     assert any(tmp_path.iterdir()) == (code in (0, 1))
 
