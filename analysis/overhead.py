@@ -13,16 +13,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
+from functools import partial
 
 import torch
 from diffusers import FluxTransformer2DModel
 
 import h2cache
-from analysis.bench_step import random_inputs
+from analysis.bench_step import begun, random_inputs
 from analysis.cli import TINY, guarded
 from analysis.drawing.draw import check_device
+from analysis.measures.times import Step, in_turns
 from analysis.options import Parser, at_least_one
 from analysis.records.provenance import machine
 from h2cache import H2Config
@@ -99,50 +99,22 @@ def run(args: argparse.Namespace) -> None:
     model = build(args)
     heads = only_heads(model)
     inputs = random_inputs(model.config, args.tokens, args.text, args.device, getattr(torch, args.dtype))
-    timesteps = torch.linspace(1.0, 0.5, args.burst + 1, device=args.device).split(
-        1
-    )  # they fall: one request
 
-    def step(transformer: torch.nn.Module, number: int) -> None:
-        with transformer.cache_context("cond"):
-            transformer(**inputs | {"timestep": timesteps[number]})
+    def kind(transformer: FluxTransformer2DModel, config: H2Config | None = None) -> Step:
+        return begun(transformer, inputs, config, args.burst)
 
-    def timed(transformer: torch.nn.Module) -> float:
-        """Seconds of one step: the mean of a burst, since in a run hits follow hits."""
-        synchronise()
-        start = time.perf_counter()
-        with torch.inference_mode():
-            for number in range(1, args.burst + 1):
-                step(transformer, number)
-        synchronise()
-        return (time.perf_counter() - start) / args.burst
-
-    def synchronise() -> None:
-        if args.device != "cpu":
-            torch.accelerator.synchronize()
-
-    def first_step() -> None:
-        with torch.inference_mode():
-            step(model, 0)
-
-    contestants = ("uncached", "all hit", "structure miss", "disabled", "heads")
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(args.rounds + 2):
-        row = {"uncached": timed(model)}
-        h2cache.enable(model, H2Config(tau1=INF, tau2=INF))
-        first_step()  # computes
-        row["all hit"] = timed(model)
-        hit_blocks = sum(r.blocks_run for r in h2cache.step_records(model)[-2:])
-        h2cache.enable(model, H2Config(tau1=0, tau2=INF))
-        first_step()
-        row["structure miss"] = timed(model)
-        h2cache.disable(model)
-        row["disabled"] = timed(model)
-        row["heads"] = timed(heads)
-        if turn >= 2:  # burn-in
-            for name, seconds in row.items():
-                times[name].append(seconds)
-    medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
+    all_hit = H2Config(tau1=INF, tau2=INF)
+    kinds = {
+        "uncached": partial(kind, model),
+        "all hit": partial(kind, model, all_hit),
+        "structure miss": partial(kind, model, H2Config(tau1=0, tau2=INF)),
+        "disabled": partial(kind, model),  # after it was on
+        "heads": partial(kind, heads),
+    }
+    times = in_turns(kinds, args.rounds, args.burst)
+    medians = {name: found.median * 1e3 for name, found in times.items()}
+    kind(model, all_hit)()
+    hit_blocks = sum(r.blocks_run for r in h2cache.step_records(model)[-2:])
     here = machine(args.device)
     print(
         json.dumps(
