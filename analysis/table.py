@@ -23,6 +23,7 @@ from analysis.options import Parser
 from analysis.records import store
 from analysis.records.compare import Interval, as_table, bootstrap, groups, known, mean, paired, times_fewer
 from analysis.records.provenance import in_words
+from analysis.records.saved import read_saved
 
 PUBLISHED = Path(shipped("assets/published_results.jsonl"))
 SHOWN = 4  # prompts from the start in compare.png, and as many of the worst
@@ -183,7 +184,7 @@ def _notes(table: list[dict], left_out: list[str], rows: list[dict]) -> Iterator
 
 def published(path: Path = PUBLISHED) -> list[dict]:
     """What the papers and repositories printed."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return read_saved([path], {"method": str, "source": str}).rows
 
 
 def published_markdown(rows: list[dict]) -> str:
