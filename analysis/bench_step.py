@@ -15,18 +15,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel
 
 import h2cache
 from analysis.cli import TINY, guarded, is_embedded
-from analysis.drawing.draw import DTYPE, default_device, require_memory
-from analysis.drawing.load import add_loading_arguments, check_loading, load_quantized
-from analysis.measures.times import Step, in_turns, request
+from analysis.drawing.draw import default_device, require_memory
+from analysis.drawing.load import add_loading_arguments
+from analysis.drawing.transformer import load_transformer, random_inputs
+from analysis.measures.times import begun, in_turns, is_exact
 from analysis.options import Parser, at_least_one, whole
 from analysis.records import store
 from analysis.records.compare import as_table
@@ -34,7 +33,6 @@ from analysis.records.provenance import provenance
 from h2cache import H2Config
 
 INF = float("inf")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 KINDS = {  # thresholds that make every step but the first one of this kind
     "uncached": None,
     "miss, miss": H2Config(tau1=0, tau2=0),
@@ -54,63 +52,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--burst", type=at_least_one, default=5, help="steps timed together")
     parser.add_argument("--out", type=Path, help="write the figures there, as JSON")
     return parser.parse_args(argv)
-
-
-def load_transformer(args: argparse.Namespace) -> torch.nn.Module:
-    """The transformer that `args` ask for, without the rest of its pipeline."""
-    if check_loading(args, args.device) == "nunchaku":
-        return load_quantized(args, args.device, v1=args.v1)[0]
-    if args.v1 or args.lora or args.offload:
-        raise ValueError("--v1, --lora and --offload are measured with --engine nunchaku only")
-    dtype = args.dtype or ("float32" if torch.device(args.device).type == "cpu" else "bfloat16")
-    if not Path(args.model).expanduser().exists() and not HUB_ID.fullmatch(args.model):
-        raise FileNotFoundError(
-            f"no model folder {args.model!r}, and it has not the form owner/name of a hub id"
-        )
-    model = FluxTransformer2DModel.from_pretrained(
-        args.model, subfolder="transformer", use_safetensors=True, **{DTYPE: getattr(torch, dtype)}
-    )
-    return model.to(args.device).eval()
-
-
-def random_inputs(config, tokens: int, text: int, device: str, dtype: torch.dtype) -> dict:
-    """Arguments of one forward call of a FLUX transformer with this `config`, for a square image."""
-    kw, side = {"device": device}, int(tokens**0.5)
-    ids = torch.zeros(tokens, 3, **kw)
-    ids[:, 1], ids[:, 2] = torch.arange(tokens, **kw) // side, torch.arange(tokens, **kw) % side
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(1, *shape, generator=generator).to(device, dtype)
-
-    return {
-        "hidden_states": noise(tokens, config.in_channels),
-        "encoder_hidden_states": noise(text, config.joint_attention_dim),
-        "pooled_projections": noise(config.pooled_projection_dim),
-        "timestep": torch.full((1,), 0.5, **kw),
-        "guidance": torch.full((1,), 3.5, **kw) if config.guidance_embeds else None,
-        "img_ids": ids,
-        "txt_ids": torch.zeros(text, 3, **kw),
-        "return_dict": False,
-    }
-
-
-def begun(transformer: torch.nn.Module, inputs: dict, config: H2Config | None, burst: int) -> Step:
-    """The steps of a request after its first one, under the cache of one kind of step."""
-    h2cache.disable(transformer) if config is None else h2cache.enable(transformer, config)
-    step = request(transformer, inputs, burst)
-    step()
-    return step
-
-
-def is_exact(transformer: torch.nn.Module, inputs: dict) -> bool:
-    """Whether the output at zero thresholds is the uncached one, at a first and at a later step."""
-    h2cache.disable(transformer)
-    plain = request(transformer, inputs, 1)
-    wanted = [plain(), plain()]
-    h2cache.enable(transformer, KINDS["miss, miss"])
-    cached = request(transformer, inputs, 1)
-    return all(torch.equal(picture, cached()) for picture in wanted)
 
 
 def measure(transformer: torch.nn.Module, inputs: dict, rounds: int, burst: int) -> list[dict]:

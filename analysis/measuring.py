@@ -82,21 +82,21 @@ def measure(
     draw: Callable[[Prompt, C], D],
     rows_of: Callable[[Prompt, dict[str, D]], dict[str, dict]],
     key_of: Callable[[Prompt, str], str],
-    elsewhere: Iterable[str] | None = None,
+    done: Iterable[str] | None = None,
     begin: Callable[[Prompt], None] = lambda prompt: None,
 ) -> None:
     """Every contestant draws every prompt; the rows are kept in `path`, prompt by prompt.
 
     A run that was stopped goes on: a prompt whose keys are all there is not drawn again. Rows that were not
-    asked for are of another run, and go at the end; not so with `elsewhere`, the keys of other files that
-    count too. rows_of: from the prompt and what each contestant drew, a row for each. begin: called with the
-    first prompt that is drawn, to warm up.
+    asked for are of another run, and go at the end; not so with `done`, which names the keys that count, in
+    this file and others. rows_of: from the prompt and what each contestant drew, a row for each. begin:
+    called with the first prompt that is drawn, to warm up.
     """
-    done, asked, begun = {*store.tidy(path), *(elsewhere or ())}, set(), False
+    finished, asked, begun = {*(store.tidy(path) if done is None else done)}, set(), False
     for number, prompt in enumerate(progress(prompts, "prompt")):
         keys = {name: key_of(prompt, name) for name in contestants}
         asked |= {*keys.values()}
-        if done.issuperset(keys.values()):
+        if finished.issuperset(keys.values()):
             continue
         if not begun:
             begin(prompt)
@@ -107,7 +107,7 @@ def measure(
         new = [{"key": keys[name], "id": prompt.id} | row for name, row in found.items()]
         store.add_records(path, {row["key"]: row for row in new})
     kept = store.tidy(path)
-    if elsewhere is None and kept.keys() - asked:
+    if done is None and kept.keys() - asked:
         store.write_records(path, {key: row for key, row in kept.items() if key in asked})
 
 

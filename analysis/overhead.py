@@ -19,14 +19,13 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import h2cache
-from analysis.bench_step import begun, random_inputs
-from analysis.cli import TINY, guarded
+from analysis.cli import guarded
 from analysis.drawing.draw import check_device
-from analysis.measures.times import Step, in_turns
+from analysis.drawing.transformer import build, only_heads, random_inputs
+from analysis.measures.times import Step, begun, in_turns
 from analysis.options import Parser, at_least_one
 from analysis.records.provenance import machine
 from h2cache import H2Config
-from h2cache.room import free_bytes
 
 INF = float("inf")
 
@@ -52,45 +51,6 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.width is not None and args.width // args.heads < 8:
         parser.error(f"--width {args.width}: at least 8 for each of {args.heads} heads is needed")
     return args
-
-
-def build(args: argparse.Namespace) -> FluxTransformer2DModel:
-    """The embedded transformer, or one of random weights with the dimensions asked for."""
-    if args.width is None:
-        model = FluxTransformer2DModel.from_pretrained(TINY, subfolder="transformer", use_safetensors=True)
-    else:
-        numbers = (36 * args.double + 15 * args.single) * args.width**2  # weights of the blocks
-        numbers += (args.tokens + args.text) * args.width * 12  # and what a block computes
-        needed, free = numbers * getattr(torch, args.dtype).itemsize, free_bytes(torch.device(args.device))
-        if needed > free:
-            raise MemoryError(
-                f"--width {args.width}: the model takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
-                "are free: lower --width, --double, --single or --tokens"
-            )
-        with torch.device(args.device):
-            torch.set_default_dtype(getattr(torch, args.dtype))
-            head = args.width // args.heads
-            side = head * 7 // 32 * 2  # FLUX.1-dev: (16, 56, 56) of 128
-            model = FluxTransformer2DModel(
-                num_layers=args.double,
-                num_single_layers=args.single,
-                attention_head_dim=head,
-                num_attention_heads=args.heads,
-                guidance_embeds=True,
-                axes_dims_rope=(head - 2 * side, side, side),
-            )
-            torch.set_default_dtype(torch.float32)
-    return model.to(args.device, getattr(torch, args.dtype)).eval()
-
-
-def only_heads(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """The same weights without all blocks but the first of each stage."""
-    config = dict(model.config, num_layers=1, num_single_layers=1)
-    with torch.device("meta"):
-        heads = FluxTransformer2DModel.from_config(config)
-    state = {k: v for k, v in model.state_dict().items() if k in heads.state_dict()}
-    heads.load_state_dict(state, assign=True)
-    return heads.eval()
 
 
 def run(args: argparse.Namespace) -> None:

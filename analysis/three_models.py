@@ -28,10 +28,20 @@ from PIL import Image
 
 from analysis.cli import guarded
 from analysis.figures import style
+from analysis.measures.strips import flicker, frames_of, psnr
 from analysis.options import Parser
-from analysis.pareto import SHIPPED, lines_of
+from analysis.pareto import SHIPPED
 from analysis.records import store
-from analysis.records.compare import Interval, as_table, bootstrap, groups, mean, number, times_fewer
+from analysis.records.compare import (
+    Interval,
+    as_table,
+    bootstrap,
+    groups,
+    lines_of,
+    mean,
+    number,
+    times_fewer,
+)
 from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from analysis.tiny_dit.classifier import Judge
 from analysis.tiny_dit.digits import NAMES
@@ -55,24 +65,6 @@ Rows = list[dict[str, Any]]
 
 
 # Collecting.
-
-
-def frames_of(path: Path) -> np.ndarray:
-    """(frames, height, width, 3) of a picture, or of a strip of frames as high as wide."""
-    strip = np.asarray(Image.open(path).convert("RGB"))
-    return np.stack(np.split(strip, strip.shape[1] // strip.shape[0], axis=1))
-
-
-def psnr(frames: np.ndarray, uncached: np.ndarray) -> float | None:
-    """Mean over frames, dB; None for equal ones."""
-    error = np.square(frames.astype(float) - uncached).mean((1, 2, 3))
-    return None if not error.all() else float((10 * np.log10(255**2 / error)).mean())
-
-
-def flicker(frames: np.ndarray, uncached: np.ndarray) -> float | None:
-    """Mean error of the change from frame to frame, 8-bit levels; None for a picture."""
-    error = np.diff(frames.astype(float), axis=0) - np.diff(uncached.astype(float), axis=0)
-    return float(np.abs(error).mean()) if len(frames) > 1 else None
 
 
 def checker(model: str) -> Callable[[dict, np.ndarray], bool]:
@@ -262,7 +254,8 @@ def methods_table(model: str, rows: Rows) -> list[str]:
     heads += ["flicker, levels"] * video + ["time", "cache, MiB"]
     uncached = [None] * len(RATIOS) + [f"{mean(base.values(), 'right'):.1%}"] + [None] * video
     cells = [["uncached", *uncached, "1x", None]]
-    order = {line: values(rows, line, first) for line in {r["line"] for r in rows if r["method"] != "none"}}
+    lines = groups([r for r in rows if r["method"] != "none"], "line")
+    order = {line: values(rows, line, first) for line in lines}
     for line in sorted(order, key=lambda line: -fmean(order[line].values()) if order[line] else 0):
         right, faster = (values(rows, line, first, what) for what in ("right", "faster"))
         row = [name(line), *(mean_of(values(rows, line, ratio), ".1f") for ratio in RATIOS)]

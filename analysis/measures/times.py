@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 import torch
 from torch.utils.benchmark import Measurement, Timer
 
+import h2cache
+from h2cache import H2Config
+
 Step = Callable[[], torch.Tensor]
 UNTIMED = 2  # calls that a Timer makes before it counts; one in a hundred where those are more
 
@@ -37,3 +40,21 @@ def request(transformer: torch.nn.Module, inputs: dict, burst: int) -> Step:
             return transformer(**inputs | {"timestep": next(timesteps)})[0]
 
     return step
+
+
+def begun(transformer: torch.nn.Module, inputs: dict, config: H2Config | None, burst: int) -> Step:
+    """The steps of a request after its first one, under the cache of one kind of step."""
+    h2cache.disable(transformer) if config is None else h2cache.enable(transformer, config)
+    step = request(transformer, inputs, burst)
+    step()
+    return step
+
+
+def is_exact(transformer: torch.nn.Module, inputs: dict) -> bool:
+    """Whether the output at zero thresholds is the uncached one, at a first and at a later step."""
+    h2cache.disable(transformer)
+    plain = request(transformer, inputs, 1)
+    wanted = [plain(), plain()]
+    h2cache.enable(transformer, H2Config(tau1=0, tau2=0))
+    cached = request(transformer, inputs, 1)
+    return all(torch.equal(picture, cached()) for picture in wanted)

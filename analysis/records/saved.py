@@ -82,6 +82,14 @@ def read_saved(
     return saved
 
 
+def find_records(folder: Path, name: str) -> Path:
+    """NAME.jsonl in `folder`, or NAME.jsonl.gz; FileNotFoundError where neither is there."""
+    for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{folder} holds no {name}.jsonl or {name}.jsonl.gz")
+
+
 def lines_of(path: Path) -> tuple[list[tuple[int, bytes]], bool]:
     """The numbered lines that are not empty, and whether a compressed file breaks off."""
     data, broken_off = path.read_bytes(), False

@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from analysis.measures.words import read_words
-from analysis.tiny_flux import signs
+from analysis.measures.words import read_words, word_recall
+from analysis.tiny_flux import evaluate, signs
 from analysis.tiny_flux.signs import COLOURS, SHAPES, SIZE, TEXTURES, SignSpec
 
 HELD_OUT_SEED = 20261121
@@ -235,3 +235,12 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def checked(image: Image.Image, words: tuple[str, ...] | None, prompt: str) -> dict[str, float | None]:
+    """What is still as the prompt asked, 0 or 1; null where the prompt is none of the embedded model's."""
+    found = {"word": word_recall(words or (), image)}
+    spec = signs.read_prompt(prompt)
+    seen = evaluate.check(np.asarray(image), spec) if spec and image.size == (signs.SIZE,) * 2 else {}
+    ok = {name: seen.get(f"{name}_ok") for name in ("shape", "sign", "texture")}
+    return found | {name: None if value is None else float(value) for name, value in ok.items()}

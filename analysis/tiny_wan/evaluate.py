@@ -24,8 +24,9 @@ import numpy as np
 import torch
 
 from analysis.tiny_flux.evaluate import machine
+from analysis.tiny_flux.signs import COLOURS, LETTERS
 from analysis.tiny_wan import clips
-from analysis.tiny_wan.clips import COLOURS, DIRECTIONS, FRAMES, LETTERS, SHAPES, SIZE, ClipSpec
+from analysis.tiny_wan.clips import DIRECTIONS, FRAMES, SHAPES, SIZE, ClipSpec
 
 HELD_OUT_SEED = 20261127
 SLOWEST = 0.5  # pixels a frame below which a thing counts as standing

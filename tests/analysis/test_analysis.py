@@ -6,7 +6,8 @@ import sys
 
 import pytest
 
-from analysis.calibrate import best, main, read, table
+from analysis.calibrate import main
+from analysis.records.planes import best, read, table
 from analysis.tiny_families import FAMILIES
 
 

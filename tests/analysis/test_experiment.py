@@ -18,14 +18,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from analysis.drawing.contestants import contestants
 from analysis.drawing.draw import Limits, draw
 from analysis.drawing.prompts import read_prompts
-from analysis.experiment import contestants, main
+from analysis.experiment import main
+from analysis.figures.experiment import markdown
 from analysis.measures.fidelity import ClipIqa, fidelity, gmsd, more_fidelity, to_tensor
 from analysis.measures.flops import CPU_ATTENTION, count_forward, count_step
 from analysis.records import store
-from analysis.records.compare import bootstrap
-from analysis.table import lines, markdown, published, published_markdown
+from analysis.records.compare import bootstrap, lines
+from analysis.records.published import published, published_markdown
 from analysis.tiny_families import FAMILIES
 from h2cache import find_method
 

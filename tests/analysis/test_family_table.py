@@ -52,7 +52,7 @@ def test_only_a_refusal_counts_as_one(raised, outcome):
         raise raised
 
     pipeline.transformer.transformer_blocks[0].register_forward_pre_hook(broken)
-    found, reason = family_table.outcome(pipeline, call, family_table.settings_of("speca"))
+    found, reason = family_table.outcome(pipeline, call, family_table.config_of("speca"))
     assert found == outcome
     assert str(raised) in reason
 

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from analysis.report import embed, main
+from analysis.figures.page import embed
+from analysis.report import main
 from tests.helpers.browser import opened, problem
 
 SHIPPED = Path("assets/results/tiny_flux_report")
