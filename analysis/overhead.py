@@ -19,13 +19,14 @@ import torch
 from diffusers import FluxTransformer2DModel
 
 import h2cache
-from analysis.cli import guarded
+from analysis.cli import TINY, guarded
 from analysis.drawing.draw import check_device
-from analysis.drawing.transformer import build, only_heads, random_inputs
+from analysis.drawing.transformer import only_heads, random_flux, random_inputs
 from analysis.measures.times import Step, begun, in_turns
 from analysis.options import Parser, at_least_one
 from analysis.records.provenance import machine
 from h2cache import H2Config
+from h2cache.room import free_bytes
 
 INF = float("inf")
 
@@ -34,12 +35,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--width", type=at_least_one, help="random model of this width (default: embedded)")
     parser.add_argument("--heads", type=at_least_one, default=24)
-    parser.add_argument(
-        "--double", type=at_least_one, default=19, help="double-stream blocks of the random model"
-    )
-    parser.add_argument(
-        "--single", type=at_least_one, default=38, help="single-stream blocks of the random model"
-    )
+    parser.add_argument("--double", type=at_least_one, default=19, help="its double-stream blocks")
+    parser.add_argument("--single", type=at_least_one, default=38, help="its single-stream blocks")
     parser.add_argument("--tokens", type=at_least_one, default=64, help="image tokens")
     parser.add_argument("--text", type=at_least_one, default=24, help="text tokens")
     parser.add_argument("--device", default="cpu")
@@ -51,6 +48,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     if args.width is not None and args.width // args.heads < 8:
         parser.error(f"--width {args.width}: at least 8 for each of {args.heads} heads is needed")
     return args
+
+
+def build(args: argparse.Namespace) -> FluxTransformer2DModel:
+    """The embedded transformer, or one of random weights with the dimensions asked for."""
+    dtype = getattr(torch, args.dtype)
+    if args.width is None:
+        model = FluxTransformer2DModel.from_pretrained(TINY, subfolder="transformer", use_safetensors=True)
+        return model.to(args.device, dtype).eval()
+    numbers = (36 * args.double + 15 * args.single) * args.width**2  # weights of the blocks
+    numbers += (args.tokens + args.text) * args.width * 12  # and what a block computes
+    needed, free = numbers * dtype.itemsize, free_bytes(torch.device(args.device))
+    if needed > free:
+        raise MemoryError(
+            f"--width {args.width}: the model takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
+            "are free: lower --width, --double, --single or --tokens"
+        )
+    head = args.width // args.heads
+    side = head * 7 // 32 * 2  # FLUX.1-dev: (16, 56, 56) of 128
+    axes = (head - 2 * side, side, side)
+    shape = {"attention_head_dim": head, "num_attention_heads": args.heads, "axes_dims_rope": axes}
+    return random_flux(args.double, args.single, args.device, dtype, **shape)
 
 
 def run(args: argparse.Namespace) -> None:
