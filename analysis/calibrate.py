@@ -92,12 +92,12 @@ def measured(args: argparse.Namespace) -> dict:
     return settings
 
 
-def run(args: argparse.Namespace, about: dict) -> None:
-    """Measure; the table of this setting goes to summary.json, with the provenance `about`."""
+def run(args: argparse.Namespace, module: str, argv: list[str] | None = None) -> None:
+    """Measure, for the command `module`; the table of this setting goes to summary.json."""
     settings = measured(args)
     lines = table(by_setting(read(args.out))[json.dumps(settings, sort_keys=True)])
     chosen = {str(wanted): best(lines, wanted) for wanted in WANTED}
-    summary = about | {"settings": settings, "table": lines, "best": chosen}
+    summary = provenance(module, args.device, argv) | {"settings": settings, "table": lines, "best": chosen}
     store.write_atomically(args.out / "summary.json", json.dumps(summary, indent=1).encode())
     for line in lines:
         print(show(line))
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.table:
         return guarded(lambda: print(tables(args.out)), "")
     kept = f"the same command goes on; finished prompts are in {args.out}/"
-    return guarded(lambda: run(args, provenance("calibrate", args.device, argv)), kept)
+    return guarded(lambda: run(args, "calibrate", argv), kept)
 
 
 if __name__ == "__main__":

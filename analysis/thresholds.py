@@ -24,7 +24,7 @@ from analysis.cli import figure_script, shipped
 from analysis.figures import style
 from analysis.figures.thresholds import answer, draw
 from analysis.measuring import parser_of, recorded
-from analysis.records.provenance import provenance, source_of
+from analysis.records.provenance import source_of
 from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from h2cache import H2Config
 from h2cache.presets import PRESETS
@@ -51,7 +51,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 @recorded("thresholds")
 def run(args: argparse.Namespace) -> Path:
     """Measure the grid as `analysis.calibrate` does, words read back."""
-    calibrate.run(args, provenance("thresholds", args.device))
+    calibrate.run(args, "thresholds")
     return args.out
 
 

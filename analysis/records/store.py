@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, TextIO
 
 from PIL import Image
 
-from analysis.records.saved import lines_of, row_of
+from analysis.records.saved import BreaksOff, row_of, scan
 from h2cache import MethodConfig
 
 try:
@@ -165,20 +165,14 @@ def read_records(path: Path) -> dict[str, dict]:
     if not path.is_file():
         return {}
     rows, broken = {}, []
-    lines, broken_off = lines_of(path)
-    torn = path.suffix != ".gz" and not path.read_bytes().endswith(b"\n")
-    for number, line in lines:
-        try:
-            row = row_of(line, {"key": str})
+    for number, line, row in scan(path, {"key": str}):
+        if isinstance(row, dict):
             rows[row["key"]] = row
-        except ValueError as error:
-            if torn and number == lines[-1][0]:
-                warnings.warn(f"{path} breaks off in line {number}", BrokenLine, stacklevel=2)
-                break
+        elif isinstance(row, BreaksOff):
+            warnings.warn(f"{path} breaks off in line {number}", BrokenLine, stacklevel=2)
+        else:
+            warnings.warn(f"{path} line {number} is left out: {row}", BrokenLine, stacklevel=2)
             broken.append(line)
-            warnings.warn(f"{path} line {number} is left out: {error}", BrokenLine, stacklevel=2)
-    if broken_off:
-        warnings.warn(f"{path} breaks off after line {len(lines)}", BrokenLine, stacklevel=2)
     if broken:
         _keep_broken(path.with_name(f"{path.name}.broken"), broken)
     return rows
