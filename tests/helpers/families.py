@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from analysis.drawing.draw import Limits, call_arguments, load_pipeline
@@ -205,18 +206,28 @@ def recorded(family: str) -> Recorded:
     return Recorded(*FAMILIES[family]())
 
 
-TRAINED = {"tiny_dit": {}, "tiny_wan": {"num_frames": 5, "output_type": "latent"}}
+TRAINED = {"tiny_dit": {"output_type": "np"}, "tiny_wan": {"num_frames": 5, "output_type": "latent"}}
 
 
 @cache
 def trained(model: str) -> Recorded:
     """A model that ships with the repository: its runs take three times as long as those of random ones."""
+    pipeline, call = _trained(model)
+    return Recorded(pipeline, {k: v for k, v in call.items() if k != "num_inference_steps"})
+
+
+def call_of(model: str) -> dict:
+    """Arguments for a call of `trained(model).target`, with all steps."""
+    return _trained(model)[1]
+
+
+@cache
+def _trained(model: str) -> tuple[DiffusionPipeline, dict]:
     folder = f"assets/{model}"
     pipeline, limits = load_pipeline(folder, "cpu", None), Limits.of(folder)
     pipeline.set_progress_bar_config(disable=True)
     call = call_arguments(pipeline, limits, None, None, None) | {"prompt": limits.example}
-    call = with_prompt(pipeline, call) | TRAINED[model]
-    return Recorded(pipeline, {k: v for k, v in call.items() if k != "num_inference_steps"})
+    return pipeline, with_prompt(pipeline, call) | TRAINED[model]
 
 
 def flux_cases() -> dict[str, Case]:
