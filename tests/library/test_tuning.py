@@ -10,7 +10,7 @@ import h2cache
 from h2cache import PlanConfig, tuned, tuning
 from h2cache.tuned import Estimate, Quality, Tuned, TunedPlan
 
-CALL = {"height": 128, "width": 128, "max_sequence_length": 24, "num_inference_steps": 10}
+CALL = {"height": 64, "width": 64, "max_sequence_length": 24, "num_inference_steps": 10}
 PROMPTS = [
     {"prompt": 'a red round sign that says "CAFE" on a striped green background', "seed": 3},
     {"prompt": 'a blue oval badge that says "OPEN" on a dotted pink background', "seed": 4},
