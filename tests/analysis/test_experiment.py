@@ -85,7 +85,7 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
     """The long form of this, with ten kills, is in assets/results/README.md."""
     moments = random.Random(0)
     for _ in range(1):
-        process = started(main, arguments(tmp_path / "killed", "--no-words"), log=tmp_path / "log")
+        process = started(main, arguments(tmp_path / "killed", "--no-words", steps=4), log=tmp_path / "log")
         end = time.monotonic() + 120
         rows = tmp_path / "killed/runs"
         before = len(list(rows.glob("*/rows/*.json")))
@@ -101,9 +101,9 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
             Image.open(path.parent.parent / "images" / f"{row['key']}.png").load()
     half = store.temporary(rows / finished[0].parts[-3] / "rows/half.json", process=999999999)
     half.write_text("{")  # as a kill may leave it
-    assert main(arguments(tmp_path / "killed", "--no-words")) == 0
+    assert main(arguments(tmp_path / "killed", "--no-words", steps=4)) == 0
     assert not list(rows.rglob(".*"))
-    assert main(arguments(tmp_path / "whole", "--no-words")) == 0
+    assert main(arguments(tmp_path / "whole", "--no-words", steps=4)) == 0
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 
@@ -138,10 +138,11 @@ def test_what_fails_is_told_and_the_rest_is_kept(tmp_path, capsys, monkeypatch):
         return draw(pipeline, config, seed, **call)
 
     monkeypatch.setattr(experiment, "draw", sometimes)
-    assert main(arguments(tmp_path, "--no-words")) == 1
+    command = arguments(tmp_path, "--no-words", steps=2)
+    assert main(command) == 1
     assert "out of memory" in capsys.readouterr().err
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 11
-    assert main(arguments(tmp_path, "--no-words")) == 0
+    assert main(command) == 0
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 12
 
 

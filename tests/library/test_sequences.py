@@ -21,7 +21,7 @@ from h2cache.plan import PlanConfig
 from tests.helpers.inside import tensors_alive
 from tests.helpers.toys import make_flux
 
-SEQUENCES = int(os.environ.get("H2CACHE_SEQUENCES", "40"))
+SEQUENCES = int(os.environ.get("H2CACHE_SEQUENCES", "25"))
 INF = float("inf")
 SETTINGS = {  # None: uncached
     "uncached": None,
