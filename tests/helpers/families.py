@@ -41,7 +41,7 @@ TRANSFORMERS = ("transformer", "transformer_2")
 
 MODULES = frozenset({"taylorseer", "hicache", "speca", "clusca"})  # of attention and mlp
 OUTPUT, LOOK = frozenset({"taylorseer_lite"}), frozenset({"teacache"})
-SCHEDULER = frozenset({"plan"})  # a transformer alone does not know the noise levels to come
+SCHEDULER = frozenset({"plan", "meancache"})  # a transformer alone does not know the noise levels to come
 REFUSED = {  # by model: the methods that it refuses with their default settings
     "random": SCHEDULER,
     "one block each": SCHEDULER,
