@@ -44,6 +44,13 @@ CONTESTANTS = [  # every method, from 2 to 6 times fewer blocks on the embedded 
         f"speca:base={base}:decay=1:floor=0:min_drafts=1:max_drafts={most}"
         for base, most in ((7, 1), (0.02, 2), (0.1, 6), (0.2, 8), (0.5, 9), (7, 9))
     ),
+    "seacache:max_consecutive_hits=99:threshold=0.12,0.25,0.4,0.6",
+    "easycache:warmup_steps=3:threshold=0.01,0.025,0.05,0.1",
+    "meancache:budget=25,17,13,10,8",
+    "spectrum:growth=0,0.3,0.75,3",
+    "budcache:budget=25,17,13,10,8",
+    "dicache:retention=0.04:threshold=0.1,0.2,0.4,0.8",
+    "sencache:early_threshold=0.05:threshold=0.1,0.3,0.6,1",
     *(f"h2cache:tau1={a}:tau2={b}" for a, b in PAIRS),
     *(f"h2cache:tau1={a}:tau2={b}:predictor=taylor" for a, b in PAIRS),
     *(f"h2cache:tau1={a}:tau2={b}:predictor=dmd" for a, b in PAIRS),

@@ -23,6 +23,7 @@ from h2cache.program import (
     Drive,
     Driven,
     Forward,
+    Latents,
     Look,
     Output,
     Program,
@@ -61,7 +62,7 @@ class Call:
         self.ran: Ran | None = None
         self.drove = False  # whether a block's modules have been answered for
         self.driven: tuple[int, Drive] | None = None  # the block whose modules are answered for, right now
-        self.command: Command | None = _of_blocks(next(program))
+        self.command: Command | None = self._of_blocks(next(program))
 
     def divide(self, transformer: nn.Module, group: Group) -> None:
         """Read the arguments of blocks as they are for one of several processes."""
@@ -83,7 +84,7 @@ class Call:
         """Hand the outcome to the program and take its next wish; a wish for no blocks is met at once."""
         while True:
             try:
-                self.command = _of_blocks(self.program.send(self.ran))
+                self.command = self._of_blocks(self.program.send(self.ran))
             except StopIteration:
                 self.command = None
                 return
@@ -192,14 +193,15 @@ class Call:
     def look(self, seen: Tensor) -> None:
         """Hand the program what it wished to see, of the image tokens that are drawn."""
         targets = self.memory.targets
-        self.command = _of_blocks(self.program.send(seen if targets is None else seen[:, targets]))
+        self.command = self._of_blocks(self.program.send(seen if targets is None else seen[:, targets]))
 
-
-def _of_blocks(wish: Command | Forward | Stand) -> Command:
-    """A method's wish; RuntimeError for what only a method without stages may ask."""
-    if isinstance(wish, (Forward, Stand)):
-        raise RuntimeError(f"{type(wish).__name__} is for methods that require 'whole' of a model")
-    return wish
+    def _of_blocks(self, wish: Command | Latents | Forward | Stand) -> Command:
+        """A method's wish about blocks; RuntimeError for what only a method without stages may ask."""
+        while isinstance(wish, Latents):
+            wish = self.program.send(self.inputs.drawn(self.memory.targets))
+        if isinstance(wish, (Forward, Stand)):
+            raise RuntimeError(f"{type(wish).__name__} is for methods that require 'whole' of a model")
+        return wish
 
 
 class _Turn:

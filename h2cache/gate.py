@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from h2cache.attachment import Attachment, reason, refuse_other_caches, wrapper_of
 from h2cache.memory import Memory
-from h2cache.program import Program, Stand
+from h2cache.program import Latents, Program, Stand
 from h2cache.room import free_bytes, require_bytes
 
 _COMPILE_FIRST = (
@@ -73,7 +73,8 @@ class Gate(Attachment):
     def _before(self, args: tuple, kwargs: dict[str, Any]) -> _Step:
         """Ask the method: it answers, or wants the model to run."""
         self.check_call()
-        memory = self.requests.memory(self.engine.inputs(args, kwargs))
+        inputs = self.engine.inputs(args, kwargs)
+        memory = self.requests.memory(inputs)
         if memory.bytes_needed is None:  # something may have come since
             refuse_other_caches(self._denoiser())
             if _is_in_one_graph(self._denoiser()):
@@ -81,6 +82,8 @@ class Gate(Attachment):
         memory.blocks = self._blocks
         step = _Step(memory, self.method.step((), memory))
         command = next(step.program)
+        while isinstance(command, Latents):
+            command = step.program.send(inputs.drawn(memory.targets))
         if isinstance(command, Stand):
             step.answered, step.output = True, memory.state("form", Form).made_of(command.tensors)
             self._end(step, None)
@@ -96,7 +99,10 @@ class Gate(Attachment):
 
     def _end(self, step: _Step, answer: list[torch.Tensor] | None) -> None:
         try:
-            step.program.send(answer)
+            command = step.program.send(answer)
+            if answer is not None and isinstance(command, Stand):  # for some samples of the batch
+                step.output = step.memory.state("form", Form).made_of(command.tensors)
+                step.program.send(None)
         except StopIteration:
             step.memory.end_step(grew=answer is not None)
         else:

@@ -2,8 +2,9 @@
 
 Which steps are evaluated is settled before the first one (`grid.py`, or a tuned file). At the others the
 model's **output** is forecast: a line through the last two outputs over the noise level. What a forecast got
-wrong is seen as soon as the next evaluation is there, and is paid back over the steps that follow it. No
-thresholds, no blocks, no wait for the device.
+wrong is seen as soon as the next evaluation is there, and is paid back over the steps that follow it. How far
+the line is followed is measured too: outputs that turn are reused, not extrapolated. No thresholds, no
+blocks, no wait for the device.
 
 This is a predictor and a corrector (Adams-Bashforth, Adams-Moulton) on a subset of the sampler's own steps.
 """
@@ -12,31 +13,23 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
-import torch
 from torch import Tensor
 
 from h2cache import tuned
 from h2cache.grid import default_steps
 from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape, check
-from h2cache.predictors import combine
+from h2cache.outputs import HELD, Outputs
 from h2cache.program import Forward, Program, Stage, Stand
 from h2cache.schedule import Course
-from h2cache.weights import newton
 
-HELD = 3  # outputs that a branch keeps
 USUAL_SPEEDUP = 5.0
-LEAST = 1 / 20  # distance of two outputs, of the way to where they are asked for, that still makes a line
 STOCHASTIC = "the sampler draws fresh noise at its steps, so what a forecast gets wrong is paid back in part"
 NO_FLOW = "target='ode' is for flow samplers with one evaluation a step: 'sampler' is taken here"
 FEWEST_STEPS = 5  # below that a speed-up leaves too little to forecast from: nothing is skipped
-
-Weights = dict[int, float]  # step to weight of its output
 
 
 @dataclass(frozen=True)
@@ -62,6 +55,9 @@ class PlanConfig(MethodConfig):
     file: str = ""
     """Tuned plans to use, a JSON file; empty: those of the model, the sampler and the number of steps, from
     the user's cache or shipped with the package; "none": no tuned plan, always the default grid."""
+    trust: float | None = None
+    """How far the line through the last two outputs is followed, 0 (the newest output is reused) to 1; None:
+    as the tuned plan says, else measured at each evaluation, image by image."""
     model: str = ""
     """Whose tuned plans to look for; empty: the name of the folder or hub id that the model came from."""
 
@@ -86,6 +82,8 @@ class PlanConfig(MethodConfig):
             check("psnr", self.psnr, 10.0, 100.0, "it is in dB; 30: alike, 50: hardly told apart")
         if self.steps and (self.steps[0] != 0 or any(b <= a for a, b in pairwise(self.steps))):
             raise ValueError(f"steps={self.steps}: they must rise, and begin with step 0")
+        if self.trust is not None:
+            check("trust", self.trust, 0.0, 1.0, "1 follows the line, 0 reuses the newest output")
         if self.target not in ("sampler", "ode"):
             raise ValueError(f"target={self.target!r} is unknown: choose 'sampler' or 'ode'")
 
@@ -108,7 +106,8 @@ class PlanConfig(MethodConfig):
     def choose(self, course: Course) -> Choice:
         """The evaluated steps of a request, and what is known about them."""
         if self.steps:
-            return Choice(tuple(sorted({*(s for s in self.steps if s < course.steps), *course.starts})))
+            own = {*(s for s in self.steps if s < course.steps), *course.starts}
+            return Choice(tuple(sorted(own)), trust=self.trust)
         table = None if self.file == "none" else self._table(course)
         estimate = None if table is None else table.estimate
         if self.psnr is not None:
@@ -121,7 +120,8 @@ class PlanConfig(MethodConfig):
             if best is None:
                 return Choice(tuple(range(course.steps)), estimate, f"no tuned plan keeps {self.psnr} dB")
             if table.fits(course) and len(course.starts) == 1:
-                return Choice(best.steps, table.expectation(best), chase=Chase(table, best, self.psnr))
+                chase = Chase(table, best, self.psnr)
+                return Choice(best.steps, table.expectation(best), trust=self.trust_of(best), chase=chase)
             count = best.evaluations
         elif self.evaluations is not None:
             count = self.evaluations
@@ -132,13 +132,17 @@ class PlanConfig(MethodConfig):
         count = min(max(count, len(course.starts)), course.steps)
         plan = None if table is None else table.plan(count)
         if table is None or plan is None:
-            return Choice(default_steps(course, count), estimate)
+            return Choice(default_steps(course, count), estimate, trust=self.trust)
+        trust = self.trust_of(plan)
         if table.fits(course):
-            return Choice(plan.steps, table.expectation(plan))
+            return Choice(plan.steps, table.expectation(plan), trust=trust)
         steps = table.transfer(plan, course)
         if steps is None or not {*course.starts} <= {*steps}:
-            return Choice(default_steps(course, count), estimate)
-        return Choice(steps, estimate, f"tuned at {table.steps} steps, not measured at {course.steps}")
+            return Choice(default_steps(course, count), estimate, trust=self.trust)
+        return Choice(steps, estimate, f"tuned at {table.steps} steps, not measured at {course.steps}", trust)
+
+    def trust_of(self, plan: tuned.TunedPlan) -> float | None:
+        return plan.trust if self.trust is None else self.trust
 
     def _table(self, course: Course) -> tuned.Tuned | None:
         return tuned.Tuned.load(self.file) if self.file else tuned.find(self.model, course)
@@ -157,6 +161,7 @@ class Choice:
     steps: tuple[int, ...]
     estimate: tuned.Estimate | None = None  # of the picture's fidelity
     note: str = ""  # what the user should know
+    trust: float | None = None  # in the line; None: measured
     chase: Chase | None = None
 
 
@@ -180,105 +185,6 @@ class Chase:
         return None if self.plan is before else tuple(s for s in self.plan.steps if s > step)
 
 
-@lru_cache(maxsize=64)
-def stand_ins(
-    course: Course, evaluated: tuple[int, ...], end: int, target: str
-) -> tuple[dict[int, Weights], dict[int, Weights]]:
-    """Weights of the last outputs: of each skipped step's stand-in, and of the error of each gap.
-
-    evaluated: the steps with an output of one denoiser; its steps end before `end`. A stand-in is a line
-    through the newest two outputs, plus what the gap before got wrong, spread over this gap. The error is
-    that of the gap behind an evaluated step, as the parabola through the newest three sees it.
-    """
-    levels, lengths = course.levels, course.lengths
-
-    def line(nodes: Sequence[int], step: int) -> Weights:
-        return through([(n, levels[n]) for n in nodes], levels[step])
-
-    def summed(nodes: Sequence[int], stretch: range) -> Weights:
-        """What the polynomial through `nodes` adds to the sample over `stretch`."""
-        if target == "sampler":
-            return total(*((lengths[q], line(nodes, q)) for q in stretch))
-        a, b = levels[stretch[0]], levels[stretch[-1] + 1]  # Simpson's rule: exact up to cubics
-        parts = [through([(n, levels[n]) for n in nodes], x) for x in (a, (a + b) / 2, b)]
-        return total(*zip(((b - a) / 6, 4 * (b - a) / 6, (b - a) / 6), parts, strict=True))
-
-    table: dict[int, Weights] = {}
-    errors: dict[int, Weights] = {}
-    debt: Weights = {}
-    for k, here in enumerate(evaluated):
-        two, three = evaluated[max(0, k - 1) : k + 1], evaluated[max(0, k - HELD + 1) : k + 1]
-        if k:
-            behind, guessed = range(evaluated[k - 1], here), evaluated[max(0, k - 2) : k]
-            wrong = kept(total((1.0, summed(three, behind)), (-1.0, summed(guessed, behind))), three)
-            for old in debt.keys() - {*three}:  # an output that is held no more is read off the oldest two
-                debt = total((1.0, debt), (debt.pop(old), line(three[:2], old)))
-            debt = kept(total((1.0, debt), (1.0, wrong)), three)
-            if any(wrong.values()):
-                errors[here] = wrong
-        stretch = range(here, evaluated[k + 1] if k + 1 < len(evaluated) else end)
-        gap, room = stretch[1:], math.fsum(lengths[q] for q in stretch[1:])
-        if not room:  # nothing that could be paid into: the debt waits
-            table |= {q: kept(line(two, q), three) for q in gap}
-            continue
-        straight = total(*((lengths[q], line(two, q)) for q in stretch))
-        owed = total((1.0, debt), (1.0, summed(two, stretch)), (-1.0, straight))
-        for q in gap:
-            table[q] = kept(total((1.0, line(two, q)), (1 / room, owed)), three)
-        debt = {}
-    return table, errors
-
-
-def through(nodes: Sequence[tuple[int, float]], x: float) -> Weights:
-    """The polynomial through the outputs of steps at known levels, (step, level) oldest first, at level `x`.
-
-    Of outputs whose levels all but agree (the two of a Heun step) the newest counts: a small difference
-    between them must not be drawn out to a long one.
-    """
-    used = list(nodes[-1:])
-    for step, level in nodes[-2::-1]:
-        near = min(abs(level - other) for _, other in used)
-        if near and near >= LEAST * max(abs(x - other) for _, other in [*used, (step, level)]):
-            used.insert(0, (step, level))
-    row = newton([level for _, level in used], x, len(used) - 1)
-    return {step: weight for (step, _), weight in zip(used, row, strict=True)}
-
-
-def total(*parts: tuple[float, Weights]) -> Weights:
-    """The weighted sum of weights."""
-    out: Weights = {}
-    for factor, weights in parts:
-        for step, weight in weights.items():
-            out[step] = out.get(step, 0.0) + factor * weight
-    return out
-
-
-def kept(weights: Weights, steps: Sequence[int]) -> Weights:
-    """`weights` on `steps` alone: what lies on forgotten outputs goes to the oldest, so that sums stay."""
-    out = {step: weights.get(step, 0.0) for step in steps}
-    out[steps[0]] += math.fsum(w for step, w in weights.items() if step not in out)
-    return out
-
-
-@dataclass
-class Outputs:
-    """What a branch keeps: the newest outputs, and the table that says how they are added up."""
-
-    table: dict[int, Weights]
-    errors: dict[int, Weights]
-    end: int  # of the steps that the table is for
-    chase: Chase | None = None
-    kept: dict[int, list[Tensor]] = field(default_factory=dict)  # by step, oldest first
-    evaluated: list[int] = field(default_factory=list)
-
-    @property
-    def outputs_kept(self) -> list[list[Tensor]]:
-        return list(self.kept.values())
-
-    def weighted(self, weights: Weights) -> list[Tensor]:
-        return combine([self.kept[step] for step in weights], list(weights.values()))
-
-
 class Plan(Method):
     """Evaluate at the planned steps, forecast at the others."""
 
@@ -286,60 +192,54 @@ class Plan(Method):
 
     def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
-        step, outputs = memory.course_step, memory.state("outputs", lambda: self._begin(memory))
-        row = outputs.table.get(step)
-        if row is not None and row.keys() <= outputs.kept.keys():
-            yield Stand(outputs.weighted(row))
+        step, run = memory.course_step, memory.state("plan", lambda: self._begin(memory))
+        if run.outputs.skips(step) and run.outputs.ready(step):
+            yield Stand(run.outputs.stand_in(step))
             memory.record_whole("hit")
             return
-        if row is not None:  # guidance was off when this branch should have been evaluated
+        if run.outputs.skips(step):  # guidance was off when this branch should have been evaluated
             memory.clear_slots()
-            outputs = memory.state("outputs", lambda: self._begin(memory))
-        result = yield Forward()
-        outputs.kept[step] = [part.detach().clone() for part in result]  # CUDA graphs use theirs again
-        for old in sorted(outputs.kept)[:-HELD]:
-            del outputs.kept[old]
-        outputs.evaluated.append(step)
-        weights = outputs.errors.get(step, {})
-        seen = bool(weights) and weights.keys() <= outputs.kept.keys()
-        error = error_of(outputs.weighted(weights)) if seen else None
+            run = memory.state("plan", lambda: self._begin(memory))
+        output = yield Forward()
+        error = run.outputs.learn(
+            step, [part.detach().clone() for part in output]
+        )  # CUDA graphs use theirs again
         memory.record_whole("miss", error)
-        if outputs.chase is not None and error is not None:
-            self._follow(outputs, memory, error)
+        if run.chase is not None and error is not None:
+            self._follow(run.outputs, run.chase, memory, error)
 
-    def _follow(self, outputs: Outputs, memory: Memory, error: Tensor) -> None:
+    def _follow(self, outputs: Outputs, chase: Chase, memory: Memory, error: Tensor) -> None:
         """Take another tuned plan from here on, if the picture's errors ask for one."""
-        chase, course = outputs.chase, memory.course
-        assert chase is not None
         steps = chase.next_steps(memory.course_step, error)
         memory.expect(chase.table.beside(chase.plan, chase.usual), "")
         if steps is not None:
-            own = (*outputs.evaluated, *steps)
-            outputs.table, outputs.errors = stand_ins(course, own, outputs.end, self._target(course))
+            outputs.replan(memory.course_step, steps, self.config.trust_of(chase.plan))
 
-    def _target(self, course: Course) -> str:
-        return self.config.target if course.adds_up else "sampler"
-
-    def _begin(self, memory: Memory) -> Outputs:
+    def _begin(self, memory: Memory) -> Run:
         """The plan from the current step on: the first, unless something changed in mid-run."""
         course, now = memory.course, memory.course_step
         choice = self.config.choose(course)
+        target = self.config.target if course.adds_up else "sampler"
         skips = len(choice.steps) < course.steps
         drawn = course.stochastic and skips
-        other = self._target(course) != self.config.target
+        other = target != self.config.target
         note = "; ".join(filter(None, [choice.note, drawn * STOCHASTIC, other * NO_FLOW]))
         memory.expect(choice.estimate, note)
         if note and (drawn or not skips):
             warnings.warn(f"h2cache, plan: {note}", stacklevel=2)  # Python shows it once
         end = min([s for s in course.starts if s > now], default=course.steps)
         own = (now, *(s for s in choice.steps if now < s < end))
-        tables = stand_ins(course, own, end, self._target(course))
-        return Outputs(*tables, end, choice.chase if now == 0 else None)
+        outputs = Outputs(course, own, end, target, choice.trust)
+        return Run(outputs, choice.chase if now == 0 else None)
 
 
-def error_of(parts: list[Tensor]) -> Tensor:
-    """Root mean square of each sample's values, in float32: (B,)."""
-    flat = [p.float().reshape(p.shape[0] if p.ndim > 2 else 1, -1) for p in parts]
-    if len({f.shape[0] for f in flat}) > 1 or (len(flat) > 1 and flat[0].shape[0] == 1):
-        return torch.stack([f.square().mean().sqrt() for f in flat])  # a list with a tensor for each sample
-    return torch.cat(flat, 1).square().mean(1).sqrt()
+@dataclass
+class Run:
+    """A branch's outputs, and whether its plan may still change."""
+
+    outputs: Outputs
+    chase: Chase | None = None
+
+    @property
+    def outputs_kept(self) -> list[list[Tensor]]:
+        return self.outputs.outputs_kept

@@ -142,13 +142,21 @@ class Look:
 
 
 @dataclass(slots=True)
+class Latents:
+    """Show what the model is given to denoise, before anything of it runs.
+
+    (B, tokens, C), of the tokens that are drawn, or (B, C, ..., height, width), as the model takes them.
+    """
+
+
+@dataclass(slots=True)
 class Forward:
     """Run the whole model; gives back the tensors of its output. Only for methods that require "whole"."""
 
 
 @dataclass(slots=True)
 class Stand:
-    """Let `tensors` stand in the place of the model's output; nothing of it runs."""
+    """Let `tensors` stand in the place of the model's output; nothing of it runs, unless a `Forward` has."""
 
     tensors: list[Tensor]
 
@@ -200,7 +208,7 @@ class Ran:
 
 Command = Run | Skip | Look | Drive | Output
 Program = Generator[
-    Command | Forward | Stand, Any, None
+    Command | Latents | Forward | Stand, Any, None
 ]  # a `Run` or `Drive` gives back a `Ran`, a `Look` what it shows
 
 

@@ -52,6 +52,7 @@ class TunedPlan:
     steps: tuple[int, ...]
     tuning: Quality  # on the pictures that the search has seen
     held_out: Quality | None = None  # on others
+    trust: float | None = 1.0  # in the line, as `PlanConfig.trust`
     errors: tuple[float, ...] = ()  # usual sum of forecast errors, as known at each evaluated step
 
     def usual(self, step: float) -> float:
@@ -171,7 +172,8 @@ def _plan(facts: dict[str, Any]) -> TunedPlan:
     held_out = facts.get("held_out")
     tuning = Quality(**facts["tuning"])
     errors = tuple(facts.get("errors", ()))
-    return TunedPlan(tuple(facts["steps"]), tuning, held_out and Quality(**held_out), errors)
+    held = held_out and Quality(**held_out)
+    return TunedPlan(tuple(facts["steps"]), tuning, held, facts.get("trust", 1.0), errors)
 
 
 def user_folder() -> Path:

@@ -27,11 +27,13 @@ from h2cache.h2 import H2Config
 from h2cache.method import MethodConfig
 from h2cache.plan import PlanConfig
 from h2cache.registry import find_method
+from h2cache.schedule import Course
 from h2cache.tuned import Estimate, Quality, Tuned, TunedPlan, user_folder
 
 GAIN = 0.02  # dB that a move must bring to be kept
 HOPELESS = 1.5  # dB behind the best on the prompts so far: the rest of them is not drawn
 CLOSE = 0.03  # share by which a found threshold may miss the wanted speed
+TRUSTS = (None, 1.0, 0.0)  # in the line of a plan: measured, in full, none
 RATIOS = (0.5, 1.0, 2.0, 4.0, 8.0)  # tau1 / tau2 that are tried
 
 Prompt = str | dict[str, Any]  # a text, or arguments of the pipeline's call
@@ -148,12 +150,12 @@ def _tune_plan(
     try:
         for count in counts:
             start = PlanConfig(evaluations=count, file="none").choose(course).steps
-            best = _search(studio, start, course.steps, course.starts, log, bar)
-            config = PlanConfig(steps=best)
+            search = _Search(studio, course, log, bar)
+            config = search.better(max((PlanConfig(steps=start, trust=t) for t in TRUSTS), key=search.loss))
             seen, unseen = _measure(studio, config), _measure(others, config) if held_out else None
             more = unseen or seen
             held = Quality.of(unseen.values) if unseen else None
-            plans.append(TunedPlan(best, Quality.of(seen.values), held, more.usual))
+            plans.append(TunedPlan(config.steps, Quality.of(seen.values), held, config.trust, more.usual))
             groups.append(more.rows)
             bar.update()
             log.save(
@@ -170,44 +172,47 @@ def _tune_plan(
     return Tuned.load(path)
 
 
-def _search(
-    studio: Studio, start: tuple[int, ...], end: int, fixed: tuple[int, ...], log: _Log, bar: tqdm
-) -> tuple[int, ...]:
-    """Move each evaluated step by one or two as long as the mean PSNR gains."""
-    numbers = range(len(studio.prompts))
+@dataclass
+class _Search:
+    """A local search among the plans with one number of evaluations."""
 
-    def loss(steps: tuple[int, ...], floor: float = -math.inf) -> float:
-        """Mean PSNR; -inf as soon as `floor` is out of reach."""
-        known = log.values(steps)
-        for n in numbers:
-            if n not in known:
-                known[n] = studio.fidelity(n, PlanConfig(steps=steps))
-                log.note(steps, n, known[n])
-            best = log.values(state["best"])
-            if len(known) < len(numbers) and len(best) == len(numbers):
-                behind = math.fsum(best[k] - v for k, v in known.items()) / len(known)
-                if behind > HOPELESS:
-                    return -math.inf
+    studio: Studio
+    course: Course
+    log: _Log
+    bar: tqdm
+    best: PlanConfig | None = None
+
+    def loss(self, plan: PlanConfig) -> float:
+        """Mean PSNR; -inf as soon as that of the best plan is out of reach."""
+        known, best = self.log.values(plan), self.log.values(self.best) if self.best else {}
+        for number in range(len(self.studio.prompts)):
+            if number not in known:
+                known[number] = self.studio.fidelity(number, plan)
+                self.log.note(plan, number, known[number])
+            behind = [best[n] - value for n, value in known.items() if n in best]
+            if behind and len(known) < len(best) and math.fsum(behind) / len(behind) > HOPELESS:
+                return -math.inf
         return math.fsum(known.values()) / len(known)
 
-    state = {"best": start}
-    value, moved = loss(start), True
-    while moved:
-        moved = False
-        for place in range(1, len(start)):
-            for change in (-1, 1, -2, 2):
-                steps = list(state["best"])
-                if steps[place] in fixed:
-                    continue
-                steps[place] += change
-                limit = steps[place + 1] if place + 1 < len(steps) else end
-                if not steps[place - 1] < steps[place] < limit:
-                    continue
-                tried = loss(tuple(steps))
-                if tried > value + GAIN:
-                    state["best"], value, moved = tuple(steps), tried, True
-                bar.set_postfix_str(f"{len(start)} evaluations: {value:.2f} dB")
-    return state["best"]
+    def better(self, start: PlanConfig) -> PlanConfig:
+        """Move each evaluated step by one or two as long as the mean gains."""
+        self.best, value, moved = start, self.loss(start), True
+        while moved:
+            moved = False
+            for place in range(1, len(start.steps)):
+                for change in (-1, 1, -2, 2):
+                    steps = list(self.best.steps)
+                    if steps[place] in self.course.starts:
+                        continue
+                    steps[place] += change
+                    limit = steps[place + 1] if place + 1 < len(steps) else self.course.steps
+                    if not steps[place - 1] < steps[place] < limit:
+                        continue
+                    plan = replace(start, steps=tuple(steps))
+                    if (tried := self.loss(plan)) > value + GAIN:
+                        self.best, value, moved = plan, tried, True
+                    self.bar.set_postfix_str(f"{len(steps)} evaluations: {value:.2f} dB")
+        return self.best
 
 
 @dataclass
@@ -275,6 +280,9 @@ def _made(prompts: Sequence[Prompt], held_out: Sequence[Prompt], call: dict[str,
     }
 
 
+_Key = tuple[tuple[int, ...], float | None]  # evaluated steps, trust
+
+
 class _Log:
     """What was measured so far, on disk: a search that was stopped goes on. `task` says what it is about."""
 
@@ -282,22 +290,22 @@ class _Log:
         self.path = path
         key = hashlib.sha256(task.encode()).hexdigest()[:12]
         self.part = path.with_name(f".{path.stem}-{key}.jsonl")
-        self.known: dict[tuple[int, ...], dict[int, float]] = {}
+        self.known: dict[_Key, dict[int, float]] = {}
         if self.part.is_file():
             for line in self.part.read_text(encoding="utf-8").splitlines():
                 try:
-                    steps, number, value = json.loads(line)
+                    steps, trust, number, value = json.loads(line)
                 except ValueError:
                     continue  # the last line of a killed run
-                self.known.setdefault(tuple(steps), {})[number] = value
+                self.known.setdefault((tuple(steps), trust), {})[number] = value
 
-    def values(self, steps: tuple[int, ...]) -> dict[int, float]:
-        return self.known.setdefault(steps, {})
+    def values(self, plan: PlanConfig) -> dict[int, float]:
+        return self.known.setdefault((plan.steps, plan.trust), {})
 
-    def note(self, steps: tuple[int, ...], number: int, value: float) -> None:
+    def note(self, plan: PlanConfig, number: int, value: float) -> None:
         self.part.parent.mkdir(parents=True, exist_ok=True)
         with self.part.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([steps, number, value]) + "\n")
+            file.write(json.dumps([plan.steps, plan.trust, number, value]) + "\n")
 
     def save(self, tuned: Tuned) -> None:
         tuned.save(self.path)

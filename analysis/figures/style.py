@@ -76,6 +76,13 @@ LOOKS = {
     "speca": Look("SpeCa", "#F0E442", ">"),
     "clusca": Look("ClusCa", "#332288", "h"),
     "magcache": Look("MagCache", "#882255", "*"),
+    "seacache": Look("SeaCache", "#0072B2", "p"),
+    "easycache": Look("EasyCache", "#E69F00", "d"),
+    "meancache": Look("MeanCache", "#117733", "8"),
+    "spectrum": Look("Spectrum", "#44AA99", "H"),
+    "budcache": Look("BudCache", "#882255", "X"),
+    "dicache": Look("DiCache", "#332288", "d"),
+    "sencache": Look("SenCache", "#AA4499", "p"),
 }
 OTHERS = ("#117733", "#44AA99", "#AA4499", "#661100")  # for methods not listed, by the sum of their name
 STRUCTURE, DETAIL, BOTH = "#0072B2", "#E69F00", "#666666"  # the two stages, wherever stages are compared

@@ -67,6 +67,10 @@ class Inputs:
     targets: Callable[[], slice | None] = lambda: None  # image tokens that are drawn; asked once a branch
     guided: Callable[[], bool] = lambda: False  # batch is [cond, uncond]: one decision for both halves; ditto
 
+    def drawn(self, targets: slice | None) -> Tensor:
+        """The latents without the tokens of a reference image; targets: the drawn tokens, None: all."""
+        return self.latents if targets is None or self.latents.ndim != 3 else self.latents[:, targets]
+
     @property
     def text_tokens(self) -> int:
         """S, for blocks that take text and image tokens in one tensor; 0 where text is no such states."""

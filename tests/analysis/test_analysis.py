@@ -1,11 +1,11 @@
 """The measuring commands, as a user types them, on very little."""
 
 import json
-import subprocess
 import sys
 
 import pytest
 
+from analysis import overhead
 from analysis.calibrate import main
 from analysis.records.planes import best, read, table
 from analysis.tiny_families import FAMILIES
@@ -114,15 +114,9 @@ def test_the_best_pair_is_fast_enough_and_closest():
 
 
 @pytest.mark.parametrize("more", [[], ["--width", "32", "--heads", "2", "--double", "2", "--single", "3"]])
-def test_overhead_is_measured(more):
-    done = subprocess.run(
-        [sys.executable, "-m", "analysis.overhead", "--rounds", "1", "--burst", "2", *more],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+def test_overhead_is_measured(more, capsys):
+    assert overhead.main(["--rounds", "1", "--burst", "2", "--threads", "1", *more]) == 0
+    report = json.loads(capsys.readouterr().out)
     assert report["blocks of an all-hit step"] == 2
     assert set(report["milliseconds"]) == {"uncached", "all hit", "structure miss", "disabled", "heads"}
 

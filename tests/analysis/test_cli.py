@@ -43,6 +43,7 @@ from analysis.drawing.draw import Limits, load_pipeline
 from analysis.drawing.prompts import read_prompts
 from analysis.measures import words
 from analysis.records import store
+from tests.helpers.served import ended, started
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 NUMBERS = ["nan", "x", "", "1e999999", "99999999999999999999", "\ud800"]
@@ -251,14 +252,16 @@ def test_pickled_weights_are_refused(tmp_path):
 
 
 def test_two_runs_in_one_folder_lose_no_record(tmp_path):
-    (tmp_path / "p.txt").write_text("".join(f'a red round sign that says "{c}"\n' for c in "ABCD"))
-    command = [sys.executable, str(CHECKOUT / "run.py"), "--prompts", "p.txt", "--steps", "2", "--no-compare"]
+    prompts, out = tmp_path / "p.txt", tmp_path / "out"
+    prompts.write_text("".join(f'a red round sign that says "{c}"\n' for c in "ABCD"))
+    command = ["--prompts", str(prompts), "--out", str(out), "--steps", "2", "--no-compare"]
     command += ["--method", "none", "--seed"]
-    runs = [subprocess.Popen([*command, s], cwd=tmp_path, stdout=subprocess.DEVNULL) for s in "12"]
-    assert [process.wait(120) for process in runs] == [0, 0]
-    rows = store.read_records(tmp_path / "outputs" / "records.jsonl")
+    logs = [tmp_path / f"{seed}.log" for seed in "12"]
+    runs = [started(run.main, [*command, log.stem], log=log) for log in logs]
+    assert ended(runs, 120) == [0, 0], [log.read_text() for log in logs]
+    rows = store.read_records(out / "records.jsonl")
     assert len(rows) == 8
-    assert {row["file"] for row in rows.values()} | {"records.jsonl"} == set(os.listdir(tmp_path / "outputs"))
+    assert {row["file"] for row in rows.values()} | {"records.jsonl"} == set(os.listdir(out))
 
 
 def test_ctrl_c_while_modules_load_is_one_line():

@@ -2,10 +2,8 @@
 
 import csv
 import json
-import os
 import random
-import signal
-import subprocess
+import socket
 import sys
 import time
 
@@ -30,6 +28,7 @@ from analysis.records.compare import bootstrap, lines
 from analysis.records.published import published, published_markdown
 from analysis.tiny_families import FAMILIES
 from h2cache import find_method
+from tests.helpers.served import ended, started
 
 METHODS = ["h2cache:tau1=0.3:tau2=0.3,inf", "block_cache:threshold=0.2"]
 
@@ -87,17 +86,16 @@ def test_the_experiment_makes_its_table(tmp_path, capsys):
 def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
     """The long form of this, with ten kills, is in assets/results/README.md."""
     moments = random.Random(0)
-    command = [sys.executable, "-m", "analysis.experiment", *arguments(tmp_path / "killed", "--no-words")]
     for _ in range(1):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = started(main, arguments(tmp_path / "killed", "--no-words", steps=4), log=tmp_path / "log")
         end = time.monotonic() + 120
         rows = tmp_path / "killed/runs"
         before = len(list(rows.glob("*/rows/*.json")))
         while time.monotonic() < end and len(list(rows.glob("*/rows/*.json"))) < before + 2:
             time.sleep(0.02)
         time.sleep(moments.random() * 0.3)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         finished = list(rows.glob("*/rows/*.json"))
         assert len(finished) >= before + 2
         for path in finished:
@@ -105,32 +103,24 @@ def test_killed_at_random_moments_it_ends_as_if_undisturbed(tmp_path):
             Image.open(path.parent.parent / "images" / f"{row['key']}.png").load()
     half = store.temporary(rows / finished[0].parts[-3] / "rows/half.json", process=999999999)
     half.write_text("{")  # as a kill may leave it
-    assert main(arguments(tmp_path / "killed", "--no-words")) == 0
+    assert main(arguments(tmp_path / "killed", "--no-words", steps=4)) == 0
     assert not list(rows.rglob(".*"))
-    assert main(arguments(tmp_path / "whole", "--no-words")) == 0
+    assert main(arguments(tmp_path / "whole", "--no-words", steps=4)) == 0
     assert facts(tmp_path / "killed") == facts(tmp_path / "whole")
 
 
 def test_two_processes_divide_the_prompts(tmp_path):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    launcher = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node",
-        "2",
-        "--master_port",
-        "29611",
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        meet = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    command = arguments(tmp_path / "two", "--no-words", steps=3, limit=2)
+    logs = [tmp_path / "0.log", tmp_path / "1.log"]
+    processes = [
+        started(main, command, log=log, RANK=str(n), LOCAL_RANK=str(n), **meet)  # as torchrun does
+        for n, log in enumerate(logs)
     ]
-    command = [
-        *launcher,
-        "-m",
-        "analysis.experiment",
-        *arguments(tmp_path / "two", "--no-words", steps=3, limit=2),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("| none |") == 1
+    assert ended(processes, 300) == [0, 0], [log.read_text()[-2000:] for log in logs]
+    assert [log.read_text().count("| none |") for log in logs] == [1, 0]
     rows = [json.loads(line) for line in (tmp_path / "two/rows.jsonl").read_text().splitlines()]
     assert len(rows) == 8
     assert json.loads((tmp_path / "two/table.json").read_text())["settings"]["processes"] == 2
@@ -150,10 +140,11 @@ def test_what_fails_is_told_and_the_rest_is_kept(tmp_path, capsys, monkeypatch):
         return draw(pipeline, config, seed, **call)
 
     monkeypatch.setattr(measuring, "draw", sometimes)
-    assert main(arguments(tmp_path, "--no-words")) == 1
+    command = arguments(tmp_path, "--no-words", steps=2)
+    assert main(command) == 1
     assert "out of memory" in capsys.readouterr().err
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 11
-    assert main(arguments(tmp_path, "--no-words")) == 0
+    assert main(command) == 0
     assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 12
 
 

@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -12,6 +10,7 @@ import torch
 from PIL import Image
 
 import run as script
+from tests.helpers.served import ended, started
 
 FAST = ["--steps", "4", "--tau1", "0.3", "--tau2", "0.3"]
 
@@ -176,22 +175,15 @@ def test_ctrl_c_keeps_what_is_finished(tmp_path):
     prompts.write_text(
         "".join(f'a red round sign that says "{c}" on a white background\n' for c in "ABCDEFGH" * 5)
     )
-    out = tmp_path / "out"
-    process = subprocess.Popen(
-        [sys.executable, "run.py", "--prompts", str(prompts), "--out", str(out)],
-        stderr=subprocess.PIPE,
-        text=True,
-        # A test run in the background of a shell ignores SIGINT, and its children would inherit that.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    out, log = tmp_path / "out", tmp_path / "log"
+    process = started(script.main, ["--prompts", str(prompts), "--out", str(out)], log=log)
     for _ in range(600):
         if (out / "records.jsonl").exists():
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "finished pictures and their records are kept" in errors
+    os.kill(process.pid, signal.SIGINT)
+    assert ended([process], 60) == [130]
+    assert "finished pictures and their records are kept" in log.read_text()
     kept = rows(out)
     assert 0 < len(kept) < 80
     assert not list(out.glob(".*"))

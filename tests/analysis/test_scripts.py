@@ -20,6 +20,7 @@ from analysis.drawing.peak import PeakMemory
 from analysis.figures.sheets import fitted, grid
 from analysis.measures import words
 from analysis.records import provenance, store
+from tests.helpers.served import ended, started
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 
@@ -101,19 +102,17 @@ def test_a_broken_option_is_a_usage_error(capsys, main, arguments, message):
 
 
 def test_ctrl_c_is_no_traceback(tmp_path):
-    process = subprocess.Popen(
-        [sys.executable, "-u", "-m", "analysis.calibrate", "--out", str(tmp_path)],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-    told = ""
-    while "prompt/s" not in told and "to go" not in told:  # it is drawing
-        told += process.stderr.read(1)
+    log = tmp_path / "log"
+    process = started(calibrate.main, ["--out", str(tmp_path / "out")], log=log)
+    for _ in range(600):
+        told = log.read_text() if log.exists() else ""
+        if "prompt/s" in told or "to go" in told:  # it is drawing
+            break
+        time.sleep(0.1)
     time.sleep(0.5)
-    process.send_signal(signal.SIGINT)
-    told += process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    os.kill(process.pid, signal.SIGINT)
+    assert ended([process], 60) == [130]
+    told = log.read_text()
     assert "stopped: " in told
     assert "Traceback" not in told
 

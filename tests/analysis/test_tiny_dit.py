@@ -106,11 +106,13 @@ def test_run_draws_it_without_further_arguments(tmp_path, capsys):
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory) -> Path:
-    """A VAE of two steps and a small transformer of three."""
+    """A VAE of two steps and a small transformer of three, of every twentieth scan."""
     pytest.importorskip("sklearn")
-    folder = tmp_path_factory.mktemp("dit")
-    vae.main(["--out", str(folder), "--max-steps", "2", "--batch", "2"])
-    train.main(["--work", str(folder), "--max-steps", "3", *SMALL])
+    folder, (scans, labels) = tmp_path_factory.mktemp("dit"), digits.load_scans()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(digits, "load_scans", lambda: (scans[::20], labels[::20]))
+        vae.main(["--out", str(folder), "--max-steps", "2", "--batch", "2"])
+        train.main(["--work", str(folder), "--max-steps", "3", *SMALL])
     return folder
 
 

@@ -16,7 +16,6 @@ from h2cache import H2Config, drop_in, find_method
 from h2cache.engines import find_engine
 from h2cache.method import Method, MethodConfig
 from tests.helpers import nunchaku_double as double
-from tests.helpers.inside import memory_of
 from tests.helpers.nunchaku_double import make_v1, make_v2
 from tests.helpers.toys import denoise, make_inputs
 
@@ -218,14 +217,20 @@ def test_nothing_is_kept_as_the_handle_returned_it(v1):
     """It might be a view of a buffer that the next call overwrites."""
     methods = [ALL_HIT, find_method("block_cache")(threshold=INF)]
     methods.append(find_method("teacache")(threshold=INF, coefficients=(0.0, 0.0, 0.0, 1.0, 0.0)))
+    handle = handle_of(v1)
+
+    def overwrite(*_) -> None:
+        for tensor in handle.returned:
+            tensor.fill_(float("nan"))
+        handle.returned.clear()
+
     for config in methods:
-        h2cache.enable(v1, config, steps=4)  # the last is not reached: nothing is freed yet
-        denoise(v1, 3)
-        buffers = {t.untyped_storage().data_ptr() for t in handle_of(v1).returned}
-        slots = memory_of(v1).slots.values()
-        kept = [t for s in slots for t in (s.reference, s.predictor.residual.img, s.predictor.residual.txt)]
-        assert slots
-        assert all(t.untyped_storage().data_ptr() not in buffers for t in kept if t is not None)
+        h2cache.enable(v1, config, steps=4)
+        expected = denoise(v1, 4)
+        handle.returned.clear()
+        hook = v1.register_forward_pre_hook(overwrite)
+        assert all(map(torch.equal, expected, denoise(v1, 4)))
+        hook.remove()
 
 
 # The handle stays nunchaku's.
@@ -236,7 +241,6 @@ def test_one_wrapper_one_handle(v1):
     for _ in range(2):
         h2cache.enable(v1, ALL_HIT)
         assert v1.transformer_blocks[0] is wrapper
-        assert wrapper.m._handle is handle
     wrapper.m.setLoraScale(32, 0.5)
     wrapper.m.setAttentionImpl("nunchaku-fp16", None)
     assert handle.calls["setLoraScale"] == handle.calls["setAttentionImpl"] == 1

@@ -11,6 +11,7 @@ from collections import Counter
 
 import torch
 from diffusers import FluxTransformer2DModel
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 CONFIG = {
@@ -224,7 +225,7 @@ class _Embeds(FluxTransformer2DModel):
             **pulid,
         )
         output = self.proj_out(self.norm_out(hidden_states, temb))
-        return type("Output", (), {"sample": output}) if return_dict else (output,)
+        return Transformer2DModelOutput(sample=output) if return_dict else (output,)
 
 
 class NunchakuFluxTransformer2dModel(_Embeds):

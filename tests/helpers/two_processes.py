@@ -1,4 +1,4 @@
-"""What one of two processes does in `tests/library/test_parallel.py`: `python -m THIS RANK FOLDER`.
+"""What one of two processes does in `tests/library/test_parallel.py`: `main`.
 
 Every case draws on one process, then on both together, and writes what came out. diffusers' own
 `enable_parallelism` counts accelerators and fails where there is none, so `divide` does by hand what it does.
@@ -6,7 +6,6 @@ Every case draws on one process, then on both together, and writes what came out
 
 import json
 import math
-import sys
 from copy import deepcopy
 from datetime import timedelta
 from pathlib import Path
@@ -246,7 +245,3 @@ def main(rank: int, folder: Path) -> None:
     found = toys() | families()
     (folder / f"{rank}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))

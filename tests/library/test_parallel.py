@@ -1,10 +1,6 @@
 """Two processes that draw one picture: the decisions of one, and its picture."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +8,9 @@ import torch
 pytest.importorskip("diffusers", minversion="0.42")  # context and tensor parallelism as they are there
 if not torch.distributed.is_available():
     pytest.skip("this PyTorch has no torch.distributed", allow_module_level=True)
+
+from tests.helpers import two_processes
+from tests.helpers.served import ended, started
 
 SECONDS = (
     240  # for all cases, on a busy machine; one collective that hangs ends after 20 (`two_processes.py`)
@@ -22,21 +21,9 @@ SECONDS = (
 def found(tmp_path_factory) -> list[dict]:
     """What each of two processes saw."""
     folder = tmp_path_factory.mktemp("parallel")
-    command = [sys.executable, "-m", "tests.helpers.two_processes"]
-    quiet = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    logs = [(folder / f"{rank}.log").open("w+") for rank in range(2)]
-    started = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=quiet, stdout=log, stderr=log)
-        for rank, log in enumerate(logs)
-    ]
-    try:
-        codes = [process.wait(SECONDS) for process in started]
-    finally:
-        for process in started:
-            process.kill()
-        for log in logs:
-            log.close()
-    assert codes == [0, 0], "\n".join(Path(log.name).read_text()[-2000:] for log in logs)
+    logs = [folder / f"{rank}.log" for rank in range(2)]
+    processes = [started(two_processes.main, rank, folder, log=log) for rank, log in enumerate(logs)]
+    assert ended(processes, SECONDS) == [0, 0], "\n".join(log.read_text()[-2000:] for log in logs)
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
 
 

@@ -16,7 +16,6 @@ from analysis import fit_teacache
 from h2cache.api import checkpoint_name
 from h2cache.registry import fitted_constants
 from tests.helpers.families import recorded
-from tests.helpers.inside import request_of
 from tests.helpers.toys import denoise, generate, make_flux, make_inputs
 
 INF = float("inf")
@@ -168,7 +167,8 @@ def test_teacache_on_wan_keeps_what_was_estimated(family, tokens):
     hook.remove()
     batch, count, width = calls[0].shape
     kept = 4 * batch * width * (count + 6 * (tokens or count)) * case.branches
-    assert h2cache.summary(case.target).bytes_held == request_of(model).bytes_needed == kept
+    summary = h2cache.summary(case.target)
+    assert summary.bytes_held == summary.bytes_needed == kept
     h2cache.disable(case.target)
 
 

@@ -11,6 +11,7 @@ from h2cache.program import Stream
 from tests.helpers.toys import denoise, generate
 
 INF = float("inf")
+SMALL = {"height": 64, "width": 64}
 
 
 def run(model, config, steps=12, **extra):
@@ -37,12 +38,12 @@ def test_the_default_is_the_paper(flux):
 @pytest.mark.parametrize("predictor", ["taylor", "newton"])
 def test_a_forecast_comes_closer_at_equal_decisions(tiny, predictor):
     """The embedded model, compared at a fixed pattern of hits."""
-    exact = generate(tiny, steps=30)
+    exact = generate(tiny, steps=30, **SMALL)
     results = {}
     for name in ("last", predictor):
         config = H2Config(tau1=INF, tau2=INF, max_consecutive_hits=2, warmup_steps=3, predictor=name)
         h2cache.enable(tiny, config)
-        results[name] = psnr(generate(tiny, steps=30), exact)
+        results[name] = psnr(generate(tiny, steps=30, **SMALL), exact)
         blocks = h2cache.summary(tiny).blocks_run
         assert results.setdefault("blocks", blocks) == blocks
     assert results[predictor] > results["last"] + 1
@@ -56,9 +57,9 @@ def test_a_batch_decides_and_forecasts_each_sample_alone(tiny, predictor):
     ]
     config = H2Config(tau1=0.3, tau2=0.2, predictor=predictor, clock="sigma")
     h2cache.enable(tiny, config)
-    alone = [generate(tiny, p, steps=14, seed=n) for n, p in enumerate(prompts)]
+    alone = [generate(tiny, p, steps=14, seed=n, **SMALL) for n, p in enumerate(prompts)]
     h2cache.enable(tiny, config)
-    together = generate(tiny, prompts, steps=14)
+    together = generate(tiny, prompts, steps=14, **SMALL)
     assert torch.allclose(together, torch.cat(alone), atol=2e-3)
 
 
@@ -83,12 +84,12 @@ def test_memory_is_as_many_residuals_as_the_predictor_says(flux, name):
 
 
 def test_repaying_comes_closer_under_an_euler_sampler(tiny):
-    exact = generate(tiny, steps=50)
+    exact = generate(tiny, steps=50, **SMALL)
     results = []
     for repay in (False, True):
         config = H2Config(tau1=INF, tau2=INF, max_consecutive_hits=5, warmup_steps=4, predictor="taylor")
         h2cache.enable(tiny, replace(config, repay=repay))
-        results.append((psnr(generate(tiny, steps=50), exact), h2cache.summary(tiny).block_ratio))
+        results.append((psnr(generate(tiny, steps=50, **SMALL), exact), h2cache.summary(tiny).block_ratio))
     (plain, ratio), (repaid, ratio_repaid) = results
     assert repaid > plain + 0.5
     assert ratio_repaid == pytest.approx(ratio, rel=0.15)

@@ -22,7 +22,7 @@ from h2cache.forecasting import ModuleForecast
 from h2cache.method import Shape
 from h2cache.policies import interval_due
 from tests.helpers.families import recorded
-from tests.helpers.inside import memory_of, request_of
+from tests.helpers.inside import tensors_alive
 from tests.helpers.toys import denoise, generate, make_flux, make_inputs
 
 
@@ -234,10 +234,11 @@ def test_text_that_nobody_reads_changes_no_picture(config, family, monkeypatch):
 @pytest.mark.parametrize("config", CONFIGS[:2], ids=lambda c: c.name)
 def test_what_is_held_is_no_part_of_something_larger(flux, config):
     """A view would keep all of the tensor that it is cut from."""
+    before = {id(tensor) for tensor in tensors_alive()}
     h2cache.enable(flux, replace(config, interval=1), steps=12)
     denoise(flux, 8)
-    outputs = memory_of(flux).state("forecast", dict).outputs
-    held = {s.data_ptr(): len(s) for t in _tensors(outputs) if (s := t.untyped_storage())}
+    kept = [tensor for tensor in tensors_alive() if id(tensor) not in before and tensor.shape[-1] == 32]
+    held = {s.data_ptr(): len(s) for s in (tensor.untyped_storage() for tensor in kept)}
     shape = Shape(blocks=(3, 4), img=16, txt=5, width=32, out=8, itemsize=4)
     assert sum(held.values()) == config.bytes_needed(shape)
 
@@ -259,12 +260,8 @@ def test_the_estimate_has_ip_adapters_output_of_attention(flux):
         denoise(flux, 8, joint_attention_kwargs={"ip_adapter_image_embeds": torch.ones(1, 2, 4)})
         held.append(h2cache.summary(flux).bytes_held)
         shape = Shape((3, 4), img=16, txt=5, width=32, out=8, itemsize=4, attention_parts=3)
-        assert held[-1] == request_of(flux).bytes_needed == config.bytes_needed(shape)
+        assert held[-1] == h2cache.summary(flux).bytes_needed == config.bytes_needed(shape)
     assert held[0] == 2 * (3 * 3 + 4) * 16 * 32 * 4
-
-
-def _tensors(outputs: dict) -> list[torch.Tensor]:
-    return [tensor for kept in outputs.values() for parts in kept for tensor in parts]
 
 
 def test_memory_of_flux_dev_is_that_of_the_specification():

@@ -5,7 +5,7 @@ import torch
 
 import h2cache
 from h2cache.plan import PlanConfig
-from tests.helpers.families import STEPS, TRAINED, refused_by, trained
+from tests.helpers.families import STEPS, TRAINED, call_of, refused_by, trained
 from tests.methods.test_contract import METHODS, switched_off
 
 LIKE = {"tiny_dit": "dit", "tiny_wan": "wan22"}  # the random model of its class, whose refusals are its own
@@ -38,3 +38,21 @@ def test_the_plan_evaluates_as_often_as_asked(case, evaluations):
     found = h2cache.summary(case.target)
     assert found.blocks_run == evaluations * case.branches * sum(case.stage_sizes)
     assert all(map(torch.equal, drawn, case.uncached())) == (evaluations == STEPS)
+
+
+@pytest.mark.parametrize("model", TRAINED)
+def test_the_plan_is_nearer_than_fewer_steps(model):
+    """On tiny_wan a line that is always followed in full is not."""
+    pipe, call = trained(model).target, call_of(model)
+    right, evaluations = final(pipe, call), 10
+    fewer = final(pipe, call | {"num_inference_steps": evaluations})
+    h2cache.enable(pipe, PlanConfig(evaluations=evaluations, file="none"))
+    planned = final(pipe, call)
+    h2cache.disable(pipe)
+    assert (planned - right).norm() < (fewer - right).norm()
+
+
+def final(pipe, call: dict) -> torch.Tensor:
+    """What a call of a pipeline draws, as numbers."""
+    output = pipe(**call, generator=torch.Generator().manual_seed(0))
+    return torch.as_tensor(output[0])
