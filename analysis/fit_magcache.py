@@ -21,10 +21,9 @@ from statistics import fmean, pstdev
 
 import torch
 
-from analysis.ablations.fitting import Seen, WatchConfig, parser_of, save_constants, source, watch
-from analysis.cli import guarded, shipped, warn
+from analysis.ablations.fitting import Seen, WatchConfig, fit_script, parser_of, save_constants, source, watch
+from analysis.cli import shipped, warn
 from analysis.measuring import Trial
-from analysis.options import at_least_one
 from h2cache.memory import Memory
 
 CONSTANTS = Path(shipped("baselines/constants/magcache.json"))
@@ -79,12 +78,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = parser_of(__doc__, CONSTANTS)
-    parser.add_argument("--limit", type=at_least_one, default=8, help="number of prompts")
-    args = parser.parse_args(argv)
-    if args.steps < 2:
-        parser.error(f"--steps {args.steps}: two steps at least are needed")
-    return guarded(lambda: run(args, argv), "nothing is saved")
+    return fit_script(parser_of(__doc__, CONSTANTS, limit=8), argv, run)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.ablations.fitting import parser_of, save_constants, source
-from analysis.cli import guarded, progress, shipped
+from analysis.ablations.fitting import fit_script, parser_of, save_constants, source
+from analysis.cli import progress, shipped
 from analysis.measuring import Trial
-from analysis.options import at_least_one
 from h2cache import find_method
 from h2cache.api import denoisers_of
 from h2cache.engines.whole import TIMES
@@ -112,12 +111,7 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = parser_of(__doc__, CONSTANTS)
-    parser.add_argument("--limit", type=at_least_one, default=4, help="number of prompts")
-    args = parser.parse_args(argv)
-    if args.steps < 2:
-        parser.error(f"--steps {args.steps}: two steps at least are needed")
-    return guarded(lambda: run(args, argv), "nothing is saved")
+    return fit_script(parser_of(__doc__, CONSTANTS, limit=4), argv, run)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 
 from analysis.ablations import fitting
-from analysis.ablations.fitting import Seen, parser_of, save_constants, source, watch
-from analysis.cli import guarded, shipped, warn
+from analysis.ablations.fitting import Seen, fit_script, parser_of, save_constants, source, watch
+from analysis.cli import shipped, warn
 from analysis.measuring import Trial
 from analysis.records import store
 from h2cache.memory import Memory
@@ -75,13 +75,9 @@ def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = parser_of(__doc__, CONSTANTS)
+    parser = parser_of(__doc__, CONSTANTS, limit=None)
     parser.add_argument("--out", type=Path, default=Path("outputs/teacache"))
-    parser.set_defaults(limit=None)
-    args = parser.parse_args(argv)
-    if args.steps < 3:
-        parser.error(f"--steps {args.steps}: two changes at least are needed, that is three steps")
-    return guarded(lambda: run(args, argv), "nothing is saved")
+    return fit_script(parser, argv, run, least=3)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from analysis.cli import add_measuring_arguments, progress
+from analysis.cli import add_measuring_arguments, guarded, progress
 from analysis.measuring import Trial
-from analysis.options import Parser
+from analysis.options import Parser, at_least_one
 from analysis.records import store
 from analysis.records.provenance import provenance
 from h2cache.api import checkpoint_name
@@ -21,6 +21,7 @@ from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig
 from h2cache.program import Look, Program, Run, Stage
 
+Fit = Callable[[argparse.Namespace, Sequence[str] | None], None]
 Seen = tuple[Tensor | None, Tensor]  # modulated input, where it is asked for, and residual of all blocks
 
 
@@ -60,11 +61,21 @@ class Watch(Method):
             memory.record(stage, None, None, "miss")
 
 
-def parser_of(description: str | None, constants: Path) -> argparse.ArgumentParser:
+def parser_of(description: str | None, constants: Path, limit: int | None) -> argparse.ArgumentParser:
+    """A parser of the options of a fit; limit: prompts where none is asked for, None: all."""
     parser = Parser(description)
     add_measuring_arguments(parser)
+    parser.add_argument("--limit", type=at_least_one, default=limit, help="number of prompts")
     parser.add_argument("--save", action="store_true", help=f"write the result into {constants}")
     return parser
+
+
+def fit_script(parser: argparse.ArgumentParser, argv: list[str] | None, run: Fit, least: int = 2) -> int:
+    """Exit code of `run(args, argv)`; least: the steps that it needs."""
+    args = parser.parse_args(argv)
+    if args.steps < least:
+        parser.error(f"--steps {args.steps}: {least} steps at least are needed")
+    return guarded(lambda: run(args, argv), "nothing is saved")
 
 
 def watch(trial: Trial, kind: type[WatchConfig]) -> list[tuple]:
