@@ -73,7 +73,10 @@ def run(args: argparse.Namespace) -> Path:
             "spectrum": error_spectrum(image, uncached).tolist(), **checked(image, prompt.words, prompt.text),
         })  # fmt: skip
 
-    measure(args.out / "records.jsonl", trial.prompts, contestants, trial.draw, rows, trial.key)
+    def key(prompt: Prompt, name: str) -> str:
+        return trial.key(prompt, f"{name}, kept" if prompt.id == pictured else name)
+
+    measure(args.out / "records.jsonl", trial.prompts, contestants, trial.draw, rows, key)
     return args.out
 
 

@@ -166,7 +166,7 @@ def decisions(trial: Trial, ratios: dict[tuple[str, str], float], path: Path) ->
     threshold with too few hits of its own to be tuned by (OWN_HITS) stays at that ratio.
     """
     tuning, others = trial.prompts[:TUNING], trial.prompts[TUNING:]
-    contestants: dict[str, MethodConfig] = {"none": find_method("none")()}
+    contestants: dict[str, MethodConfig] = {}
     known: dict[str, dict] = {}  # of each contestant's rows
     for target in TARGETS:
         wanted = _hits(trial, tuning, SummaryConfig(*target))
@@ -183,8 +183,8 @@ def decisions(trial: Trial, ratios: dict[tuple[str, str], float], path: Path) ->
                 "tuned_hits": _hits(trial, tuning, contestants[name]), "wanted_hits": wanted,
             }  # fmt: skip
 
-    def rows(_: Prompt, drawn: dict[str, Drawn]) -> dict[str, dict]:
-        uncached = drawn.pop("none")
+    def rows(prompt: Prompt, drawn: dict[str, Drawn]) -> dict[str, dict]:
+        uncached = trial.draw(prompt, find_method("none")())
         costs = ("hits", "steps", "blocks_run", "blocks")
         return {
             name: known[name] | {cost: getattr(found.summary, cost) for cost in costs}
@@ -192,7 +192,10 @@ def decisions(trial: Trial, ratios: dict[tuple[str, str], float], path: Path) ->
             for name, found in drawn.items()
         }  # fmt: skip
 
-    measure(path, others, contestants, trial.draw, rows, trial.key)
+    def key(prompt: Prompt, name: str) -> str:
+        return trial.key(prompt, repr(contestants[name]))
+
+    measure(path, others, contestants, trial.draw, rows, key)
 
 
 def _hits(trial: Trial, prompts: list[Prompt], config: SummaryConfig) -> dict[str, float]:
