@@ -85,7 +85,11 @@ class Real:
         return self.comfy.model_patcher.ModelPatcher(model.eval(), cpu, cpu)
 
     def flux(self, seed: int = 0, half: bool = False, tidy: bool = False, looks: bool = False) -> Any:
-        config = self.comfy.supported_models.Flux(dict(FLUX))
+        from comfy.ldm.flux.model import FluxParams
+
+        later = {"txt_ids_dims": []}  # since FLUX.2
+        known = {name: value for name, value in later.items() if name in FluxParams.__annotations__}
+        config = self.comfy.supported_models.Flux(FLUX | known)
         return self._patcher(config, seed, torch.float16 if half else torch.float32)
 
     def other(self) -> Any:
