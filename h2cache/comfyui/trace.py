@@ -26,7 +26,8 @@ def draw(run: Run) -> Tensor:
     records = records_of([run.request])
     rows = list(dict.fromkeys((r.branch, r.stage) for r in records))
     stages = list(dict.fromkeys(r.stage for r in records))
-    lines = str(run.summary).splitlines()
+    table = ("stage", " ", *stages)  # its columns need letters of one width; the text output has it
+    lines = [line for line in str(run.summary).splitlines() if not line.startswith(table)]
     steps = max(len(run.steps), 1 + max((r.step for r in records), default=0))
     top = 16 + LINE
     bottom = top + len(rows) * (CELL + 6) + LINE
@@ -39,7 +40,12 @@ def draw(run: Run) -> Tensor:
     def x(n: float) -> float:
         return LEFT + n * step
 
-    pen.text((16, 12), "blue: evaluated   pale: stood in for   by step", INK, font)
+    pen.text(
+        (16, 12),
+        "steps   blue: evaluated   pale: stood in for   light blue: so too, without a look",
+        INK,
+        font,
+    )
     for n, row in enumerate(rows):
         y = top + n * (CELL + 6)
         pen.text((16, y + 5), " ".join(row), INK, font)

@@ -56,6 +56,23 @@ def load() -> Any:
     return comfy
 
 
+def flux_config(comfy: Any, facts: dict[str, Any]) -> Any:
+    """A small FLUX, with `facts` in the place of our own."""
+    from comfy.ldm.flux.model import FluxParams
+
+    later = {"txt_ids_dims": []}  # since FLUX.2
+    known = {name: value for name, value in later.items() if name in FluxParams.__annotations__}
+    return comfy.supported_models.Flux(FLUX | known | facts)
+
+
+def patcher_of(comfy: Any, config: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """A model of weights that have no values yet."""
+    config.unet_config["dtype"] = dtype
+    config.set_inference_dtype(dtype, None)
+    cpu = torch.device("cpu")
+    return comfy.model_patcher.ModelPatcher(config.get_model({}).eval(), cpu, cpu)
+
+
 class Real:
     """The same as `Double`, by ComfyUI."""
 
@@ -74,26 +91,19 @@ class Real:
     def __init__(self) -> None:
         self.comfy = load()
 
-    def _patcher(self, config: Any, seed: int, dtype: torch.dtype = torch.float32) -> Any:
-        torch.manual_seed(seed)
-        config.unet_config["dtype"] = dtype
-        config.set_inference_dtype(dtype, None)
-        model = config.get_model({})
-        for parameter in model.diffusion_model.parameters():
-            parameter.data = (torch.randn_like(parameter.float()) * 0.1).to(dtype)
-        cpu = torch.device("cpu")
-        return self.comfy.model_patcher.ModelPatcher(model.eval(), cpu, cpu)
-
     def flux(self, seed: int = 0, half: bool = False, tidy: bool = False, looks: bool = False) -> Any:
-        from comfy.ldm.flux.model import FluxParams
-
-        later = {"txt_ids_dims": []}  # since FLUX.2
-        known = {name: value for name, value in later.items() if name in FluxParams.__annotations__}
-        config = self.comfy.supported_models.Flux(FLUX | known)
-        return self._patcher(config, seed, torch.float16 if half else torch.float32)
+        config = flux_config(self.comfy, {})
+        return self._random(config, seed, torch.float16 if half else torch.float32)
 
     def other(self) -> Any:
-        return self._patcher(self.comfy.supported_models.WAN21_T2V(dict(WAN)), 0)
+        return self._random(self.comfy.supported_models.WAN21_T2V(dict(WAN)), 0)
+
+    def _random(self, config: Any, seed: int, dtype: torch.dtype = torch.float32) -> Any:
+        torch.manual_seed(seed)
+        patcher = patcher_of(self.comfy, config, dtype)
+        for parameter in patcher.model.diffusion_model.parameters():
+            parameter.data = (torch.randn_like(parameter.float()) * 0.1).to(dtype)
+        return patcher
 
     def diffusion_model(self, patcher: Any) -> nn.Module:
         return patcher.model.diffusion_model
@@ -177,3 +187,44 @@ def _control(comfy: Any) -> type:
             return []
 
     return Control
+
+
+class Embedded:
+    """The FLUX of a small diffusers pipeline, moved into ComfyUI with its own weights."""
+
+    def __init__(self, comfy: Any, pipeline: Any) -> None:
+        import comfy.model_detection
+
+        self.comfy, self.pipeline = comfy, pipeline
+        given = pipeline.transformer.config
+        facts = {
+            "in_channels": given.in_channels // 4,
+            "out_channels": given.in_channels // 4,
+            "vec_in_dim": given.pooled_projection_dim,
+            "context_in_dim": given.joint_attention_dim,
+            "hidden_size": given.attention_head_dim * given.num_attention_heads,
+            "mlp_ratio": 4.0,
+            "num_heads": given.num_attention_heads,
+            "depth": given.num_layers,
+            "depth_single_blocks": given.num_single_layers,
+            "axes_dim": [*given.axes_dims_rope],
+        }
+        self.patcher = patcher_of(comfy, flux_config(comfy, facts))
+        weights = {name: value.clone() for name, value in pipeline.transformer.state_dict().items()}
+        converted = comfy.model_detection.convert_diffusers_mmdit(weights, "")
+        self.patcher.model.diffusion_model.load_state_dict(converted)
+
+    @torch.no_grad()
+    def draw(self, patcher: Any, prompt: str, steps: int, seed: int = 0) -> Tensor:
+        """Packed latents, as diffusers draws them at 128x128."""
+        text, pooled, _ = self.pipeline.encode_prompt(prompt, prompt, max_sequence_length=24)
+        guider = self.comfy.samplers.CFGGuider(patcher)
+        cond = [[text, {"pooled_output": pooled, "guidance": 3.5}]]
+        guider.set_conds(cond, cond)
+        guider.set_cfg(1.0)
+        noise = torch.randn(1, 16, 16, 16, generator=torch.Generator().manual_seed(seed))
+        sigmas = self.pipeline.scheduler.sigmas.clone()  # those of its last call
+        assert len(sigmas) == steps + 1
+        method, empty = self.comfy.samplers.sampler_object("euler"), torch.zeros_like(noise)
+        drawn = guider.sample(noise, empty, method, sigmas, disable_pbar=True, seed=seed)
+        return self.pipeline._pack_latents(patcher.model.process_latent_in(drawn), 1, 16, 16, 16)
