@@ -359,18 +359,17 @@ def test_a_compiled_model_goes_with_the_plan_alone(comfy):
         comfy.sample(ruled(model), STEPS)
 
 
-def test_weights_of_a_lora_reach_the_blocks(comfy):
-    """Through the seats: by the names that the blocks have without us."""
-    model = comfy.flux()
-    cached = ruled(model)
-    names = [n for n, _ in comfy.diffusion_model(model).named_parameters()]
-    seen = []
-
-    def look(step):
-        seen.append([n for n, _ in comfy.diffusion_model(model).named_parameters()])
-
-    comfy.sample(cached, 2, callback=look)
-    assert seen == [names, names]
+@pytest.mark.parametrize("block", ["double_blocks.1.img_mod", "single_blocks.2.modulation"])
+def test_a_lora_acts_before_and_behind_our_node(comfy, block):
+    """Its weights are found by the names that they have without us."""
+    model, weight = comfy.flux(), f"diffusion_model.{block}.lin.weight"
+    plain, changed = comfy.sample(model, STEPS), comfy.sample(comfy.with_lora(model, weight), STEPS)
+    assert not torch.equal(plain, changed)
+    before = ruled(comfy.with_lora(model, weight), 0.0, 0.0)
+    behind = comfy.with_lora(ruled(model, 0.0, 0.0), weight)
+    assert torch.equal(comfy.sample(before, STEPS), changed)
+    assert torch.equal(comfy.sample(behind, STEPS), changed)
+    assert comfy.sample(ruled(comfy.with_lora(model, weight)), STEPS).isfinite().all()
 
 
 # The summary, and what a user sees.

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import itertools
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import reduce
 from typing import Any
 
 import torch
@@ -202,12 +204,13 @@ class ModelPatcher:
     def __init__(self, model: BaseModel) -> None:
         self.model = model
         self.object_patches: dict[str, Any] = {}
+        self.patches: dict[str, Tensor] = {}  # of weights, by name
         self.wrappers: dict[str, dict[str, list]] = {}
         self.model_options: dict[str, Any] = {"transformer_options": {}}
 
     def clone(self) -> ModelPatcher:
         other = ModelPatcher(self.model)
-        other.object_patches = dict(self.object_patches)
+        other.object_patches, other.patches = dict(self.object_patches), dict(self.patches)
         other.wrappers = {kind: {k: list(w) for k, w in all_.items()} for kind, all_ in self.wrappers.items()}
         other.model_options = _copied(self.model_options)
         return other
@@ -218,10 +221,7 @@ class ModelPatcher:
     def get_model_object(self, name: str) -> Any:
         if name in self.object_patches:
             return self.object_patches[name]
-        value: Any = self.model
-        for part in name.split("."):
-            value = getattr(value, part)
-        return value
+        return reduce(getattr, name.split("."), self.model)
 
     def add_wrapper_with_key(self, kind: str, key: str, wrapper: Callable) -> None:
         self.wrappers.setdefault(kind, {}).setdefault(key, []).append(wrapper)
@@ -236,15 +236,31 @@ class ModelPatcher:
         options = self.model_options["transformer_options"]
         options.setdefault("patches_replace", {}).setdefault(name, {})[block, number] = patch
 
-    def patched(self) -> dict[str, Any]:
-        """Put the object patches in place; returns what was there."""
+    @contextmanager
+    def loaded(self) -> Iterator[None]:
+        """Within it all patches are in place: the objects first, then the weights, by their names."""
         before = {}
         for name, value in self.object_patches.items():
-            owner, _, attribute = name.rpartition(".")
-            holder = self.get_model_object(owner)
-            before[name] = getattr(holder, attribute)
-            setattr(holder, attribute, value)
-        return before
+            before[name] = _set(self.model, name, value)
+        weights = {name: reduce(getattr, name.split("."), self.model) for name in self.patches}
+        for name, weight in weights.items():
+            weight += self.patches[name]
+        try:
+            yield
+        finally:
+            for name, weight in weights.items():
+                weight -= self.patches[name]
+            for name, value in before.items():
+                _set(self.model, name, value)
+
+
+def _set(model: Any, name: str, value: Any) -> Any:
+    """Put `value` at the place `name` of a model; returns what was there."""
+    owner, _, attribute = name.rpartition(".")
+    holder = reduce(getattr, owner.split("."), model)
+    before = getattr(holder, attribute)
+    setattr(holder, attribute, value)
+    return before
 
 
 def _copied(value: Any) -> Any:
@@ -397,20 +413,21 @@ class Double:
         if references:
             kept["reference_latents"] = [torch.ones(1, CHANNELS, 4, 4) * 0.3] * references
         conds = [{"text": text, **kept} for text in texts[: 1 if cfg == 1.0 else 2]]
-        before = patcher.patched()
         guider = Guider(patcher, conds, cfg, splits)
         options = _copied(patcher.model_options)
         options["transformer_options"]["wrappers"] = patcher.wrappers
         method = Sampler(sampler)
         sigmas = torch.linspace(1, 0, steps + 1) ** 1.5
-        try:
+        with patcher.loaded():
             run = wrapped(method.sample, method, "sampler_sample", options["transformer_options"])
             extra = {"model_options": options, "seed": seed}
             return run(guider, sigmas, extra, callback, noise, None, None, True)
-        finally:
-            for name, value in before.items():
-                owner, _, attribute = name.rpartition(".")
-                setattr(patcher.get_model_object(owner), attribute, value)
+
+    def with_lora(self, patcher: ModelPatcher, name: str) -> ModelPatcher:
+        """As a LoRA node gives it: a clone with one weight changed."""
+        clone = patcher.clone()
+        clone.patches[name] = torch.full((WIDTH, WIDTH), 0.05)
+        return clone
 
     @staticmethod
     def _control(rows: int) -> dict[str, list]:

@@ -156,6 +156,12 @@ class Real:
         finally:
             management.get_free_memory = known
 
+    def with_lora(self, patcher: Any, name: str) -> Any:
+        clone = patcher.clone()
+        change = torch.full_like(clone.get_model_object(name), 0.05)
+        assert clone.add_patches({name: ("diff", (change,))})
+        return clone
+
     def switch_compile(self, patcher: Any) -> None:
         patcher.add_wrapper_with_key("apply_model", "torch.compile", lambda run, *a, **k: run(*a, **k))
 
