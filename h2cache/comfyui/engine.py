@@ -106,9 +106,9 @@ class SingleBlocks(Joined):
 
     def copied(self, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         """The same arguments with a tensor that the block may write into."""
-        return (args[0].clone(), *args[1:]) if args else (), kwargs if args else kwargs | {
-            "x": kwargs["x"].clone()
-        }
+        if args:
+            return (args[0].clone(), *args[1:]), kwargs
+        return (), kwargs | {"x": kwargs["x"].clone()}
 
 
 def clamped(tensor: Tensor) -> Tensor:
