@@ -433,7 +433,7 @@ class Double:
     def _control(rows: int) -> dict[str, list]:
         g = torch.Generator().manual_seed(3)
         added = [torch.randn(1, 16, WIDTH, generator=g).expand(rows, -1, -1) for _ in range(3)]
-        return {"input": [added[0], None, added[1]], "output": [added[2]]}
+        return {"input": [added[0], added[1]], "output": [None, added[2]]}
 
     def switch_compile(self, patcher: ModelPatcher) -> None:
         """As TorchCompileModel marks a model."""

@@ -187,7 +187,7 @@ def _control(comfy: Any) -> type:
                 return None
             g = torch.Generator().manual_seed(3)
             added = [torch.randn(1, 16, 32, generator=g).expand(len(x), -1, -1) for _ in range(3)]
-            return {"input": [added[0], None, added[1]], "output": [added[2]]}
+            return {"input": [added[0], added[1]], "output": [None, added[2]]}
 
         def get_models(self) -> list:
             return []
