@@ -63,8 +63,7 @@ class SeaCacheConfig(MethodConfig):
         return self.last_steps > 0
 
     def bytes_needed(self, shape: Shape) -> int:
-        drawn = shape.img if shape.drawn is None else shape.drawn
-        return (self.order + 1) * shape.tensor(shape.img) + shape.tensor(drawn, shape.out)
+        return (self.order + 1) * shape.tensor(shape.img) + shape.denoised
 
     def build(self) -> SeaCache:
         return SeaCache(self)

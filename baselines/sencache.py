@@ -73,8 +73,7 @@ class SenCacheConfig(MethodConfig):
         return replace(self, times=times, by_latents=by_latents, by_time=by_time)
 
     def bytes_needed(self, shape: Shape) -> int:
-        drawn = shape.img if shape.drawn is None else shape.drawn
-        return shape.tensor(shape.img) + shape.tensor(drawn, shape.out)
+        return shape.tensor(shape.img) + shape.denoised
 
     def build(self) -> SenCache:
         return SenCache(self)

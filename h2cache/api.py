@@ -151,18 +151,21 @@ def summary(target: Any) -> Summary:
 
     Raises ValueError when no cache is enabled on `target`.
     """
-    requests = _newest_requests(target)
-    config = _attachments_of(target)[0].config
-    held = max(request.most_bytes_held for request in requests)  # of two transformers one after the other
-    needed = sum(request.bytes_needed for request in requests)
+    attachments = _attachments_of(target)
+    held_now = sum(attachment.requests.bytes_held for attachment in attachments)
+    return sum_up(attachments[0].config, _newest_requests(target), held_now)
+
+
+def sum_up(config: MethodConfig, requests: list[Request], bytes_of_all: int = 0) -> Summary:
+    """The summary of the requests of one call: of each denoiser that had a part in it."""
     return summarise(
         config.name,
-        step_records(target),
-        held,
-        needed,
+        records_of(requests),
+        max(request.most_bytes_held for request in requests),  # of two transformers one after the other
+        sum(request.bytes_needed for request in requests),
         requests[0].reason,
         reuses=config.reuses,
-        bytes_of_all=sum(attachment.requests.bytes_held for attachment in _attachments_of(target)),
+        bytes_of_all=bytes_of_all,
         notes=tuple(dict.fromkeys(note for request in requests for note in request.notes)),
         **_expectation(requests),
     )
@@ -192,8 +195,13 @@ def step_records(target: Any) -> list[StepRecord]:
 
     The steps of a second transformer are numbered on from those of the first.
     """
+    return records_of(_newest_requests(target))
+
+
+def records_of(requests: list[Request]) -> list[StepRecord]:
+    """The records of `requests`, one after the other, with what was left on the device; a wait."""
     records: list[StepRecord] = []
-    for request in _newest_requests(target):
+    for request in requests:
         done = 1 + max((r.step for r in records), default=-1)
         records += [
             replace(

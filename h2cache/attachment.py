@@ -318,6 +318,7 @@ class BlockAttachment(Attachment):
             text_compared=self.stages[-1].joint,
             modulated=call.inputs.modulated_tokens,
             attention_parts=call.inputs.attention_parts,
+            latents=call.inputs.drawn(memory.targets).nbytes,
         )
         others = [m for m in self.requests.newest.memories.values() if m is not memory]
         promised = sum(max(0, (m.bytes_needed or 0) - m.bytes_held) for m in others)

@@ -33,6 +33,12 @@ class Shape:
     text_compared: bool = True  # whether the detail stage's check looks at text tokens too
     modulated: int | None = None  # tokens of the first block's modulated input; None: those compared
     attention_parts: int = 2  # tensors that an attention of both streams gives; IP-Adapter's is a third
+    latents: int | None = None  # bytes of the latents, without a reference; None: as many as the output's
+
+    @property
+    def denoised(self) -> int:
+        """Bytes of the latents that are drawn."""
+        return self.tensor(self.compared[0], self.out) if self.latents is None else self.latents
 
     @property
     def compared(self) -> tuple[int, int]:

@@ -25,6 +25,9 @@ CHECKPOINTS = {"flux": "tiny_flux"}  # of which family our measured checkpoints 
 STAND_IN = {  # for constants fitted to a checkpoint
     "coefficients": (0.0, 0.0, 0.0, 1.0, 0.0),
     "ratios": (1.0, 1.0, 1.0),
+    "times": (0.5,),
+    "by_latents": (1.0,),
+    "by_time": (1.0,),
 }
 
 

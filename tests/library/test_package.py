@@ -18,7 +18,7 @@ import h2cache
 
 ROOT = Path(h2cache.__file__).resolve().parents[1]
 PARTS = ("h2cache", "baselines", "pyproject.toml", "README.md", "LICENSE", *ROOT.glob("requirements*.txt"))
-OPTIONAL = {"nunchaku"}  # engines of their own, imported where they are used
+OPTIONAL = {"nunchaku", "PIL"}  # imported where they are used: an engine of its own; ComfyUI has Pillow
 
 # What a user runs: from a folder with a `baselines/` of their own, which comes first on their path.
 CHILD = """

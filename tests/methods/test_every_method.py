@@ -6,11 +6,16 @@ import pytest
 import torch
 from diffusers import FluxImg2ImgPipeline
 from h2cache.baselines.block_cache import BlockCacheConfig
+from h2cache.baselines.budcache import BudCacheConfig
 from h2cache.baselines.clusca import ClusCaConfig
+from h2cache.baselines.dicache import DiCacheConfig
 from h2cache.baselines.hicache import HiCacheConfig
 from h2cache.baselines.magcache import MagCacheConfig
 from h2cache.baselines.none import NoneConfig
+from h2cache.baselines.seacache import SeaCacheConfig
+from h2cache.baselines.sencache import SenCacheConfig
 from h2cache.baselines.speca import SpeCaConfig
+from h2cache.baselines.spectrum import SpectrumConfig
 from h2cache.baselines.taylorseer import TaylorSeerConfig
 from h2cache.baselines.taylorseer_lite import TaylorSeerLiteConfig
 from h2cache.baselines.teacache import TeaCacheConfig
@@ -41,6 +46,11 @@ CONFIGS = {
     "speca": SpeCaConfig(warmup_steps=1),
     "speca, stages": SpeCaConfig(warmup_steps=1, granularity="stage"),
     "clusca": ClusCaConfig(warmup_steps=1),
+    "seacache": SeaCacheConfig(threshold=INF, max_consecutive_hits=None),
+    "spectrum": SpectrumConfig(warmup_steps=1, window=99.0),
+    "budcache": BudCacheConfig(budget=1),
+    "dicache": DiCacheConfig(threshold=INF, retention=0.0),
+    "sencache": SenCacheConfig(threshold=INF, early=0.0, times=(0.5,), by_latents=(1.0,), by_time=(1.0,)),
 }
 
 
