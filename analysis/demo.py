@@ -2,7 +2,6 @@
 
     python -m analysis.demo                                          # the embedded model
     python -m analysis.demo --model black-forest-labs/FLUX.1-dev     # needs the weights and a GPU
-    python -m analysis.demo --port 8000 --share                      # for everybody, through Gradio's servers
 
 Needs `pip install -r requirements-demo.txt`. Without --share only this machine can open the page.
 """
@@ -13,13 +12,16 @@ import importlib.util
 import math
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
 
-from analysis.cli import ERRORS, guarded, is_embedded, settings, shipped, start, told
+from analysis.cli import ERRORS, TINY, guarded, is_embedded, shipped, start, told
 from analysis.drawing.draw import Drawn, Limits, default_device, draw
 from analysis.drawing.families import add_family_arguments, takes
 from analysis.drawing.load import add_loading_arguments
@@ -29,7 +31,9 @@ from analysis.options import Parser, at_least_one, seed, side, whole
 from analysis.settings import config_of
 from h2cache import MethodConfig, PlanConfig, find_method, method_names
 from h2cache.api import checkpoint_name, denoisers_of
+from h2cache.presets import find_preset
 
+Asked = tuple[MethodConfig, float | None, str]  # settings, mean PSNR measured with them, a note
 Seen = Callable[[str, int, int], None]  # method, step, steps
 SPEED, QUALITY = "a speed", "a quality"
 MEASURED = Path(shipped("assets/figures/pareto_psnr.csv"))  # settings of each method on the embedded model
@@ -38,56 +42,51 @@ CSS = "#steps svg { width: 100%; height: 56px } #gap img { width: 100%; object-f
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model", default=shipped("assets/tiny_flux"), help="default: %(default)s")
+    parser.add_argument("--model", default=TINY, help="default: %(default)s")
     parser.add_argument("--steps", type=at_least_one, help="default: the model's, else 50")
     parser.add_argument("--height", type=side, help="pixels (default: the model's)")
     parser.add_argument("--width", type=side, help="pixels (default: the model's)")
     parser.add_argument("--port", type=whole(1, 65535), help="default: the first free one from 7860 on")
-    parser.add_argument("--share", action="store_true", help="let everybody draw who has the address")
+    parser.add_argument("--share", action="store_true", help="for everybody, through Gradio's servers")
     add_family_arguments(parser)
     add_loading_arguments(parser, default_device())
-    unasked = dict.fromkeys(("preset", "speedup", "evaluations", "psnr", "tau1", "tau2"))  # for `settings`
-    parser.set_defaults(seed=0, set=[], **unasked)
-    return parser.parse_args(argv)
+    return parser.parse_args(argv, argparse.Namespace(seed=0))
 
 
-def asked(
-    args: argparse.Namespace, method: str, wish: str, speed: float, quality: float
-) -> tuple[MethodConfig, float | None, str]:
-    """Settings of `method` for SPEED or QUALITY; mean PSNR of pictures measured with them; a note."""
+def asked(model: str, method: str, wish: str, speed: float, quality: float) -> Asked:
+    """The settings of `method` that come nearest to SPEED or QUALITY, as `wish` says."""
     if method == "plan":
         return (PlanConfig(speedup=speed) if wish == SPEED else PlanConfig(psnr=quality)), None, ""
     if method == "fewer_steps" and wish == SPEED:
         return find_method(method)(factor=speed), None, ""
-    with MEASURED.open(encoding="utf-8", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row["line"] == method]
-    points = [(float(row["blocks_ratio"]), float(row["mean"]), row["label"]) for row in rows]
-    if not points or not is_embedded(args.model):
-        note = f"no speeds of {method} were measured on this model: the sliders do not change it"
-        return settings(args, method)[0], None, note
+    rows = csv.DictReader(MEASURED.read_text(encoding="utf-8").splitlines())
+    points = [(float(r["blocks_ratio"]), float(r["mean"]), r["label"]) for r in rows if r["line"] == method]
+    if not points or not is_embedded(model):
+        preset, why = find_preset(model, method), "not measured on this model: no slider changes it"
+        return preset.config if preset else find_method(method)(), None, f"{method}: {why}"
     if wish == SPEED:
-        point = min(points, key=lambda p: abs(math.log(p[0] / speed)))
+        _, mean, label = min(points, key=lambda p: abs(math.log(p[0] / speed)))
     else:  # the fastest that reaches it, else the best
-        point = max((p for p in points if p[1] >= quality), default=max(points, key=lambda p: p[1]))
-    return config_of(point[2].replace(" ", ":")), point[1], f"nearest measured setting: {point[2]}"
+        enough = [p for p in points if p[1] >= quality]
+        _, mean, label = max(enough) if enough else max(points, key=lambda p: p[1])
+    return config_of(label.replace(" ", ":")), mean, f"nearest setting measured at 50 steps: {label}"
 
 
 @dataclass
 class Studio:
-    """A model, and the newest uncached picture."""
+    """A model, the newest uncached picture, and the thread that draws: the first picture of each is slow."""
 
     pipeline: DiffusionPipeline
     call: dict[str, Any]
     uncached: dict[tuple[str, int], Drawn] = field(default_factory=dict)
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
 
     def draw(self, prompt: str, number: int, config: MethodConfig, seen: Seen) -> Drawn:
         """A picture; `seen` is called where a step begins, and may raise."""
-        calls, steps = 0, config.requested_steps(self.call["num_inference_steps"])
+        calls, steps = count(), config.requested_steps(self.call["num_inference_steps"])
 
         def before(*_: Any) -> None:
-            nonlocal calls
-            step = getattr(self.pipeline.scheduler, "step_index", calls) or 0
-            calls += 1
+            step = getattr(self.pipeline.scheduler, "step_index", next(calls)) or 0
             seen(config.name, min(step, steps - 1), steps)
 
         hooks = [model.register_forward_pre_hook(before) for model in denoisers_of(self.pipeline)]
@@ -120,26 +119,27 @@ def page(args: argparse.Namespace, limits: Limits, studio: Studio, example: str)
         cancelled.discard(request.session_hash)
         try:
             check_text(prompt)
-            config, mean, note = asked(args, method, wish, speed, quality)
-            uncached, drawn = studio.pair(prompt, seed(str(number)), config, seen)
+            config, mean, note = asked(args.model, method, wish, speed, quality)
+            job = copy_context().run, studio.pair, prompt, seed(str(number)), config, seen
+            uncached, drawn = studio.thread.submit(*job).result()
         except (*ERRORS, RuntimeError, argparse.ArgumentTypeError) as error:
             kind = "" if isinstance(error, InterruptedError) else "error: "
             return notes_of(kind + told(error)), *[gr.skip()] * 4, wish
         warnings = [f"warning: {text}" for text in (*limits.warnings(prompt), drawn.summary.warning) if text]
-        gap, most = difference(drawn.image, uncached.image)
+        both, texts = (uncached.image, drawn.image), notes_of(*warnings, note, *drawn.summary.notes)
+        gap, most = difference(*both)
         shown = gr.Image(gap, label=f"Difference: black 0, white {most} of 255")
-        texts = notes_of(*warnings, note, *drawn.summary.notes), numbers(uncached, drawn, mean)
-        return texts[0], (uncached.image, drawn.image), shown, texts[1], line_of_steps(drawn), wish
+        return texts, both, shown, numbers(uncached, drawn, mean), line_of_steps(drawn), wish
 
-    def cancel(request: gr.Request):
+    def cancel(request: gr.Request) -> None:
         cancelled.add(request.session_hash)
 
+    names = ["plan", "h2cache", *(n for n in method_names() if n not in ("plan", "h2cache", "none"))]
     with gr.Blocks(title="H2-Cache", analytics_enabled=False, delete_cache=(600, 600)) as blocks:
         gr.Markdown(f"# H2-Cache on {Path(args.model).name}")
         prompt = gr.Textbox(example, label="Prompt")
         with gr.Row():
             number = gr.Number(0, label="Seed", precision=0, min_width=120)
-            names = ["plan", "h2cache", *(n for n in method_names() if n not in ("plan", "h2cache", "none"))]
             method = gr.Dropdown(names, value="plan", label="Method", min_width=160)
             wish = gr.Radio([SPEED, QUALITY], value=SPEED, label="Ask for", min_width=200)
         with gr.Row():
@@ -155,16 +155,14 @@ def page(args: argparse.Namespace, limits: Limits, studio: Studio, example: str)
             with gr.Column(min_width=300):
                 table, steps = gr.Markdown(elem_id="numbers"), gr.HTML(elem_id="steps")
                 gap = gr.Image(label="Difference", format="png", height=240, buttons=[], elem_id="gap")
-
         live = is_embedded(args.model)  # a picture takes a fifth of a second: draw while a slider moves
-        inputs, outputs = [prompt, number, method, wish, speed, quality], [notes, pair, gap, table, steps]
-        one = {"concurrency_limit": 1, "concurrency_id": "model"}
-        common = {"outputs": [*outputs, wish], "show_progress_on": pair, **one}
+        outputs = [notes, pair, gap, table, steps, wish]
+        common = {"outputs": outputs, "show_progress_on": pair, "concurrency_id": "model"}
         events = [go.click, prompt.submit, *([blocks.load, method.input, wish.input] if live else [])]
-        gr.on(events, show, inputs, **common)
+        gr.on(events, show, [prompt, number, method, wish, speed, quality], **common)
         for slider, its in ((speed, SPEED), (quality, QUALITY)):
             if live:
-                moved = [*inputs[:3], gr.State(its), speed, quality]
+                moved = [prompt, number, method, gr.State(its), speed, quality]
                 slider.input(show, moved, trigger_mode="always_last", show_progress="hidden", **common)
             else:
                 slider.input(lambda its=its: its, None, wish, queue=False)
@@ -183,18 +181,18 @@ def serve(args: argparse.Namespace, wait: bool = True) -> Any:
     args.steps = args.steps or limits.call.get("num_inference_steps", 50)
     pipeline, _, call, _ = start(args, [])
     example = limits.example or ('a sign that says "CAFE"' if takes(pipeline, "prompt") else "1")
-    draw(pipeline, PlanConfig(), 0, **call, prompt=example)  # the first picture of a process takes longer
-    blocks = page(args, limits, Studio(pipeline, call), example)
-    fonts = {"font": ["system-ui", "sans-serif"], "font_mono": ["monospace"]}  # none from Google
-    own = {"css": CSS, "theme": gr.themes.Default(**fonts), "ssr_mode": False, "footer_links": []}
+    studio = Studio(pipeline, call)
+    studio.thread.submit(studio.draw, example, 0, PlanConfig(), lambda *_: None).result()
+    blocks = page(args, limits, studio, example)
+    local = gr.themes.Default(font=["system-ui"], font_mono=["monospace"])  # no fonts of Google's
+    look = {"css": CSS, "theme": local, "ssr_mode": False, "footer_links": []}
     where = {"server_name": "127.0.0.1", "server_port": args.port, "share": args.share}
-    blocks.launch(prevent_thread_lock=not wait, **where, **own)
+    blocks.launch(**where, **look, prevent_thread_lock=not wait)
     return None if wait else blocks
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = arguments(argv)
-    return guarded(lambda: serve(args), "the page is closed")
+    return guarded(lambda: serve(arguments(argv)), "the page is closed")
 
 
 if __name__ == "__main__":

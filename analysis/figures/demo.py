@@ -35,7 +35,7 @@ def line_of_steps(drawn: Drawn) -> str:
 def numbers(uncached: Drawn, drawn: Drawn, mean: float | None) -> str:
     """What both cost, and how alike they are."""
     base, mine, alike = uncached.summary, drawn.summary, fidelity(drawn.image, uncached.image)
-    expected = f"{mean:.1f} dB, a mean" if mean else None
+    expected = f"{mean:.1f} dB, mean at 50 steps" if mean else None
     if mine.expected_psnr:
         expected = f"{mine.expected_psnr[0]:.1f} dB, +- {mine.expected_error:.1f}"
     true = "identical" if alike["identical"] else f"{alike['psnr']:.1f} dB, SSIM {alike['ssim']:.3f}"

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from analysis.cli import settings
 from analysis.demo import QUALITY, SPEED, arguments, asked, serve
 from analysis.drawing.draw import Limits, draw
 from analysis.measures.fidelity import fidelity
 from h2cache import H2Config, PlanConfig, method_names
+from h2cache.presets import find_preset
 from tests.helpers.browser import opened, problem
 from tests.helpers.toys import TINY
 
@@ -60,7 +60,7 @@ def test_a_picture_is_drawn_and_follows_the_sliders(tmp_path, tiny):
         expect(browser.locator("#steps rect")).to_have_count(50)
         browser.set_viewport_size({"width": 1100, "height": 1000})
         browser.wait_for_function("[...document.images].every(image => image.naturalWidth == 128)")
-        browser.screenshot(path=tmp_path / "demo.png")  # assets/demo.png is this one
+        browser.screenshot(path=tmp_path / "demo.png", full_page=True)  # assets/demo.png is this one
 
         # Keys alone: the picture follows both sliders, the line moves, a method is chosen.
         moved(browser, "Speed", "End")
@@ -110,22 +110,20 @@ def test_a_picture_is_cancelled_at_the_next_step_and_another_can_be_drawn(tmp_pa
 
 
 def test_the_sliders_choose_the_nearest_measured_settings():
-    args = arguments([])
-    assert asked(args, "plan", SPEED, 7.5, 40)[0] == PlanConfig(speedup=7.5)
-    assert asked(args, "plan", QUALITY, 7.5, 40)[0] == PlanConfig(psnr=40)
-    slow, fast = (asked(args, "h2cache", SPEED, speed, 40)[1] for speed in (2, 6))
+    assert asked(TINY, "plan", SPEED, 7.5, 40)[0] == PlanConfig(speedup=7.5)
+    assert asked(TINY, "plan", QUALITY, 7.5, 40)[0] == PlanConfig(psnr=40)
+    slow, fast = (asked(TINY, "h2cache", SPEED, speed, 40)[1] for speed in (2, 6))
     assert slow > fast
-    config, mean, note = asked(args, "h2cache", QUALITY, 5, 40)
+    config, mean, note = asked(TINY, "h2cache", QUALITY, 5, 40)
     assert isinstance(config, H2Config)
     assert mean >= 40
     assert f"tau1={config.tau1} tau2={config.tau2}" in note
     for method in {*method_names()} - {"none", "plan"}:
-        assert asked(args, method, QUALITY, 5, 99)[0].name == method
+        assert asked(TINY, method, QUALITY, 5, 99)[0].name == method
 
 
 def test_a_model_without_measured_settings_says_so():
-    args = arguments(["--model", "black-forest-labs/FLUX.1-dev"])
-    config, mean, note = asked(args, "h2cache", SPEED, 3, 40)
-    assert config == settings(args, "h2cache")[0]
+    config, mean, note = asked("black-forest-labs/FLUX.1-dev", "h2cache", SPEED, 3, 40)
+    assert config == find_preset("FLUX.1-dev", "h2cache").config
     assert mean is None
-    assert "no speeds of h2cache were measured" in note
+    assert "not measured on this model" in note
