@@ -32,6 +32,9 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--speedups", type=positive, nargs="+", default=[2, 3, 4, 5, 6, 8])
     parser.add_argument("--limit", type=at_least_one, default=8, help="prompts to search on (default: 8)")
     parser.add_argument("--held-out", type=whole(0), default=8, help="prompts to measure on (default: 8)")
+    parser.add_argument(
+        "--trials", type=at_least_one, help="most plans to try for a speed (default: no limit)"
+    )
     parser.add_argument("--save", type=Path, help="file to write (default: in the user's cache folder)")
     return parser.parse_args(argv)
 
@@ -51,6 +54,7 @@ def run(args: argparse.Namespace) -> None:
             speedups=args.speedups,
             method=args.method,
             speedup=speedup,
+            trials=args.trials,
             save=args.save,
             **call,
         )
