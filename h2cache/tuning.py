@@ -157,7 +157,7 @@ def _tune_plan(
         for count in counts:
             start = PlanConfig(evaluations=count, file="none").choose(course).steps
             search = _Search(studio, course, log, bar, math.inf if trials is None else trials)
-            config = search.better(max((PlanConfig(steps=start, trust=t) for t in TRUSTS), key=search.loss))
+            config = search.better(search.best_trust(start))
             seen, unseen = _measure(studio, config), _measure(others, config) if held_out else None
             more = unseen or seen
             held = Quality.of(unseen.values) if unseen else None
@@ -201,6 +201,11 @@ class _Search:
             if behind and len(known) < len(best) and math.fsum(behind) / len(behind) > HOPELESS:
                 return -math.inf
         return math.fsum(known.values()) / len(known)
+
+    def best_trust(self, steps: tuple[int, ...]) -> PlanConfig:
+        """The best plan with these steps."""
+        plans = [PlanConfig(steps=steps, trust=trust) for trust in TRUSTS]
+        return max(plans if self.trials > len(plans) else plans[:1], key=self.loss)
 
     def better(self, start: PlanConfig) -> PlanConfig:
         """Move each evaluated step by one or two as long as the mean gains."""
