@@ -101,10 +101,15 @@ def collect(run: Path, model: str, tuned: bool = False) -> None:
         found.append({k: row[k] for k in KEPT} | score)
     FOLDER.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in found)
-    store.write_atomically(tuned_rows(model) if tuned else RECORDS[model], gzip.compress(text.encode(), mtime=0))
+    path = tuned_rows(model) if tuned else RECORDS[model]
+    store.write_atomically(path, gzip.compress(text.encode(), mtime=0))
     table = store.read_json(run / "table.json") or {}
     about = (store.read_json(FOLDER / "about.json") or {}) | {
-        model + tuned * ", tuned plan": {"command": table.get("command"), "machine": rows[0]["machine"], "date": rows[0]["date"]}
+        path.name.split(".")[0]: {
+            "command": table.get("command"),
+            "machine": rows[0]["machine"],
+            "date": rows[0]["date"],
+        }  # fmt: skip
     }
     store.write_atomically(FOLDER / "about.json", (json.dumps(about, indent=1) + "\n").encode())
 
