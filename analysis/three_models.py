@@ -109,7 +109,7 @@ def collect(run: Path, model: str, tuned: bool = False) -> None:
             "command": table.get("command"),
             "machine": rows[0]["machine"],
             "date": rows[0]["date"],
-        }  # fmt: skip
+        }
     }
     store.write_atomically(FOLDER / "about.json", (json.dumps(about, indent=1) + "\n").encode())
 
