@@ -64,12 +64,12 @@ class InfDiT(Engine):
         """Stand before the hook during each call of the transformer."""
 
         def begin(transformer: Any, args: tuple, kwargs: dict[str, Any]) -> None:
-            own = transformer.hooks[_HOOK]
-            if not isinstance(own, _Layers):
+            own = transformer.hooks.get(_HOOK)
+            if own is not None and not isinstance(own, _Layers):
                 transformer.hooks[_HOOK] = _Layers(own, transformer, current_call)
 
         def end(transformer: Any, args: tuple, output: Any) -> None:
-            layers = transformer.hooks[_HOOK]
+            layers = transformer.hooks.get(_HOOK)
             if isinstance(layers, _Layers):
                 transformer.hooks[_HOOK] = layers.own
 
