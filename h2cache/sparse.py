@@ -33,7 +33,7 @@ from h2cache.engines import find_engine
 from h2cache.engines.base import class_names
 from h2cache.memory import Memory
 from h2cache.method import check
-from h2cache.modules import check_divisible
+from h2cache.modules import ModuleDriver, check_divisible
 from h2cache.requests import Requests
 
 ATTRIBUTE = "_h2cache_sparse"  # of a transformer
@@ -216,18 +216,30 @@ def sparse(target: Any, config: SparseConfig | None = None) -> Any:
     check_divisible(find_engine(denoiser), denoiser)
     made = Sparse(denoiser, target if target is not denoiser else None, config or SparseConfig())
     dense(target)
-    made.attach(denoiser)
     vars(denoiser)[ATTRIBUTE] = made
+    try:
+        made.attach(denoiser)
+    except BaseException:
+        dense(target)
+        raise
     return target
 
 
 def dense(target: Any) -> Any:
-    """Undo `sparse`, exactly; returns `target`."""
+    """Undo `sparse`, exactly; returns `target`. ValueError while a method of modules lies on top."""
     for denoiser in denoisers_of(target):
-        made = vars(denoiser).pop(ATTRIBUTE, None)
+        made = vars(denoiser).get(ATTRIBUTE)
         if made is not None:
             made.detach()
+            del vars(denoiser)[ATTRIBUTE]
     return target
+
+
+def _refuse_method_on(module: nn.Module) -> None:
+    if getattr(module.forward, "__module__", "") == ModuleDriver.__module__:
+        raise ValueError(
+            "a method that answers for modules is enabled: call h2cache.disable first; it can be enabled on top"
+        )
 
 
 class _Now(threading.local):
@@ -298,6 +310,7 @@ class Sparse:
 
     def _place(self, module: nn.Module, ours: Callable) -> None:
         own = module.forward
+        _refuse_method_on(module)
         forward = partial(self._driven, ours, own)
         vars(module)["forward"] = forward
         self._placed.append((module, forward))
@@ -306,6 +319,8 @@ class Sparse:
         return own(*args, **kwargs) if self.now.memory is None else ours(own, *args, **kwargs)
 
     def detach(self) -> None:
+        for module, _ in self._placed:
+            _refuse_method_on(module)
         for module, forward in self._placed:
             if vars(module).get("forward") is forward:
                 del module.forward

@@ -132,6 +132,7 @@ def test_methods_lie_on_top(tiny, config):
     call = {"steps": 12, "height": 128, "width": 128}
     h2cache.enable(tiny, config)
     expected = generate(tiny, **call)
+    h2cache.disable(tiny)
     for settings, limit in (({"keep_keys": 1, "keep_neurons": 1, "random": 0}, 1e-3), ({}, 0.5)):
         sparse(tiny, SparseConfig(full_every=5, **SMALL, **settings))
         h2cache.enable(tiny, config)
@@ -140,6 +141,20 @@ def test_methods_lie_on_top(tiny, config):
         assert h2cache.summary(tiny).blocks_run < h2cache.summary(tiny).blocks
         h2cache.disable(tiny)
         dense(tiny)
+
+
+def test_a_method_of_modules_must_come_after_it(model, plain):
+    h2cache.enable(model, find_method("hicache")())
+    with pytest.raises(ValueError, match="enabled on top"):
+        sparse(model, SparseConfig(**SMALL))
+    h2cache.disable(model)
+    sparse(model, SparseConfig(**SMALL))
+    h2cache.enable(model, find_method("hicache")())
+    with pytest.raises(ValueError, match="call h2cache.disable first"):
+        dense(model)
+    h2cache.disable(model)
+    dense(model)
+    assert furthest(plain, denoise(model, STEPS, inputs=inputs())) == 0
 
 
 @pytest.mark.parametrize(
