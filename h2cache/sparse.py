@@ -238,7 +238,8 @@ def dense(target: Any) -> Any:
 def _refuse_method_on(module: nn.Module) -> None:
     if getattr(module.forward, "__module__", "") == ModuleDriver.__module__:
         raise ValueError(
-            "a method that answers for modules is enabled: call h2cache.disable first; it can be enabled on top"
+            "a method that answers for modules is enabled: call h2cache.disable first; it can be enabled on "
+            "top"
         )
 
 

@@ -1,6 +1,6 @@
 """Nothing of a method is of one kind of device: all run on one that has neither a CPU's nor a GPU's name.
 
-Ascend's torch_npu gives PyTorch a device in the same way. A tensor made on the wrong device is an error there.
+Ascend's torch_npu gives PyTorch a device in the same way. A tensor made on the wrong device is an error.
 """
 
 import pytest
