@@ -3,15 +3,20 @@
     python -m analysis.cache_memory                                     # FLUX.1-dev at 1024x1024, bfloat16
     python -m analysis.cache_memory --double 20 --single 40 --img 118800 --txt 256   # HunyuanVideo, 720p
     python -m analysis.cache_memory --set taylorseer:order=2 --free-gib 24
+    python -m analysis.cache_memory --models        # a table of all families at their usual sizes
+    python -m analysis.cache_memory --check         # small models run: reckoned, counted, and in memory
 
 Bytes for each guidance branch beside the model and its activations, with the default settings or --set. With
---free-gib, what cannot fit is marked.
+--free-gib, what cannot fit is marked. --check compares them with the storages of all tensors that are alive
+after each step, less those without a cache; exit code 1 where more is kept than is counted.
 """
 
 from __future__ import annotations
 
+from analysis.measures.held import check, table_of_models
 from analysis.options import Parser, not_negative, whole
 from analysis.settings import config_of
+from analysis.tiny_families import FAMILIES
 from h2cache import method_names
 from h2cache.method import Shape
 
@@ -24,8 +29,6 @@ VARIANTS = (
     "h2cache:predictor=taylor",
     "h2cache:predictor=dmd",
 )
-
-
 BIG = 2**40  # of numbers that are only multiplied
 
 
@@ -45,6 +48,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--batch", type=whole(1, BIG), default=1)
     parser.add_argument("--set", nargs="+", default=VARIANTS, metavar="METHOD:KEY=VALUE[:KEY=VALUE...]")
     parser.add_argument("--free-gib", type=not_negative)
+    parser.add_argument("--models", action="store_true", help="all families at their usual sizes")
+    parser.add_argument(
+        "--check", nargs="*", choices=[*FAMILIES, []], metavar="FAMILY", help="by running small models"
+    )
     args = parser.parse_args(argv)
     if args.double + args.single == 0:
         parser.error("--double 0 --single 0: one block at least is needed")
@@ -57,11 +64,20 @@ def main(argv: list[str] | None = None) -> int:
         args.itemsize,
         args.batch,
     )
-    for text in [*method_names(), *args.set]:
-        try:
-            needed = config_of(text).bytes_needed(shape)
-        except ValueError as error:
-            parser.error(str(error))
+    methods = [*method_names(), *args.set]
+    try:
+        [config_of(text) for text in methods]
+    except ValueError as error:
+        parser.error(str(error))
+    if args.models:
+        print(table_of_models(methods))
+        return 0
+    if args.check is not None:
+        found, wrong = check(methods, args.check or list(FAMILIES))
+        print(found)
+        return int(wrong > 0)
+    for text in methods:
+        needed = config_of(text).bytes_needed(shape)
         fits = args.free_gib is None or needed <= args.free_gib * 2**30
         print(f"{text:<50}{needed / 2**20:>10.1f} MiB{'' if fits else '  does not fit'}")
     return 0

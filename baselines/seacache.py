@@ -131,7 +131,8 @@ def filtered(latents: Tensor, level: float, power: float, aspect: float = 1.0) -
         response = (1 - level) * clean / ((1 - level) ** 2 * clean + level**2 + LEAST)
         gain = gain * response.view([-1 if n == axis else 1 for n in range(wide.ndim)])
     spectrum = torch.fft.fftn(wide, dim=axes) * (gain / gain.mean())
-    return torch.fft.ifftn(spectrum, dim=axes).real.to(latents.dtype)
+    real = torch.fft.ifftn(spectrum, dim=axes).real.to(latents.dtype)
+    return real.contiguous()  # in float32 a view of the complex numbers, which would be kept with it
 
 
 def grid(tokens: int, aspect: float) -> tuple[int, int]:

@@ -15,6 +15,31 @@ def test_memory_is_told_before_the_run(capsys):
         cache_memory.main(["--set", "taylorseer:order=9"])
 
 
+def test_what_is_in_memory_is_what_is_counted(capsys):
+    """Byte for byte, but for latents that the pipeline holds too."""
+    assert cache_memory.main(["--check", "flux", "hunyuan_video", "--set", "speca:granularity=stage"]) == 0
+    rows = [line.strip("| ").split(" | ") for line in capsys.readouterr().out.splitlines()[2:]]
+    same = {
+        (family, method)
+        for family, method, _, counted, alive, *_ in rows
+        if abs(int(counted) - int(alive)) < 64
+    }
+    for family in ("flux", "hunyuan_video"):
+        names = {"h2cache", "block_cache", "taylorseer", "hicache", "clusca", "speca:granularity=stage"}
+        assert {(family, name) for name in names} <= same
+    assert {family for family, *_ in rows} == {"flux", "hunyuan_video"}
+
+
+def test_a_table_of_all_families(capsys):
+    assert cache_memory.main(["--models"]) == 0
+    lines = {
+        line.split(" | ")[0]: line.strip(" |").split(" | ") for line in capsys.readouterr().out.splitlines()
+    }
+    assert lines["| taylorseer"][1] == "3648.0"  # FLUX.1
+    assert lines["| taylorseer"][-1] == "-"  # Inf-DiT does not divide into modules
+    assert lines["| h2cache"][-1] == "1280.0"  # two residuals of 640 MiB
+
+
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from analysis.drawing.draw import Limits, call_arguments, load_pipeline
 from analysis.drawing.families import with_prompt
 from analysis.tiny_families import FAMILIES
+from tests.helpers.infdit import Evaluated, make_infdit, picture
 from tests.helpers.nunchaku_double import make_v1, make_v2
 from tests.helpers.toys import denoise, make_flux, make_inputs, standing_still
 
@@ -36,6 +37,7 @@ RECORDED = (
     "z_image",
     "wan22",
     "wan_vace",
+    "inf_dit",  # a module of our own: the authors' code is on no registry
 )
 TRANSFORMERS = ("transformer", "transformer_2")
 
@@ -52,7 +54,8 @@ REFUSED = {  # by model: the methods that it refuses with their default settings
     "hunyuan_video": OUTPUT,
     "z_image": MODULES | OUTPUT | LOOK,
 } | dict.fromkeys(
-    ("flux2", "flux2_klein_kv", "qwen_image_edit", "dit", "sd3", "wan22", "wan_vace"), MODULES | OUTPUT
+    ("flux2", "flux2_klein_kv", "qwen_image_edit", "dit", "sd3", "wan22", "wan_vace", "inf_dit"),
+    MODULES | OUTPUT,
 )
 
 
@@ -150,7 +153,7 @@ class Recorded(Case):
                     )
                     stack.callback(hook.remove)
                 output = _play(model, name, args, given)
-            sample = output[0] if isinstance(output, tuple) else output.sample
+            sample = output[0] if isinstance(output, (tuple, list)) else output.sample
             outputs.append(torch.stack(sample) if isinstance(sample, list) else sample)  # Z-Image: a list
             if isinstance(output, tuple) and len(output) == 2:  # FLUX.2 Klein KV: keys and values for later
                 further["kv_cache"] = output[1]
@@ -197,6 +200,8 @@ def _play(model: nn.Module, name: str | None, args: list, kwargs: dict):
 
 @cache
 def recorded(family: str) -> Recorded:
+    if family == "inf_dit":
+        return Recorded(Evaluated(make_infdit()), picture())
     pipeline, call = FAMILIES[family]()
     if family == "hunyuan_image":  # what it has for glyphs is 2048 wide whatever the configuration says
         pipeline.tokenizer_2_max_length = 8  # 128 otherwise

@@ -36,7 +36,7 @@ HITS = {name: {True} for name in CONFIGS} | {  # whether it is the end of the mo
     "h2cache": {False, True},
     "h2cache, structure hits": {False},
 }
-MODELS = ("random", "nunchaku V1", "nunchaku V2", *RECORDED)
+MODELS = ("random", "nunchaku V1", "nunchaku V2", *RECORDED[:-1])  # not Inf-DiT: its layers are not called
 PAIRS = [(n, m) for m in MODELS for n, config in CONFIGS.items() if config.name not in refused_by(m)]
 
 Streams = dict[str, Tensor]  # "img" and, where the blocks change it, "txt"
