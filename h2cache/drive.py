@@ -75,6 +75,9 @@ class Call:
         """A block's arguments as this process will have them: some models divide the stream at the first."""
         if self._cut is None:
             return args, kwargs
+        if self.memory.spread is not None:
+            whole = turn.blocks.form.read_input(args, kwargs, self.text_tokens)
+            self.memory.spread.image = whole.img.shape[1]
         divided = self._cut(turn.block, *args, **kwargs)
         if not looks:
             self._cut = None
