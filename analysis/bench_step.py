@@ -15,25 +15,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
-import statistics
-import time
+from functools import partial
 from pathlib import Path
 
 import torch
-from diffusers import FluxTransformer2DModel
 
 import h2cache
 from analysis.cli import TINY, guarded, is_embedded
-from analysis.drawing.draw import DTYPE, default_device, require_memory
-from analysis.drawing.load import add_loading_arguments, check_loading, load_quantized
+from analysis.drawing.draw import default_device, require_memory
+from analysis.drawing.load import add_loading_arguments
+from analysis.drawing.transformer import load_transformer, random_inputs
+from analysis.measures.times import begun, in_turns, is_exact
 from analysis.options import Parser, at_least_one, whole
 from analysis.records import store
 from analysis.records.compare import as_table
+from analysis.records.provenance import provenance
 from h2cache import H2Config
 
 INF = float("inf")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 KINDS = {  # thresholds that make every step but the first one of this kind
     "uncached": None,
     "miss, miss": H2Config(tau1=0, tau2=0),
@@ -55,119 +54,26 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_transformer(args: argparse.Namespace) -> torch.nn.Module:
-    """The transformer that `args` ask for, without the rest of its pipeline."""
-    if check_loading(args, args.device) == "nunchaku":
-        return load_quantized(args, args.device, v1=args.v1)[0]
-    if args.v1 or args.lora or args.offload:
-        raise ValueError("--v1, --lora and --offload are measured with --engine nunchaku only")
-    dtype = args.dtype or ("float32" if torch.device(args.device).type == "cpu" else "bfloat16")
-    if not Path(args.model).expanduser().exists() and not HUB_ID.fullmatch(args.model):
-        raise FileNotFoundError(
-            f"no model folder {args.model!r}, and it has not the form owner/name of a hub id"
-        )
-    model = FluxTransformer2DModel.from_pretrained(
-        args.model, subfolder="transformer", use_safetensors=True, **{DTYPE: getattr(torch, dtype)}
-    )
-    return model.to(args.device).eval()
-
-
-def random_inputs(config, tokens: int, text: int, device: str, dtype: torch.dtype) -> dict:
-    """Arguments of one forward call of a FLUX transformer with this `config`, for a square image."""
-    kw, side = {"device": device}, int(tokens**0.5)
-    ids = torch.zeros(tokens, 3, **kw)
-    ids[:, 1], ids[:, 2] = torch.arange(tokens, **kw) // side, torch.arange(tokens, **kw) % side
-    generator = torch.Generator("cpu").manual_seed(0)
-
-    def noise(*shape: int) -> torch.Tensor:
-        return torch.randn(1, *shape, generator=generator).to(device, dtype)
-
-    return {
-        "hidden_states": noise(tokens, config.in_channels),
-        "encoder_hidden_states": noise(text, config.joint_attention_dim),
-        "pooled_projections": noise(config.pooled_projection_dim),
-        "timestep": torch.full((1,), 0.5, **kw),
-        "guidance": torch.full((1,), 3.5, **kw) if config.guidance_embeds else None,
-        "img_ids": ids,
-        "txt_ids": torch.zeros(text, 3, **kw),
-        "return_dict": False,
-    }
-
-
-class Bench:
-    """One transformer, one input, steps of every kind."""
-
-    def __init__(self, transformer: torch.nn.Module, inputs: dict, burst: int) -> None:
-        self.transformer, self.inputs, self.burst = transformer, inputs, burst
-        device = inputs["hidden_states"].device
-        self.timesteps = torch.linspace(1.0, 0.5, burst + 2, device=device).split(1)  # they fall: one request
-
-    def step(self, number: int) -> torch.Tensor:
-        inputs = self.inputs | {"timestep": self.timesteps[number]}
-        with torch.inference_mode(), self.transformer.cache_context("cond"):
-            return self.transformer(**inputs)[0]
-
-    def synchronise(self) -> None:
-        if self.inputs["hidden_states"].device.type != "cpu":
-            torch.accelerator.synchronize()
-
-    def begin(self, config: H2Config | None) -> None:
-        """Put the cache of one kind of step in place, and make the first step of a request."""
-        if config is None:
-            h2cache.disable(self.transformer)
-        else:
-            h2cache.enable(self.transformer, config)
-        self.step(0)
-
-    def seconds(self, config: H2Config | None) -> float:
-        """Mean time of a step within a burst, since in a run hits follow hits."""
-        self.begin(config)
-        self.synchronise()
-        start = time.perf_counter()
-        for number in range(1, self.burst + 1):
-            self.step(number)
-        self.synchronise()
-        return (time.perf_counter() - start) / self.burst
-
-    def exact(self) -> bool:
-        """Whether the output at zero thresholds is the uncached one, at a first and at a later step."""
-        h2cache.disable(self.transformer)
-        plain = [self.step(number) for number in range(2)]
-        h2cache.enable(self.transformer, KINDS["miss, miss"])
-        return all(torch.equal(plain[number], self.step(number)) for number in range(2))
-
-    def blocks(self, config: H2Config | None) -> tuple[int, int]:
-        """How many blocks a step of this kind executes, and how many there are."""
-        self.begin(config or H2Config(tau1=0, tau2=0))
-        self.step(1)
-        last = h2cache.step_records(self.transformer)[-2:]
-        return sum(r.blocks_run for r in last), sum(r.blocks for r in last)
-
-
-def measure(bench: Bench, rounds: int) -> list[dict]:
+def measure(transformer: torch.nn.Module, inputs: dict, rounds: int, burst: int) -> list[dict]:
     """One row for each kind of step."""
-    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for turn in range(rounds + 1):
-        for kind, config in KINDS.items():
-            seconds = bench.seconds(config)
-            if turn:  # the first round warms up
-                times[kind].append(seconds)
-    rows = []
+    kinds = {kind: partial(begun, transformer, inputs, config, burst) for kind, config in KINDS.items()}
+    times, rows = in_turns(kinds, rounds, burst), []
     for kind, config in KINDS.items():
-        run, of = bench.blocks(config)
-        median = statistics.median(times[kind])
+        begun(transformer, inputs, config or H2Config(tau1=0, tau2=0), burst)()
+        last = h2cache.step_records(transformer)[-2:]
+        run = sum(r.blocks_run for r in last)
         rows.append(
             {
                 "step": kind,
-                "milliseconds": round(1e3 * median, 4),
-                "fastest": round(1e3 * min(times[kind]), 4),
-                "slowest": round(1e3 * max(times[kind]), 4),
-                "share": round(median / statistics.median(times["uncached"]), 4),
+                "milliseconds": round(1e3 * times[kind].median, 4),
+                "fastest": round(1e3 * min(times[kind].times), 4),
+                "slowest": round(1e3 * max(times[kind].times), 4),
+                "share": round(times[kind].median / times["uncached"].median, 4),
                 "blocks": run,
-                "ideal": round(run / of, 4),
+                "ideal": round(run / sum(r.blocks for r in last), 4),
             }
         )
-    h2cache.disable(bench.transformer)
+    h2cache.disable(transformer)
     return rows
 
 
@@ -179,15 +85,13 @@ def run(args: argparse.Namespace) -> int:
     embedded = is_embedded(args.model)
     side, text = args.side or (128 if embedded else 1024), args.text or (24 if embedded else 512)
     inputs = random_inputs(transformer.config, (side // 16) ** 2, text, args.device, transformer.dtype)
-    bench = Bench(transformer, inputs, args.burst)
     report = {
         "transformer": type(transformer).__name__,
-        "identical at zero thresholds": bench.exact(),
-        "steps": measure(bench, args.rounds),
+        "identical at zero thresholds": is_exact(transformer, inputs),
+        "steps": measure(transformer, inputs, args.rounds, args.burst),
         "settings": {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items()}
         | {"side": side, "text": text, "dtype": str(transformer.dtype)},
-        "machine": store.machine(args.device),
-        "date": store.now(),
+        **provenance("bench_step", args.device),
     }
     print(f"{report['transformer']}, {side}x{side}, {report['machine']['device_name']}, {report['date']}")
     print(f"identical at zero thresholds: {'yes' if report['identical at zero thresholds'] else 'NO'}\n")

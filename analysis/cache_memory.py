@@ -11,8 +11,8 @@ Bytes for each guidance branch beside the model and its activations, with the de
 from __future__ import annotations
 
 from analysis.options import Parser, not_negative, whole
-from analysis.settings import parse_settings
-from h2cache import find_method, method_names
+from analysis.settings import config_of
+from h2cache import method_names
 from h2cache.method import Shape
 
 VARIANTS = (
@@ -58,10 +58,8 @@ def main(argv: list[str] | None = None) -> int:
         args.batch,
     )
     for text in [*method_names(), *args.set]:
-        name, *settings = text.split(":")
         try:
-            kind = find_method(name)
-            needed = kind(**parse_settings(kind, settings)).bytes_needed(shape)
+            needed = config_of(text).bytes_needed(shape)
         except ValueError as error:
             parser.error(str(error))
         fits = args.free_gib is None or needed <= args.free_gib * 2**30

@@ -14,35 +14,31 @@ steps, size, guidance, seed, dtype, ...): what --out holds of others is left to 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
-from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from statistics import median
 
-from analysis.cli import TINY, command_of, guarded, progress, shard, shipped, start, warn
-from analysis.drawing.draw import default_device, draw
-from analysis.drawing.families import add_family_arguments
+from analysis.cli import TINY_PROMPTS, add_model_arguments, guarded, shard
+from analysis.drawing.contestants import configurations
+from analysis.drawing.draw import Drawn, default_device
 from analysis.drawing.load import add_loading_arguments
-from analysis.drawing.prompts import read_prompts
+from analysis.drawing.prompts import Prompt, read_prompts
 from analysis.measures import words
 from analysis.measures.fidelity import ClipIqa, fidelity
-from analysis.options import Parser, at_least_one, number, seed, side
+from analysis.measuring import Trial, measure
+from analysis.options import Parser, at_least_one, number
 from analysis.records import store
-from analysis.records.compare import as_table, known, mean, times_fewer
-from analysis.records.saved import MAYBE, NUMBER, check_fields
-from analysis.settings import parse_settings
-from h2cache import H2Config, find_method
+from analysis.records.planes import best, by_setting, read, show, table, tables
+from analysis.records.provenance import provenance
+from h2cache import find_method
 
-GRID = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6)
 WANTED = (2.0, 3.0, 4.0, 5.08, 6.0)
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
-    parser.add_argument("--prompts", type=Path, default=Path(shipped("assets/prompts/tiny32.jsonl")))
+    add_model_arguments(parser, TINY_PROMPTS)
     parser.add_argument("--limit", type=at_least_one, help="only the first N prompts")
     parser.add_argument("--tau1", type=number, nargs="+")
     parser.add_argument("--tau2", type=number, nargs="+")
@@ -50,44 +46,15 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other field")
     parser.add_argument("--words", action="store_true", help="read the words back (OCR) in every image")
     parser.add_argument("--clip", help="also judge every image by CLIP-IQA: CLIP as a folder or hub id")
-    parser.add_argument("--steps", type=at_least_one, default=50)
-    parser.add_argument("--seed", type=seed, default=0)
-    parser.add_argument("--height", type=side, help="pixels (default: the model's)")
-    parser.add_argument("--width", type=side, help="pixels (default: the model's)")
-    add_family_arguments(parser)
     add_loading_arguments(parser, default_device())
     parser.add_argument("--shard", type=shard, default=(0, 1), metavar="I/N", help="every N-th prompt")
     parser.add_argument("--out", type=Path, default=Path("outputs/calibration"))
-    parser.add_argument(
-        "--table", action="store_true", help="draw nothing, print what --out holds as Markdown"
-    )
+    parser.add_argument("--table", action="store_true", help="print what --out holds, draw nothing")
     return parser.parse_args(argv)
 
 
-def configurations(args: argparse.Namespace) -> list[H2Config]:
-    """The settings that --pairs, or --tau1 and --tau2, and --set name."""
-    others = parse_settings(H2Config, args.set)
-    if args.pairs and (args.tau1 or args.tau2):
-        raise ValueError("--pairs and --tau1 or --tau2 name the same thresholds: give one of them")
-    grid = itertools.product(args.tau1 or GRID, args.tau2 or GRID)
-    pairs = args.pairs or ["/".join(map(str, pair)) for pair in grid]
-    configs = []
-    for pair in pairs:
-        parts = pair.split("/")
-        if len(parts) not in (2, 3):
-            raise ValueError(f"--pairs {pair}: the form is TAU1/TAU2 or TAU1/TAU2/HITS, such as 0.3/0.1")
-        names = ("tau1", "tau2", "max_consecutive_hits")
-        given = [f"{name}={part}" for name, part in zip(names, parts, strict=False)]
-        if twice := [name for name in names[: len(parts)] if name in others]:
-            raise ValueError(
-                f"--set {twice[0]}={others[twice[0]]}: --pairs, or --tau1 and --tau2, say it already"
-            )
-        configs.append(H2Config(**others | parse_settings(H2Config, given)))
-    return configs
-
-
-def measure(args: argparse.Namespace) -> dict:
-    """Fill `records.jsonl` (of this shard) with a row for each prompt and pair; returns their settings."""
+def measured(args: argparse.Namespace) -> dict:
+    """Fill the records of this shard with a row for each prompt and pair; returns their settings."""
     contestants = [find_method("none")(), *configurations(args)]
     index, count = args.shard
     prompts = read_prompts(args.prompts)[: args.limit][index::count]
@@ -97,188 +64,53 @@ def measure(args: argparse.Namespace) -> dict:
         raise ImportError(f"--words: {reason}")
     clip = ClipIqa(args.clip) if args.clip else None
     args.out.mkdir(parents=True, exist_ok=True)
-    pipeline, _, call, settings = start(args, prompts)
-    settings |= {"device": pipeline.device.type, "dtype": str(pipeline.dtype)}
-    settings |= {"words": args.words, "clip": args.clip and store.place(args.clip)}
-    path, earlier = args.out / f"records-{index}-of-{count}.jsonl", read(args.out)
+    trial, earlier = Trial.of(args, prompts), read(args.out)
+    settings = trial.settings | {"words": args.words, "clip": args.clip and store.place(args.clip)}
     settings = store.as_before(settings, [row.get("settings") for row in earlier])
-    done = {row["key"] for row in earlier}
-    draw(pipeline, contestants[0], 0, prompt=prompts[0].text, **call)  # warm-up, untimed
-    for turn, prompt in enumerate(progress(prompts, "prompt")):
-        seed = args.seed if prompt.seed is None else prompt.seed
-        fixed = settings | {"prompt": prompt.text, "seed": seed}
-        keys = [store.run_key(**fixed, config=repr(config)) for config in contestants]
-        if done.issuperset(keys):
-            continue
-        # All pictures first, then the metrics: reading words would leave cold caches to the next picture.
-        turns = [(turn + n) % len(contestants) for n in range(len(contestants))]  # each prompt another order
-        found = {n: draw(pipeline, contestants[n], seed, prompt=prompt.text, **call) for n in turns}
-        drawn = [found[n] for n in range(len(contestants))]
-        rows = {}
-        for key, config, result in zip(keys, contestants, drawn, strict=True):
-            rows[key] = {
-                "key": key,
-                "id": prompt.id,
-                "prompt": prompt.text,
-                "settings": settings,
-                "seed": seed,
-                "method": config.name,
-                "config": store.settings_of(config),
-                "seconds": round(result.seconds, 4),
-                "seconds_uncached": round(drawn[0].seconds, 4),  # of the same turn
-                "blocks_run": result.summary.blocks_run,
-                "blocks": result.summary.blocks,
-                "hits": result.summary.hits,
-                **fidelity(result.image, drawn[0].image),
+
+    def rows(prompt: Prompt, drawn: dict[str, Drawn]) -> dict[str, dict]:
+        uncached, *_ = drawn.values()
+        return {
+            name: {
+                "prompt": prompt.text, "settings": settings, "seed": trial.seed_of(prompt),
+                "method": configs[name].name, "config": store.settings_of(configs[name]),
+                "seconds": round(result.seconds, 4), "seconds_uncached": round(uncached.seconds, 4),
+                **{cost: getattr(result.summary, cost) for cost in ("blocks_run", "blocks", "hits")},
+                **fidelity(result.image, uncached.image),
                 "words": words.word_recall(prompt.words or (), result.image) if args.words else None,
                 "clip_iqa": clip(result.image) if clip else None,
             }
-        store.add_records(path, rows)
-    store.tidy(path)
+            for name, result in drawn.items()
+        }  # fmt: skip
+
+    def key(prompt: Prompt, name: str) -> str:
+        return store.run_key(**settings | {"prompt": prompt.text, "seed": trial.seed_of(prompt)}, config=name)
+
+    configs = {repr(config): config for config in contestants}
+    path, begin = args.out / f"records-{index}-of-{count}.jsonl", partial(trial.warm_up, configs=contestants)
+    measure(path, prompts, configs, trial.draw, rows, key, {row["key"] for row in earlier}, begin)
     return settings
 
 
-def by_setting(rows: list[dict]) -> dict[str, list[dict]]:
-    """The rows of each setting; those from before rows said theirs count as one, under ""."""
-    found: dict[str, list[dict]] = {}
-    for row in rows:
-        told = row.get("settings")
-        found.setdefault(json.dumps(told, sort_keys=True) if told else "", []).append(row)
-    return found
-
-
-def table(rows: list[dict]) -> list[dict]:
-    """One line for each pair, over prompts: means (of time: medians), against the uncached pictures.
-
-    Raises ValueError for rows of several settings (`by_setting` divides them).
-    """
-    if len(by_setting(rows)) > 1:
-        raise ValueError(f"rows of several settings do not make one table: {', '.join(by_setting(rows))}")
-    base = {_drawn(r): r for r in rows if r["method"] == "none"}
-    cached = [r for r in rows if r["method"] != "none"]
-    settings = {json.dumps(r["config"]): r["config"] for r in cached}
-    lines = []
-    for config in sorted(settings.values(), key=lambda c: (float(c["tau1"]), float(c["tau2"]))):
-        mine = [r for r in cached if r["config"] == config]
-        uncached = [base[_drawn(r)] for r in mine]
-        lines.append(
-            {
-                "config": config,
-                "prompts": len(mine),
-                "blocks": times_fewer(mine, uncached),
-                "speed_up": median(r["seconds_uncached"] / r["seconds"] for r in mine),
-                "seconds": median(r["seconds"] for r in mine),
-                "seconds_uncached": median(r["seconds_uncached"] for r in mine),
-                "psnr": mean(mine, "psnr"),
-                "worst_psnr": min(known(mine, "psnr"), default=None),
-                "ssim": mean(mine, "ssim"),
-                "words": mean(mine, "words"),
-                "words_uncached": mean(uncached, "words"),
-                "clip_iqa": mean(mine, "clip_iqa"),
-            }
-        )
-    return lines
-
-
-def _drawn(row: dict) -> tuple:
-    """What a row is of: two prompt files may use one id."""
-    return row["id"], row.get("prompt"), row.get("seed")
-
-
-def best(lines: list[dict], blocks: float) -> dict | None:
-    """The pair of highest PSNR with at least `blocks` times fewer blocks."""
-    return max(
-        (p for p in lines if p["blocks"] >= blocks and p["psnr"]), key=lambda p: p["psnr"], default=None
-    )
-
-
-def show(line: dict) -> str:
-    usual = asdict(H2Config())
-    pair = ("tau1", "tau2")
-    told = ", ".join(f"{k} {v}" for k, v in line["config"].items() if k in pair or v != usual[k])
-    parts = [f"{told:<24} blocks {line['blocks']:5.2f}x  time {line['speed_up']:5.2f}x"]
-    if line["psnr"] is None:
-        parts.append("identical")
-    else:
-        parts.append(f"PSNR {line['psnr']:5.2f} dB (worst {line['worst_psnr']:.2f})  SSIM {line['ssim']:.4f}")
-    if line["words"] is not None:
-        parts.append(f"words {line['words']:.3f} (uncached {line['words_uncached']:.3f})")
-    return "  ".join(parts)
-
-
-def markdown(lines: list[dict]) -> str:
-    """The saved measurements as the table of the README."""
-    heads = ("tau1", "tau2", "hits in a row", "blocks", "time", "seconds", "PSNR dB", "SSIM")
-    rows = []
-    for line in lines:
-        config = line["config"]
-        cells = [config["tau1"], config["tau2"], config["max_consecutive_hits"] or "any"]
-        cells += [f"{line['blocks']:.2f}x fewer", f"{line['speed_up']:.2f}x", f"{line['seconds']:.2f}"]
-        cells += ["identical" if line["psnr"] is None else f"{line['psnr']:.1f}", f"{line['ssim']:.3f}"]
-        rows.append(cells)
-    return "\n".join(as_table(heads, rows))
-
-
-def read(folder: Path) -> list[dict]:
-    """All rows of a calibration, whichever processes wrote them, each once; packed files too."""
-    rows: dict[str, dict] = {}
-    for path in sorted([*folder.glob("records-*.jsonl"), *folder.glob("records-*.jsonl.gz")]):
-        rows |= store.read_records(path)
-    return [row for row in rows.values() if _usable(row, folder)]
-
-
-NEEDS = {"id": str, "method": str, "config": dict, "seconds": NUMBER, "seconds_uncached": NUMBER}
-NEEDS |= {"blocks_run": int, "psnr": MAYBE, "ssim": NUMBER, "words": MAYBE}
-
-
-def _usable(row: dict, folder: Path) -> bool:
-    """Whether a table can be made of `row`; says why not."""
-    try:
-        check_fields(row, NEEDS)
-        if row["seconds"] <= 0 or row["blocks_run"] <= 0:
-            raise ValueError("it took no time or ran no block")
-    except ValueError as error:
-        warn(f"{folder}: the record {row['key']} is left out: {error}")
-        return False
-    return True
-
-
-def tables(folder: Path) -> str:
-    """What `folder` holds as Markdown, a table for each setting."""
-    found = by_setting(read(folder))
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no records of a calibration (records-*.jsonl)")
-    heads = [f"Settings: {setting or 'not told'}\n\n" if len(found) > 1 else "" for setting in found]
-    return "\n\n".join(head + markdown(table(rows)) for head, rows in zip(heads, found.values(), strict=True))
-
-
-def run(args: argparse.Namespace, command: str) -> None:
-    if args.table:
-        print(tables(args.out))
-        return
-    settings = measure(args)
+def run(args: argparse.Namespace, module: str, argv: list[str] | None = None) -> None:
+    """Measure, for the command `module`; the table of this setting goes to summary.json."""
+    settings = measured(args)
     lines = table(by_setting(read(args.out))[json.dumps(settings, sort_keys=True)])
-    summary = {
-        "command": command,
-        "machine": store.machine(args.device),
-        "date": store.now(),
-        "settings": settings,
-        "table": lines,
-        "best": {str(wanted): best(lines, wanted) for wanted in WANTED},
-    }
+    chosen = {str(wanted): best(lines, wanted) for wanted in WANTED}
+    summary = provenance(module, args.device, argv) | {"settings": settings, "table": lines, "best": chosen}
     store.write_atomically(args.out / "summary.json", json.dumps(summary, indent=1).encode())
     for line in lines:
         print(show(line))
-    for wanted in WANTED:
-        found = best(lines, wanted)
+    for wanted, found in chosen.items():
         print(f"best with at least {wanted}x fewer blocks: {show(found) if found else 'none'}")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
-    command = command_of("calibrate", argv)
+    if args.table:
+        return guarded(lambda: print(tables(args.out)), "")
     kept = f"the same command goes on; finished prompts are in {args.out}/"
-    return guarded(lambda: run(args, command), kept)
+    return guarded(lambda: run(args, "calibrate", argv), kept)
 
 
 if __name__ == "__main__":

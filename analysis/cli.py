@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import json
 import os
 import re
 import signal
@@ -27,11 +26,9 @@ from analysis.drawing.families import add_family_arguments
 from analysis.drawing.load import load
 from analysis.drawing.prompts import Prompt, check_text
 from analysis.options import at_least_one, one_line, seed, side, speak_anyhow
-from analysis.records import store
 from analysis.records.store import CHECKOUT
 from analysis.settings import parse_settings
 from h2cache import MethodConfig, find_method
-from h2cache.api import checkpoint_name
 from h2cache.presets import PRESETS, Preset, find_preset, last_part
 
 ERRORS = (ValueError, TypeError, OSError, ImportError, MemoryError, torch.OutOfMemoryError)
@@ -227,31 +224,27 @@ def size_of(call: dict[str, Any]) -> str | None:
 # Starting.
 
 
-def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of scripts that fit constants or draw ablations: what `start` reads, and --prompts."""
+TINY_PROMPTS = Path(shipped("assets/prompts/tiny32.jsonl"))
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, prompts: Path | None) -> None:
+    """Model, prompts (and their default), steps, seed, size, and what else a family takes."""
     parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
-    parser.add_argument("--prompts", type=Path, default=Path(shipped("assets/prompts/tiny32.jsonl")))
+    told = "%(default)s" if prompts else "our 80 for CUTE80, its short words for the embedded"
+    parser.add_argument("--prompts", type=Path, default=prompts, help=f"default: {told}")
     parser.add_argument("--steps", type=at_least_one, default=50)
     parser.add_argument("--seed", type=seed, default=0, help="for prompts without one of their own")
     parser.add_argument("--height", type=side, help="pixels (default: the model's)")
     parser.add_argument("--width", type=side, help="pixels (default: the model's)")
     add_family_arguments(parser)
+
+
+def add_measuring_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of scripts that fit constants or draw ablations: what `start` reads, and --prompts."""
+    add_model_arguments(parser, TINY_PROMPTS)
     parser.add_argument("--device", default=default_device())
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], help="default: by device")
     parser.set_defaults(engine="diffusers", checkpoint=None, lora=None, lora_scale=None, offload=False)
-
-
-MEASURING = (
-    "model", "prompts", "steps", "seed", "height", "width", "guidance", "negative_prompt", "true_cfg",
-    "frames", "input_image", "device", "dtype",
-)  # fmt: skip
-
-
-def passed_on(args: argparse.Namespace, *more: str) -> list[str]:
-    """The options of `add_measuring_arguments`, and `more`, as another script's command has them."""
-    given = {name: getattr(args, name) for name in (*MEASURING, *more)}
-    options = [(f"--{name.replace('_', '-')}", str(v)) for name, v in given.items() if v is not None]
-    return [part for option in options for part in option]
 
 
 def check_prompts(limits: Limits, prompts: Sequence[Prompt]) -> None:
@@ -289,19 +282,6 @@ def start(
         **further,
     }
     return pipeline, name, call, settings
-
-
-def save_constants(path: Path, pipeline: DiffusionPipeline, fitted: dict) -> None:
-    """Put `fitted` into a file of constants, one checkpoint a line, under the name of the pipeline's."""
-    table = json.loads(path.read_text(encoding="utf-8"))
-    table[checkpoint_name(pipeline)] = fitted
-    rows = [f" {json.dumps(name)}: {json.dumps(entry)}" for name, entry in table.items()]
-    store.write_atomically(path, ("{\n" + ",\n".join(rows) + "\n}\n").encode())
-
-
-def command_of(module: str, argv: Sequence[str] | None = None) -> str:
-    """The command line of a script, for its records."""
-    return f"python -m analysis.{module} {' '.join(sys.argv[1:] if argv is None else argv)}".strip()
 
 
 SHARD = re.compile(r"(\d+)/(\d+)")

@@ -20,58 +20,29 @@ where it ended. The table goes to --out: table.md, table.csv, table.json, rows.j
 from __future__ import annotations
 
 import argparse
-import hashlib
-import itertools
-import json
 import sys
-import traceback
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import PartialState
-from PIL import Image
 
-from analysis.cli import TINY, command_of, guarded, is_embedded, progress, shipped, size_of, start, warn
-from analysis.drawing.draw import default_device, draw
-from analysis.drawing.families import add_family_arguments
+from analysis.cli import add_model_arguments, guarded
+from analysis.drawing.contest import Experiment
 from analysis.drawing.load import add_loading_arguments
-from analysis.drawing.prompts import Prompt, read_prompts
-from analysis.measures import words
-from analysis.measures.fidelity import ClipIqa, fidelity, lpips_model, more_fidelity
-from analysis.measures.flops import count_step
-from analysis.options import Parser, at_least_one, seed, side
-from analysis.records import store
-from analysis.settings import parse_settings
-from analysis.sharing import is_one_of_many, launch, shared
+from analysis.options import Parser, at_least_one
+from analysis.records.provenance import command_of
+from analysis.sharing import is_one_of_many, launch
 from analysis.table import write_tables
-from h2cache import MethodConfig, find_method
-from h2cache.api import checkpoint_name
-from h2cache.presets import PRESETS, Preset, find_preset
 
-CUTE80 = Path(shipped("assets/prompts/cute80.jsonl"))
-CUTE80_TINY = Path(shipped("assets/prompts/cute80_tiny.jsonl"))  # in words that the embedded model knows
 PAPER = ("none", "block_cache", "teacache", "h2cache", "fewer_steps")  # the paper's four and the control
 OURS = ("plan", "plan:file=none")  # the plan, tuned and by its default grid
 
 
 def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.add_argument("--model", default=TINY, help="folder or hub id (default: %(default)s)")
-    parser.add_argument(
-        "--prompts", type=Path, help="default: our 80 for CUTE80, its short words for the embedded"
-    )
+    add_model_arguments(parser, None)
     parser.add_argument("--limit", type=at_least_one, help="only the first N prompts")
     parser.add_argument("--methods", nargs="+", metavar="METHOD[:KEY=VALUE...]")
-    parser.add_argument("--steps", type=at_least_one, default=50)
-    parser.add_argument("--seed", type=seed, default=0, help="the same for every prompt, as in the paper")
-    parser.add_argument("--height", type=side)
-    parser.add_argument("--width", type=side)
-    add_family_arguments(parser)
     add_loading_arguments(parser, None)  # one accelerator for each process
     parser.add_argument("--clip", help="CLIP for CLIP-IQA: folder or hub id (default: the hub's cache)")
     parser.add_argument("--no-words", action="store_true", help="do not read the words back (OCR)")
@@ -85,218 +56,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 # Contestants.
 
 
-@dataclass(frozen=True)
-class Contestant:
-    """A method with its settings, and its name in tables."""
-
-    label: str
-    config: MethodConfig
-    preset: Preset | None = field(default=None, compare=False)  # that it is, unchanged
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        return store.settings_of(self.config)
-
-
-def contestants(texts: Sequence[str], model: str, checkpoint: str | None) -> list[Contestant]:
-    """The contestants in `texts`, the uncached baseline first; ValueError for what cannot be."""
-    found = [Contestant("none", find_method("none")())]
-    for text in texts:
-        if text in PRESETS:
-            preset = PRESETS[text]
-            config = preset.config.for_checkpoint(checkpoint)
-            found.append(Contestant(f"{preset.method} ({text})", config, preset))
-            continue
-        name, *parts = text.split(":")
-        kind = find_method(name)
-        preset = find_preset(model, name)
-        base = partial(replace, preset.config) if preset and not parts else kind
-        choices = []
-        for part in parts:
-            key, _, values = part.partition("=")
-            choices.append([f"{key}={value}" for value in values.split(",")])
-        for given in itertools.product(*choices):
-            config = base(**parse_settings(kind, list(given))).for_checkpoint(checkpoint)
-            found.append(Contestant(" ".join([name, *given]), config, None if parts else preset))
-    return list(dict.fromkeys(found))
-
-
 # The three phases.
-
-
-class Experiment:
-    """One folder of pictures and rows: draw what is missing, score what is not scored."""
-
-    def __init__(self, args: argparse.Namespace, state: PartialState) -> None:
-        self.args, self.state = args, state
-        path = args.prompts or (CUTE80_TINY if is_embedded(args.model) else CUTE80)
-        self.prompts = read_prompts(path)[: args.limit]
-        self.unread = None if args.no_words else words.problem()
-        if args.clip:
-            ClipIqa(args.clip)  # before the hours of drawing: OSError with what to do
-        args.out.mkdir(parents=True, exist_ok=True)
-        device = args.device
-        if device is None:
-            device = str(state.device) if state.num_processes > 1 else default_device()
-        shown = self.prompts if state.is_main_process else ()
-        self.pipeline, _, self.call, settings = start(args, shown, device)
-        self.contestants = contestants(args.methods, args.model, checkpoint_name(self.pipeline))
-        self.machine = store.machine(device)
-        self.settings = settings | {
-            "device": self.pipeline.device.type,
-            "dtype": str(self.pipeline.dtype),
-            "processes": state.num_processes,
-        }
-        earlier = [store.read_json(path) for path in (args.out / "runs").glob("*/settings.json")]
-        self.settings = store.as_before(self.settings, earlier)
-        self.folder = args.out / "runs" / store.run_key(**self.settings)[:8]
-
-    def warn(self) -> None:
-        """Say what will be missing from the table, and which presets are far from home."""
-        if self.unread:
-            warn(f"words are not read back: {self.unread}")
-        presets = [c.preset for c in self.contestants if c.preset]
-        told = [p.mismatch(self.args.model, self.args.steps, size_of(self.call)) for p in presets]
-        for text in dict.fromkeys(filter(None, told)):
-            warn(text)
-
-    def prepare(self) -> None:
-        """Make the folders; check the disk; count operations."""
-        for name in ("images", "rows", "scores", "taken"):
-            (self.folder / name).mkdir(parents=True, exist_ok=True)
-        store.sweep(self.folder)
-        store.write_atomically(self.folder / "settings.json", json.dumps(self.settings, indent=1).encode())
-        pictures = len(self.prompts) * len(self.contestants)
-        pixels = (
-            (self.call.get("height") or 1024) * (self.call.get("width") or 1024) * (self.args.frames or 1)
-        )
-        store.require_space(self.folder, 16 + pictures * pixels * 4 // 2**20)
-        self.cost = count_step(self.pipeline, self.call | {"prompt": self.prompts[0].text})
-
-    def key(self, prompt: Prompt, contestant: Contestant) -> str:
-        """Names a picture: everything that decides how it looks and what it costs."""
-        return store.run_key(
-            **self.settings, prompt=prompt.text, id=prompt.id, own_seed=prompt.seed,
-            method=contestant.config.name, config=contestant.settings,
-        )  # fmt: skip
-
-    def row_path(self, key: str) -> Path:
-        return self.folder / "rows" / f"{key}.json"
-
-    def image_path(self, key: str) -> Path:
-        return self.folder / "images" / f"{key}.png"
-
-    def score_path(self, key: str) -> Path:
-        return self.folder / "scores" / f"{key}.json"
-
-    def drawn(self, key: str) -> bool:
-        """Whether the row and the picture are there, and whole."""
-        row = store.read_json(self.row_path(key))
-        return row is not None and store.whole_picture(self.image_path(key)) is not None
-
-    def draw(self) -> int:
-        """Draw the missing pictures, with all processes; returns how many could not be drawn."""
-        turns = []
-        for number, prompt in enumerate(self.prompts):
-            shift = number % len(self.contestants)
-            order = self.contestants[shift:] + self.contestants[:shift]
-            turns += [(self.key(prompt, c), prompt, c) for c in order]
-        turns = [turn for turn in turns if not self.drawn(turn[0])]
-        if turns:
-            self._warm_up(turns[0][1])
-        for key, prompt, contestant in self.share(turns, "drawing", self.drawn):
-            try:
-                self._draw(key, prompt, contestant)
-            except Exception:  # the others can still be drawn; this one is tried again at the next run
-                print(f"{prompt.id} by {contestant.label} failed:\n{traceback.format_exc()}", file=sys.stderr)
-        return sum(not self.drawn(key) for key, *_ in turns)
-
-    def share(self, tasks: list[tuple], what: str, done: Callable[[str], bool]) -> Iterator[tuple]:
-        """Those of `tasks`, by key, that this process takes on, until all are `done`."""
-        taken = shared(tasks, self.folder / "taken", lambda task: task[0], lambda task: done(task[0]))
-        yield from progress(taken, "picture", what, self.state.is_main_process, total=len(tasks))
-
-    def _warm_up(self, prompt: Prompt) -> None:
-        """One whole uncached picture, and a few steps of each method, untimed."""
-        few = self.call | {"num_inference_steps": min(4, self.args.steps), "output_type": "latent"}
-        draw(self.pipeline, self.contestants[0].config, 0, prompt=prompt.text, **self.call)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*too few steps")  # of these four
-            for config in {c.config.name: c.config for c in self.contestants}.values():
-                draw(self.pipeline, config, 0, prompt=prompt.text, **few)
-
-    def _draw(self, key: str, prompt: Prompt, contestant: Contestant) -> None:
-        seed = self.args.seed if prompt.seed is None else prompt.seed
-        drawn = draw(self.pipeline, contestant.config, seed, prompt=prompt.text, **self.call)
-        path = self.image_path(key)
-        store.save_png(path, drawn.image)
-        row = {
-            "key": key,
-            "id": prompt.id,
-            "label": contestant.label,
-            "method": contestant.config.name,
-            "config": contestant.settings,
-            "prompt": prompt.text,
-            "words": prompt.words,
-            **self.settings,
-            "seed": seed,
-            **drawn.costs(),
-            "tflops": round(self.cost.tflops(drawn.trace), 6),
-            "png_sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
-            "machine": self.machine,
-            "date": store.now(),
-            "trace": store.compact(drawn.trace),
-        }
-        store.write_json(self.row_path(key), row)
-
-    def score(self) -> None:
-        """Compare the pictures that have not been compared in this way, with all processes."""
-        clip, reason = None, None
-        try:
-            clip = ClipIqa(self.args.clip)
-        except OSError as error:
-            if self.args.clip:
-                raise
-            reason = str(error)
-        read = not self.args.no_words and self.unread is None
-        how = {"clip": [clip.name, self.args.clip] if clip else None, "lpips": lpips_model() is not None}
-        tasks, ways = [], {}
-        for prompt in self.prompts:
-            base = self.key(prompt, self.contestants[0])
-            mine = how | {"words": list(prompt.words or ()) if read else None}
-            for contestant in self.contestants:
-                key = self.key(prompt, contestant)
-                if not (self.row_path(key).is_file() and self.row_path(base).is_file()):
-                    continue  # could not be drawn
-                ways[key] = mine
-                if not self.scored(key, mine):
-                    tasks.append((key, base, mine))
-        for key, base, mine in self.share(tasks, "scoring", lambda key: self.scored(key, ways[key])):
-            image, uncached = Image.open(self.image_path(key)), Image.open(self.image_path(base))
-            score = {
-                "how": mine,
-                **fidelity(image, uncached),
-                **more_fidelity(image, uncached),
-                "words_read": words.word_recall(mine["words"], image) if read else None,
-                "words_reason": self.unread,
-                "clip_iqa": clip(image) if clip else None,
-                "clip_iqa_reason": reason,
-            }
-            store.write_json(self.score_path(key), score)
-
-    def scored(self, key: str, how: dict[str, Any]) -> bool:
-        """Whether a picture has been compared in this way."""
-        return (store.read_json(self.score_path(key)) or {}).get("how") == how
-
-    def rows(self) -> list[dict]:
-        """All finished rows of the asked contestants and prompts, with their scores, in their order."""
-        rows = []
-        for contestant, prompt in itertools.product(self.contestants, self.prompts):
-            key = self.key(prompt, contestant)
-            row, score = store.read_json(self.row_path(key)), store.read_json(self.score_path(key))
-            if row and score:
-                rows.append(row | score | {"label": contestant.label})
-        return rows
 
 
 def run(args: argparse.Namespace, command: str) -> int:

@@ -14,67 +14,30 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, pstdev
 
 import torch
-from torch import Tensor
 
-from analysis.cli import (
-    add_measuring_arguments,
-    command_of,
-    guarded,
-    progress,
-    save_constants,
-    shipped,
-    start,
-    warn,
-)
-from analysis.drawing.draw import draw
-from analysis.drawing.prompts import read_prompts
-from analysis.options import Parser, at_least_one
-from analysis.records import store
+from analysis.ablations.fitting import Seen, WatchConfig, fit_script, parser_of, save_constants, source, watch
+from analysis.cli import shipped, warn
+from analysis.measuring import Trial
 from h2cache.memory import Memory
-from h2cache.method import Method, MethodConfig
-from h2cache.program import Program, Run, Stage
 
 CONSTANTS = Path(shipped("baselines/constants/magcache.json"))
 
 
 @dataclass(frozen=True)
-class WatchConfig(MethodConfig):
-    """Uncached, noting (branch, step, ratio, its deviation over tokens, cosine distance) in `points`."""
+class Ratios(WatchConfig):
+    """Notes (branch, step, ratio of the residual's norms, its deviation over tokens, cosine distance)."""
 
-    name = "watch"
-
-    points: list[tuple[str, int, float, float, float]] = field(default_factory=list)
-
-    def build(self) -> Watch:
-        return Watch(self)
-
-
-class Watch(Method):
-    """Runs every block."""
-
-    config: WatchConfig
-
-    def __init__(self, config: WatchConfig) -> None:
-        super().__init__(config)
-        self.last: dict[str, Tensor] = {}
-
-    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
-        ran = yield Run(range(stages[-1].last))
-        now = ran.residual.img.float()
-        if memory.step > 0:
-            before = self.last[memory.branch]
-            ratio = now.norm(dim=-1) / (before.norm(dim=-1) + 1e-8)
-            distance = 1 - torch.cosine_similarity(now, before, dim=-1)
-            found = (ratio.mean().item(), ratio.std().item(), distance.mean().item())
-            self.config.points.append((memory.branch, memory.step, *found))
-        self.last[memory.branch] = now
-        for stage in stages:
-            memory.record(stage, None, None, "miss")
+    def point(self, memory: Memory, before: Seen, now: Seen) -> tuple:
+        last, new = before[1].float(), now[1].float()
+        ratio = new.norm(dim=-1) / (last.norm(dim=-1) + 1e-8)
+        distance = 1 - torch.cosine_similarity(new, last, dim=-1)
+        return memory.branch, memory.step, ratio.mean().item(), ratio.std().item(), distance.mean().item()
 
 
 def fit(points: list[tuple[str, int, float, float, float]]) -> dict:
@@ -102,34 +65,20 @@ def fit(points: list[tuple[str, int, float, float, float]]) -> dict:
     return result
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
-    add_measuring_arguments(parser)
-    parser.add_argument("--limit", type=at_least_one, default=8, help="number of prompts")
-    parser.add_argument("--save", action="store_true", help=f"write the result into {CONSTANTS}")
-    args = parser.parse_args(argv)
-    if args.steps < 2:
-        parser.error(f"--steps {args.steps}: two steps at least are needed")
-    return guarded(lambda: measure(args, command_of("fit_magcache", argv)), "nothing is saved")
-
-
-def measure(args: argparse.Namespace, command: str) -> None:
+def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Run the prompts and take the means; save them if asked."""
-    prompts = read_prompts(args.prompts)[: args.limit]
-    pipeline, _, call, _ = start(args, prompts)
-    points = []
-    for prompt in progress(prompts, "prompt"):
-        config = WatchConfig()
-        draw(pipeline, config, args.seed if prompt.seed is None else prompt.seed, prompt=prompt.text, **call)
-        points += config.points
-    result = fit(points)
-    machine = store.machine(args.device)["device_name"]
-    result["source"] = f"{command}, {args.steps} steps, {len(prompts)} prompts, {machine}, {store.now()[:10]}"
+    trial = Trial.of(args)
+    result = fit([point[1:] for point in watch(trial, Ratios)])
+    result |= source("fit_magcache", args, argv, f"{len(trial.prompts)} prompts")
     if args.save:
-        save_constants(CONSTANTS, pipeline, result)
+        save_constants(CONSTANTS, trial, result)
     print(json.dumps(result))
     if "averaged_branches" in result:
         warn(f"the table is the mean of the branches {', '.join(result['averaged_branches'])}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    return fit_script(parser_of(__doc__, CONSTANTS, limit=8), argv, run)
 
 
 if __name__ == "__main__":

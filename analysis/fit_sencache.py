@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
@@ -23,20 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import h2cache
-from analysis.cli import (
-    add_measuring_arguments,
-    command_of,
-    guarded,
-    progress,
-    save_constants,
-    shipped,
-    start,
-)
-from analysis.drawing.draw import draw
-from analysis.drawing.prompts import read_prompts
-from analysis.options import Parser, at_least_one
-from analysis.records import store
+from analysis.ablations.fitting import fit_script, parser_of, save_constants, source
+from analysis.cli import progress, shipped
+from analysis.measuring import Trial
 from h2cache import find_method
 from h2cache.api import denoisers_of
 from h2cache.engines.whole import TIMES
@@ -103,37 +93,25 @@ def fit(runs: list[list[tuple[float, float, float]]]) -> dict:
     return {key: [row[n] for row in rows] for n, key in enumerate(("times", "by_latents", "by_time"))}
 
 
-def measure(args: argparse.Namespace, command: str) -> None:
+def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Run the prompts and take the means; save them if asked."""
-    prompts = read_prompts(args.prompts)[: args.limit]
-    pipeline, _, call, _ = start(args, prompts)
-    (model,) = denoisers_of(pipeline)
+    trial = Trial.of(args)
+    (model,) = denoisers_of(trial.pipeline)
     runs = []
-    for prompt in progress(prompts, "prompt"):
+    for prompt in progress(trial.prompts, "prompt"):
         watch = Watch()
         hook = model.register_forward_pre_hook(watch, with_kwargs=True)
-        seed = args.seed if prompt.seed is None else prompt.seed
-        draw(pipeline, find_method("none")(), seed, prompt=prompt.text, **call)
+        trial.draw(prompt, find_method("none")())
         hook.remove()
-        h2cache.disable(pipeline)
         runs.append(sensitivity(model, watch.calls))
-    result = fit(runs)
-    machine = store.machine(args.device)["device_name"]
-    result["source"] = f"{command}, {args.steps} steps, {len(prompts)} prompts, {machine}, {store.now()[:10]}"
+    result = fit(runs) | source("fit_sencache", args, argv, f"{len(trial.prompts)} prompts")
     if args.save:
-        save_constants(CONSTANTS, pipeline, result)
+        save_constants(CONSTANTS, trial, result)
     print(json.dumps(result))
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
-    add_measuring_arguments(parser)
-    parser.add_argument("--limit", type=at_least_one, default=4, help="number of prompts")
-    parser.add_argument("--save", action="store_true", help=f"write the result into {CONSTANTS}")
-    args = parser.parse_args(argv)
-    if args.steps < 2:
-        parser.error(f"--steps {args.steps}: two steps at least are needed")
-    return guarded(lambda: measure(args, command_of("fit_sencache", argv)), "nothing is saved")
+    return fit_script(parser_of(__doc__, CONSTANTS, limit=4), argv, run)
 
 
 if __name__ == "__main__":

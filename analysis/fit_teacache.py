@@ -15,67 +15,32 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from torch import Tensor
 
-from analysis.cli import (
-    add_measuring_arguments,
-    command_of,
-    guarded,
-    progress,
-    save_constants,
-    shipped,
-    start,
-    warn,
-)
-from analysis.drawing.draw import draw
-from analysis.drawing.prompts import read_prompts
-from analysis.options import Parser
+from analysis.ablations import fitting
+from analysis.ablations.fitting import Seen, fit_script, parser_of, save_constants, source, watch
+from analysis.cli import shipped, warn
+from analysis.measuring import Trial
 from analysis.records import store
 from h2cache.memory import Memory
-from h2cache.method import Method, MethodConfig
-from h2cache.program import Look, Program, Run, Stage
 from h2cache.similarity import relative_l1
 
 CONSTANTS = Path(shipped("baselines/constants/teacache.json"))
 
 
 @dataclass(frozen=True)
-class WatchConfig(MethodConfig):
-    """Uncached, noting (step, change of the modulated input, change of the residual) in `points`."""
+class WatchConfig(fitting.WatchConfig):
+    """Notes (step, change of the modulated input, change of the residual)."""
 
-    name = "watch"
     requires = frozenset({"modulated input"})
 
-    points: list[tuple[int, float, float]] = field(default_factory=list)
-
-    def build(self) -> Watch:
-        return Watch(self)
-
-
-class Watch(Method):
-    """Runs every block."""
-
-    config: WatchConfig
-
-    def __init__(self, config: WatchConfig) -> None:
-        super().__init__(config)
-        self.last: dict[str, tuple[Tensor, Tensor]] = {}  # by guidance branch
-
-    def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
-        modulated = yield Look()
-        ran = yield Run(range(stages[-1].last))
-        now = (modulated, ran.residual.img)
-        if memory.step > 0:
-            pairs = zip(self.last[memory.branch], now, strict=True)
-            changes = [relative_l1(a, b, per_sample=False).item() for a, b in pairs]
-            self.config.points.append((memory.step, *changes))
-        self.last[memory.branch] = now
-        for stage in stages:
-            memory.record(stage, None, None, "miss")
+    def point(self, memory: Memory, before: Seen, now: Seen) -> tuple:
+        pairs = zip(before, now, strict=True)
+        return memory.step, *(relative_l1(a, b, per_sample=False).item() for a, b in pairs)
 
 
 def fit(points: np.ndarray) -> dict:
@@ -94,37 +59,25 @@ def fit(points: np.ndarray) -> dict:
     }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = Parser(__doc__)
-    add_measuring_arguments(parser)
-    parser.add_argument("--out", type=Path, default=Path("outputs/teacache"))
-    parser.add_argument("--save", action="store_true", help=f"write the result into {CONSTANTS}")
-    args = parser.parse_args(argv)
-    if args.steps < 3:
-        parser.error(f"--steps {args.steps}: two changes at least are needed, that is three steps")
-    return guarded(lambda: measure(args, command_of("fit_teacache", argv)), "nothing is saved")
-
-
-def measure(args: argparse.Namespace, command: str) -> None:
+def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Run the prompts, keep the points in --out, and fit."""
-    prompts = read_prompts(args.prompts)
+    trial = Trial.of(args)
     args.out.mkdir(parents=True, exist_ok=True)
-    pipeline, _, call, _ = start(args, prompts)
-    watched = []
-    for prompt in progress(prompts, "prompt"):
-        config = WatchConfig()
-        draw(pipeline, config, args.seed if prompt.seed is None else prompt.seed, prompt=prompt.text, **call)
-        watched += [(prompt.id, *point) for point in config.points]
-    lines = ["id,step,input_change,output_change", *(",".join(map(str, row)) for row in watched)]
+    points = watch(trial, WatchConfig)
+    lines = ["id,step,input_change,output_change", *(",".join(map(str, row)) for row in points)]
     store.write_atomically(args.out / "points.csv", ("\n".join(lines) + "\n").encode())
-    result = fit(np.array([row[2:] for row in watched]))
-    machine = store.machine(args.device)["device_name"]
-    result["source"] = f"{command}, {args.steps} steps, {machine}, {store.now()[:10]}"
+    result = fit(np.array([row[2:] for row in points])) | source("fit_teacache", args, argv)
     if args.save:
-        save_constants(CONSTANTS, pipeline, result)
+        save_constants(CONSTANTS, trial, result)
     print(json.dumps(result, indent=1))
     if result["lowest_value_in_range"] < 0:
         warn("the polynomial is negative inside the range of changes: use clamp=true")
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = parser_of(__doc__, CONSTANTS, limit=None)
+    parser.add_argument("--out", type=Path, default=Path("outputs/teacache"))
+    return fit_script(parser, argv, run, least=3)
 
 
 if __name__ == "__main__":

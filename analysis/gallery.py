@@ -14,7 +14,7 @@ from analysis.drawing.families import save_video
 from analysis.drawing.prompts import Prompt
 from analysis.figures.sheets import side_by_side
 from analysis.measures.fidelity import fidelity
-from analysis.records import store
+from analysis.records import provenance, store
 from analysis.records.saved import NUMBER, check_fields
 from h2cache import MethodConfig
 
@@ -102,8 +102,8 @@ class Gallery:
                 **({"video": video.name} if video else {}),
                 **drawn.costs(),
                 **MEASURED,
-                "machine": store.machine(self.pipeline.device),
-                "date": store.now(),
+                "machine": provenance.machine(self.pipeline.device),
+                "date": provenance.now(),
                 "trace": drawn.trace,
             }
             image = drawn.image

@@ -13,18 +13,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
+from functools import partial
 
 import torch
 from diffusers import FluxTransformer2DModel
 
 import h2cache
-from analysis.bench_step import random_inputs
 from analysis.cli import TINY, guarded
 from analysis.drawing.draw import check_device
+from analysis.drawing.transformer import only_heads, random_flux, random_inputs
+from analysis.measures.times import Step, begun, in_turns
 from analysis.options import Parser, at_least_one
-from analysis.records.store import cpu_name, device_name
+from analysis.records.provenance import machine
 from h2cache import H2Config
 from h2cache.room import free_bytes
 
@@ -35,12 +35,8 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.add_argument("--width", type=at_least_one, help="random model of this width (default: embedded)")
     parser.add_argument("--heads", type=at_least_one, default=24)
-    parser.add_argument(
-        "--double", type=at_least_one, default=19, help="double-stream blocks of the random model"
-    )
-    parser.add_argument(
-        "--single", type=at_least_one, default=38, help="single-stream blocks of the random model"
-    )
+    parser.add_argument("--double", type=at_least_one, default=19, help="its double-stream blocks")
+    parser.add_argument("--single", type=at_least_one, default=38, help="its single-stream blocks")
     parser.add_argument("--tokens", type=at_least_one, default=64, help="image tokens")
     parser.add_argument("--text", type=at_least_one, default=24, help="text tokens")
     parser.add_argument("--device", default="cpu")
@@ -56,41 +52,23 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def build(args: argparse.Namespace) -> FluxTransformer2DModel:
     """The embedded transformer, or one of random weights with the dimensions asked for."""
+    dtype = getattr(torch, args.dtype)
     if args.width is None:
         model = FluxTransformer2DModel.from_pretrained(TINY, subfolder="transformer", use_safetensors=True)
-    else:
-        numbers = (36 * args.double + 15 * args.single) * args.width**2  # weights of the blocks
-        numbers += (args.tokens + args.text) * args.width * 12  # and what a block computes
-        needed, free = numbers * getattr(torch, args.dtype).itemsize, free_bytes(torch.device(args.device))
-        if needed > free:
-            raise MemoryError(
-                f"--width {args.width}: the model takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
-                "are free: lower --width, --double, --single or --tokens"
-            )
-        with torch.device(args.device):
-            torch.set_default_dtype(getattr(torch, args.dtype))
-            head = args.width // args.heads
-            side = head * 7 // 32 * 2  # FLUX.1-dev: (16, 56, 56) of 128
-            model = FluxTransformer2DModel(
-                num_layers=args.double,
-                num_single_layers=args.single,
-                attention_head_dim=head,
-                num_attention_heads=args.heads,
-                guidance_embeds=True,
-                axes_dims_rope=(head - 2 * side, side, side),
-            )
-            torch.set_default_dtype(torch.float32)
-    return model.to(args.device, getattr(torch, args.dtype)).eval()
-
-
-def only_heads(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """The same weights without all blocks but the first of each stage."""
-    config = dict(model.config, num_layers=1, num_single_layers=1)
-    with torch.device("meta"):
-        heads = FluxTransformer2DModel.from_config(config)
-    state = {k: v for k, v in model.state_dict().items() if k in heads.state_dict()}
-    heads.load_state_dict(state, assign=True)
-    return heads.eval()
+        return model.to(args.device, dtype).eval()
+    numbers = (36 * args.double + 15 * args.single) * args.width**2  # weights of the blocks
+    numbers += (args.tokens + args.text) * args.width * 12  # and what a block computes
+    needed, free = numbers * dtype.itemsize, free_bytes(torch.device(args.device))
+    if needed > free:
+        raise MemoryError(
+            f"--width {args.width}: the model takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
+            "are free: lower --width, --double, --single or --tokens"
+        )
+    head = args.width // args.heads
+    side = head * 7 // 32 * 2  # FLUX.1-dev: (16, 56, 56) of 128
+    axes = (head - 2 * side, side, side)
+    shape = {"attention_head_dim": head, "num_attention_heads": args.heads, "axes_dims_rope": axes}
+    return random_flux(args.double, args.single, args.device, dtype, **shape)
 
 
 def run(args: argparse.Namespace) -> None:
@@ -99,51 +77,23 @@ def run(args: argparse.Namespace) -> None:
     model = build(args)
     heads = only_heads(model)
     inputs = random_inputs(model.config, args.tokens, args.text, args.device, getattr(torch, args.dtype))
-    timesteps = torch.linspace(1.0, 0.5, args.burst + 1, device=args.device).split(
-        1
-    )  # they fall: one request
 
-    def step(transformer: torch.nn.Module, number: int) -> None:
-        with transformer.cache_context("cond"):
-            transformer(**inputs | {"timestep": timesteps[number]})
+    def kind(transformer: FluxTransformer2DModel, config: H2Config | None = None) -> Step:
+        return begun(transformer, inputs, config, args.burst)
 
-    def timed(transformer: torch.nn.Module) -> float:
-        """Seconds of one step: the mean of a burst, since in a run hits follow hits."""
-        synchronise()
-        start = time.perf_counter()
-        with torch.inference_mode():
-            for number in range(1, args.burst + 1):
-                step(transformer, number)
-        synchronise()
-        return (time.perf_counter() - start) / args.burst
-
-    def synchronise() -> None:
-        if args.device != "cpu":
-            torch.accelerator.synchronize()
-
-    def first_step() -> None:
-        with torch.inference_mode():
-            step(model, 0)
-
-    contestants = ("uncached", "all hit", "structure miss", "disabled", "heads")
-    times: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(args.rounds + 2):
-        row = {"uncached": timed(model)}
-        h2cache.enable(model, H2Config(tau1=INF, tau2=INF))
-        first_step()  # computes
-        row["all hit"] = timed(model)
-        hit_blocks = sum(r.blocks_run for r in h2cache.step_records(model)[-2:])
-        h2cache.enable(model, H2Config(tau1=0, tau2=INF))
-        first_step()
-        row["structure miss"] = timed(model)
-        h2cache.disable(model)
-        row["disabled"] = timed(model)
-        row["heads"] = timed(heads)
-        if turn >= 2:  # burn-in
-            for name, seconds in row.items():
-                times[name].append(seconds)
-    medians = {name: statistics.median(values) * 1e3 for name, values in times.items()}
-    device = f"{cpu_name()}, {args.threads} thread(s)" if args.device == "cpu" else device_name()
+    all_hit = H2Config(tau1=INF, tau2=INF)
+    kinds = {
+        "uncached": partial(kind, model),
+        "all hit": partial(kind, model, all_hit),
+        "structure miss": partial(kind, model, H2Config(tau1=0, tau2=INF)),
+        "disabled": partial(kind, model),  # after it was on
+        "heads": partial(kind, heads),
+    }
+    times = in_turns(kinds, args.rounds, args.burst)
+    medians = {name: found.median * 1e3 for name, found in times.items()}
+    kind(model, all_hit)()
+    hit_blocks = sum(r.blocks_run for r in h2cache.step_records(model)[-2:])
+    here = machine(args.device)
     print(
         json.dumps(
             {
@@ -152,7 +102,7 @@ def run(args: argparse.Namespace) -> None:
                 "disabled / uncached": round(medians["disabled"] / medians["uncached"], 3),
                 "blocks of an all-hit step": hit_blocks,
                 "rounds": args.rounds,
-                "device": device,
+                "device": f"{here['device_name']}, {here['threads']} thread(s)",
                 "settings": vars(args),
             },
             indent=1,

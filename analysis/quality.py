@@ -12,17 +12,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from analysis.ablations.trial import alone, parser_of, source_of, write_about
-from analysis.cli import figure_script, progress, shipped, start
+from analysis.cli import figure_script, shipped
 from analysis.drawing.families import with_prompt
-from analysis.drawing.prompts import read_prompts
+from analysis.drawing.prompts import Prompt
 from analysis.figures import style
-from analysis.records import store
+from analysis.measuring import Trial, measure, parser_of, recorded
 from analysis.records.compare import as_table, groups
+from analysis.records.provenance import source_of
 from analysis.records.saved import MAYBE, NUMBER, read_saved
 from h2cache import PlanConfig, summary
 from h2cache.tuning import Studio
@@ -41,38 +42,27 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@alone
+@recorded("quality")
 def run(args: argparse.Namespace) -> Path:
     """Draw and compare; the pictures are not kept. A stopped run goes on."""
-    prompts = read_prompts(args.prompts)[: args.limit]
-    pipeline, _, call, _ = start(args, prompts)
-    path = args.out / "rows.jsonl"
-    rows = store.tidy(path)
+    trial, path = Trial.of(args), args.out / "rows.jsonl"
     configs = {f"{p:g} dB": PlanConfig(psnr=p) for p in WANTED}
     configs |= {f"{k} evaluations": PlanConfig(evaluations=k) for k in FIXED}
-    for prompt in progress(prompts, "prompt"):
-        if all(f"{prompt.id} {asked}" in rows for asked in configs):
-            continue
-        seed = args.seed if prompt.seed is None else prompt.seed
-        asked_of = with_prompt(pipeline, {"prompt": prompt.text}) | {"seed": seed}
-        studio = Studio(pipeline, [asked_of], call, 0)
-        new = {}
-        for asked, config in configs.items():
-            key = f"{prompt.id} {asked}"
-            if key in rows:
-                continue
-            value = studio.fidelity(0, config, saved=True)
-            done = summary(pipeline)
-            new[key] = {
-                "key": key,
-                "id": prompt.id,
-                "asked": asked,
-                "evaluations": len(done.evaluated),
-                "psnr": round(value, 3),
-                "expected": done.expected_psnr and round(done.expected_psnr[0], 3),
-            }
-        store.add_records(path, new)
-    write_about(args.out, "quality", args)
+
+    @lru_cache(1)
+    def studio(prompt: Prompt) -> Studio:
+        asked = with_prompt(trial.pipeline, {"prompt": prompt.text}) | {"seed": trial.seed_of(prompt)}
+        return Studio(trial.pipeline, [asked], trial.call, 0)
+
+    def draw(prompt: Prompt, config: PlanConfig) -> dict:
+        value, done = studio(prompt).fidelity(0, config, saved=True), summary(trial.pipeline)
+        expected = done.expected_psnr and round(done.expected_psnr[0], 3)
+        return {"evaluations": len(done.evaluated), "psnr": round(value, 3), "expected": expected}
+
+    def rows(_: Prompt, drawn: dict[str, dict]) -> dict[str, dict]:
+        return {asked: {"asked": asked} | found for asked, found in drawn.items()}
+
+    measure(path, trial.prompts, configs, draw, rows, trial.key)
     return path
 
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
-from h2cache import MethodConfig
+from h2cache import MethodConfig, find_method
 
 
 def parse_settings(config: type[MethodConfig], settings: list[str]) -> dict[str, Any]:
@@ -49,3 +49,10 @@ def _parse(text: str, default: Any, number: type) -> Any:
     if isinstance(default, tuple):
         return tuple(float(part) for part in text.split("/"))
     return type(default)(text)
+
+
+def config_of(text: str) -> MethodConfig:
+    """The settings that `METHOD[:KEY=VALUE...]` names."""
+    name, *settings = text.split(":")
+    kind = find_method(name)
+    return kind(**parse_settings(kind, settings))

@@ -25,13 +25,13 @@ import torch
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 import h2cache
-from analysis.ablations.trial import alone, parser_of, source_of, write_about
-from analysis.cli import figure_script, progress, shipped, start
-from analysis.drawing.prompts import read_prompts
+from analysis.cli import figure_script, shipped
+from analysis.drawing.prompts import Prompt
 from analysis.figures import style
+from analysis.figures.solvers import REFERENCES, answer, draw_figure
+from analysis.measuring import Trial, measure, parser_of, recorded
 from analysis.options import at_least_one
-from analysis.records import store
-from analysis.records.compare import as_table, bootstrap
+from analysis.records.provenance import source_of
 from analysis.records.saved import NUMBER, read_saved
 from h2cache import PlanConfig
 from h2cache.tuning import psnr
@@ -39,15 +39,6 @@ from h2cache.tuning import psnr
 SHIPPED = Path(shipped("assets/results/tiny_flux_solvers/rows.jsonl"))
 COUNTS = (5, 7, 10, 12, 15, 20, 25)
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-NAMES = {
-    "plan": ("plan", "#B2182B", "s"),
-    "plan, default grid": ("plan, default grid", "#F4A582", "s"),
-    "plan, ode": ('plan, target="ode"', "#762A83", "D"),
-    "euler": ("fewer Euler steps", "#999999", "X"),
-    "dpm++ 2m": ("DPM++ 2M", "#0072B2", "^"),
-    "unipc": ("UniPC", "#009E73", "v"),
-}
-REFERENCES = ("uncached", "converged")
 NEEDS = {"key": str, "id": str, "solver": str, "evaluations": int, **dict.fromkeys(REFERENCES, NUMBER)}
 
 
@@ -68,79 +59,33 @@ def solvers(euler: Any, count: int, steps: int) -> Iterator[tuple[str, Any, Plan
     yield "unipc", UniPCMultistepScheduler.from_config(euler.config, **FLOW), None, count
 
 
-@alone
+@recorded("solvers")
 def run(args: argparse.Namespace) -> Path:
     """Draw every prompt with every solver; the pictures are not kept. A stopped run goes on."""
-    prompts = read_prompts(args.prompts)[: args.limit]
-    pipeline, _, call, _ = start(args, prompts)
-    own = copy.deepcopy(pipeline.scheduler)
+    trial, path = Trial.of(args), args.out / "rows.jsonl"
+    pipeline, own = trial.pipeline, copy.deepcopy(trial.pipeline.scheduler)
+    trial.settings["converged"] = args.converged
 
-    def draw(prompt: Any, scheduler: Any, plan: PlanConfig | None, steps: int) -> np.ndarray:
-        pipeline.scheduler = scheduler
+    def draw(prompt: Prompt, contestant: tuple[Any, PlanConfig | None, int]) -> np.ndarray:
+        pipeline.scheduler, plan, steps = contestant
         h2cache.disable(pipeline) if plan is None else h2cache.enable(pipeline, plan)
-        seed = args.seed if prompt.seed is None else prompt.seed
-        given = call | {"num_inference_steps": steps, "generator": torch.Generator().manual_seed(seed)}
-        return pipeline(prompt.text, **given, output_type="np").images[0]
+        generator = torch.Generator().manual_seed(trial.seed_of(prompt))
+        given = trial.call | {"num_inference_steps": steps, "generator": generator, "output_type": "np"}
+        return pipeline(prompt.text, **given).images[0]
 
-    path = args.out / "rows.jsonl"
-    rows = store.tidy(path)
-    for prompt in progress(prompts, "prompt"):
-        contestants = [(count, *each) for count in COUNTS for each in solvers(own, count, args.steps)]
-        if all(f"{prompt.id} {name} {count}" in rows for count, name, *_ in contestants):
-            continue
-        references = [draw(prompt, own, None, args.steps), draw(prompt, own, None, args.converged)]
-        distance, new = psnr(references[0], references[1]), {}
-        for count, name, scheduler, plan, steps in contestants:
-            picture = draw(prompt, scheduler, plan, steps)
+    def rows(prompt: Prompt, drawn: dict[str, np.ndarray]) -> dict[str, dict]:
+        references = [draw(prompt, (own, None, steps)) for steps in (args.steps, args.converged)]
+        distance, found = psnr(*references), {}
+        for told, picture in drawn.items():
+            name, _, count = told.rpartition(" ")
             values = dict(zip(REFERENCES, (psnr(picture, r) for r in references), strict=True))
-            row = {"key": f"{prompt.id} {name} {count}", "id": prompt.id, "solver": name}
-            new[row["key"]] = row | {"evaluations": count, **values, "references": distance}
-        store.add_records(path, new)
-    write_about(args.out, "solvers", args)
+            found[told] = {"solver": name, "evaluations": int(count), **values, "references": distance}
+        return found
+
+    every = [(count, *solver) for count in COUNTS for solver in solvers(own, count, args.steps)]
+    contestants = {f"{name} {count}": tuple(solver) for count, name, *solver in every}
+    measure(path, trial.prompts, contestants, draw, rows, trial.key)
     return path
-
-
-def answer(rows: list[dict], source: str) -> str:
-    """Mean PSNR to both references, a line for each solver."""
-    counts = sorted({row["evaluations"] for row in rows})
-    gap = np.mean(list({row["id"]: row["references"] for row in rows}.values()))
-    lines = [
-        f"Source: {source}. PSNR in dB, to the uncached picture / to the converged one.",
-        f"The uncached picture itself lies at {gap:.1f} dB from the converged one.",
-        "",
-    ]
-    table = []
-    for name, (label, *_) in NAMES.items():
-        cells = []
-        for count in counts:
-            mine = [row for row in rows if row["solver"] == name and row["evaluations"] == count]
-            cells.append(" / ".join(f"{np.mean([row[r] for row in mine]):.1f}" for r in REFERENCES))
-        table.append([label, *cells])
-    return "\n".join([*lines, *as_table(["solver", *(f"{c} evaluations" for c in counts)], table)])
-
-
-def draw_figure(rows: list[dict], path: Path) -> None:
-    data = []
-    with style.figure(style.PAGE, 2.9) as figure:
-        for axes, reference, letter in zip(figure.subplots(1, 2), REFERENCES, "ab", strict=True):
-            for name, (label, colour, marker) in NAMES.items():
-                mine = [row for row in rows if row["solver"] == name]
-                counts = sorted({row["evaluations"] for row in mine})
-                groups = [[row[reference] for row in mine if row["evaluations"] == c] for c in counts]
-                ends = [bootstrap(group) for group in groups]
-                means = [end.mean for end in ends]
-                bars = np.transpose([(end.mean - end.low, end.high - end.mean) for end in ends])
-                axes.errorbar(counts, means, bars, label=label, color=colour, marker=marker)
-                data += [{"reference": reference, "solver": label, "evaluations": c, "psnr": m}
-                         for c, m in zip(counts, means, strict=True)]  # fmt: skip
-            if reference == "converged":
-                level = np.mean([row["references"] for row in rows])
-                axes.axhline(level, color="black", linestyle="--", linewidth=0.8)
-            axes.set(xlabel="evaluations", ylabel="PSNR, dB" if letter == "a" else "")
-            style.letter(axes, f"{letter}  against the {reference} picture")
-        handles, labels = axes.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3)
-        style.save(figure, path, data)
 
 
 @figure_script

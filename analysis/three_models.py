@@ -14,7 +14,6 @@ comparison, of paired differences.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import sys
@@ -29,9 +28,21 @@ from PIL import Image
 
 from analysis.cli import guarded
 from analysis.figures import style
-from analysis.pareto import SHIPPED, lines_of
+from analysis.measures.strips import flicker, frames_of, psnr
+from analysis.options import Parser
+from analysis.pareto import SHIPPED
 from analysis.records import store
-from analysis.records.compare import Interval, bootstrap
+from analysis.records.compare import (
+    Interval,
+    as_table,
+    bootstrap,
+    groups,
+    lines_of,
+    mean,
+    number,
+    times_fewer,
+)
+from analysis.records.saved import MAYBE, NUMBER, Saved, read_saved
 from analysis.tiny_dit.classifier import Judge
 from analysis.tiny_dit.digits import NAMES
 from analysis.tiny_wan import clips, evaluate
@@ -48,29 +59,12 @@ GRID, TUNED, FEWER = "plan file=none", "plan", "fewer_steps"
 REUSE = ("block_cache", "teacache", "magcache", "h2cache")
 FORECAST = "h2cache predictor=taylor"
 YES, NO, OPEN, NONE = "yes", "no", "not shown", "not measured"
+NEEDS = {"id": str, "label": str, "method": str, "seconds": NUMBER, "blocks_run": int, "psnr": MAYBE}
 Values = dict[str, float]  # by picture
 Rows = list[dict[str, Any]]
 
 
 # Collecting.
-
-
-def frames_of(path: Path) -> np.ndarray:
-    """(frames, height, width, 3) of a picture, or of a strip of frames as high as wide."""
-    strip = np.asarray(Image.open(path).convert("RGB"))
-    return np.stack(np.split(strip, strip.shape[1] // strip.shape[0], axis=1))
-
-
-def psnr(frames: np.ndarray, uncached: np.ndarray) -> float | None:
-    """Mean over frames, dB; None for equal ones."""
-    error = np.square(frames.astype(float) - uncached).mean((1, 2, 3))
-    return None if not error.all() else float((10 * np.log10(255**2 / error)).mean())
-
-
-def flicker(frames: np.ndarray, uncached: np.ndarray) -> float | None:
-    """Mean error of the change from frame to frame, 8-bit levels; None for a picture."""
-    error = np.diff(frames.astype(float), axis=0) - np.diff(uncached.astype(float), axis=0)
-    return float(np.abs(error).mean()) if len(frames) > 1 else None
 
 
 def checker(model: str) -> Callable[[dict, np.ndarray], bool]:
@@ -108,46 +102,40 @@ def collect(run: Path, model: str) -> None:
     store.write_atomically(FOLDER / "about.json", (json.dumps(about, indent=1) + "\n").encode())
 
 
-def of_file(path: Path) -> Rows:
+def of_file(path: Path) -> Saved:
     """Its rows, each with how many times faster than the uncached picture of the same run it was."""
-    data = path.read_bytes()
-    data = gzip.decompress(data) if path.suffix == ".gz" else data
-    rows = [json.loads(line) for line in data.splitlines()]
-    base = {row["id"]: row["seconds"] for row in rows if row["method"] == "none"}
-    return [row | {"faster": base[row["id"]] / row["seconds"]} for row in rows]
+    saved = read_saved([path], NEEDS)
+    base = saved.keep_with_uncached(path)
+    saved.rows = [row | {"faster": base[row["id"]]["seconds"] / row["seconds"]} for row in saved.rows]
+    return saved
 
 
-def read(model: str) -> Rows:
+def read(model: str) -> Saved:
     """The rows of a model, each with `right` and the `line` of its method."""
-    rows = of_file(RECORDS[model])
+    saved = of_file(RECORDS[model])
     if model == "tiny_flux":  # the plan at 5x has more pictures, and words, in the paper's experiment
-        rows = [r for r in rows if r["method"] != "plan" or not r["label"].endswith("=5")]
-        plans = [r for r in of_file(EXPERIMENT) if r["method"] == "plan"]
-        rows += [r | {"label": f"{r['label']} speedup=5"} for r in plans]
-    lines = lines_of(list(dict.fromkeys(row["label"] for row in rows)))
-    return [
-        row | {"line": lines[row["label"]], "right": row.get("right", row.get("words_read"))} for row in rows
-    ]
+        more = of_file(EXPERIMENT)
+        saved.complaints += more.complaints
+        saved.rows = [r for r in saved.rows if r["method"] != "plan" or not r["label"].endswith("=5")]
+        plans = [r for r in more.rows if r["method"] == "plan"]
+        saved.rows += [r | {"label": f"{r['label']} speedup=5"} for r in plans]
+    lines = lines_of(list(groups(saved.rows, "label")))
+    for row in saved.rows:
+        row |= {"line": lines[row["label"]], "right": row.get("right", row.get("words_read"))}
+    return saved
 
 
 # Values.
 
 
-def ratio_of(rows: Rows, base: dict[str, dict]) -> float:
-    return sum(base[r["id"]]["blocks_run"] for r in rows) / sum(r["blocks_run"] for r in rows)
-
-
 def values(rows: Rows, line: str, ratio: float, what: str = "psnr") -> Values:
     """`what` of a line at `ratio` times fewer blocks, for each picture; empty: it was not measured there."""
     base = {row["id"]: row for row in rows if row["method"] == "none"}
-    settings: dict[str, Rows] = {}
-    for row in rows:
-        if row["line"] == line and row["method"] != "none":
-            settings.setdefault(row["label"], []).append(row)
+    own = [row for row in rows if row["line"] == line and row["method"] != "none"]
     points = []
-    for mine in settings.values():
+    for mine in groups(own, "label").values():
         known = {r["id"]: r[what] for r in mine if r[what] is not None}
-        points.append((ratio_of(mine, base), known))
+        points.append((times_fewer(mine, [base[r["id"]] for r in mine]), known))
     points.sort(key=lambda point: point[0])
     near = [p for p in points if abs(p[0] / ratio - 1) <= NEAR]
     if near:
@@ -157,7 +145,7 @@ def values(rows: Rows, line: str, ratio: float, what: str = "psnr") -> Values:
         return {}
     (a, first), (b, second) = below[-1], above[0]
     share = (ratio - a) / (b - a)
-    return {i: first[i] * (1 - share) + second[i] * share for i in first.keys() & second.keys()}
+    return {i: first[i] * (1 - share) + second[i] * share for i in sorted(first.keys() & second.keys())}
 
 
 def gain(rows: Rows, a: str, b: str, ratio: float = 5.0, what: str = "psnr") -> Interval | None:
@@ -176,7 +164,7 @@ def above(found: Interval | None, limit: float = 0.0) -> Verdict:
     if found is None:
         return NONE, ""
     verdict = YES if found.low > limit else NO if found.high < limit else OPEN
-    return verdict, f"{found.mean:+.1f} [{found.low:+.1f}, {found.high:+.1f}] dB"
+    return verdict, f"{found:+.1f} dB"
 
 
 def ahead_of_all(rows: Rows) -> Verdict:
@@ -214,7 +202,7 @@ def right_as_uncached(rows: Rows) -> Verdict:
         return NONE, ""
     found = bootstrap(pairs)
     verdict = NO if found.high < 0 else YES if found.low >= -0.05 else OPEN
-    return verdict, f"{found.mean:+.1%} [{found.low:+.1%}, {found.high:+.1%}]"
+    return verdict, f"{found:+.1%}"
 
 
 CLAIMS: dict[str, Callable[[Rows], Verdict]] = {
@@ -246,21 +234,15 @@ def name(line: str) -> str:
 
 
 def claims_table(models: dict[str, Rows]) -> list[str]:
-    lines = [f"| at 5x fewer blocks | {' | '.join(models)} |", "|---" * (len(models) + 1) + "|"]
-    for claim, ask in CLAIMS.items():
-        cells = []
-        for rows in models.values():
-            verdict, text = ask(rows)
-            cells.append(f"**{verdict}**" + (f" ({text})" if text else ""))
-        lines.append(f"| {claim} | {' | '.join(cells)} |")
-    return lines
+    def cell(verdict: str, text: str) -> str:
+        return f"**{verdict}**" + (f" ({text})" if text else "")
+
+    found = [[claim, *(cell(*ask(rows)) for rows in models.values())] for claim, ask in CLAIMS.items()]
+    return as_table(["at 5x fewer blocks", *models], found)
 
 
-def mean_of(found: Values, form: str) -> str:
-    if not found:
-        return "-"
-    over = bootstrap(list(found.values()))
-    return f"{form.format(over.mean)} [{form.format(over.low)}, {form.format(over.high)}]"
+def mean_of(found: Values, form: str) -> str | None:
+    return number(bootstrap(list(found.values())) if found else None, form)
 
 
 def methods_table(model: str, rows: Rows) -> list[str]:
@@ -270,45 +252,41 @@ def methods_table(model: str, rows: Rows) -> list[str]:
     first = RATIOS[0]
     heads = ["method", *(f"PSNR at {r:g}x, dB" for r in RATIOS), RIGHT[model]]
     heads += ["flicker, levels"] * video + ["time", "cache, MiB"]
-    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
-    known = [b["right"] for b in base.values() if b["right"] is not None]
-    uncached = ["uncached", *["-"] * len(RATIOS), f"{fmean(known):.1%}", *["-"] * video, "1x", "-"]
-    lines.append(f"| {' | '.join(uncached)} |")
-    order = {line: values(rows, line, first) for line in {r["line"] for r in rows if r["method"] != "none"}}
+    uncached = [None] * len(RATIOS) + [f"{mean(base.values(), 'right'):.1%}"] + [None] * video
+    cells = [["uncached", *uncached, "1x", None]]
+    lines = groups([r for r in rows if r["method"] != "none"], "line")
+    order = {line: values(rows, line, first) for line in lines}
     for line in sorted(order, key=lambda line: -fmean(order[line].values()) if order[line] else 0):
-        cells = [name(line), *(mean_of(values(rows, line, ratio), "{:.1f}") for ratio in RATIOS)]
-        right = values(rows, line, first, "right")
-        cells.append(f"{fmean(right.values()):.1%}" if right else "-")
-        if video:
-            cells.append(mean_of(values(rows, line, first, "flicker"), "{:.2f}"))
-        faster = values(rows, line, first, "faster")
-        cells.append(f"{median(faster.values()):.2f}x" if faster else "-")
-        cells.append(f"{max(r['bytes_held'] for r in rows if r['line'] == line) / 2**20:.2f}")
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        right, faster = (values(rows, line, first, what) for what in ("right", "faster"))
+        row = [name(line), *(mean_of(values(rows, line, ratio), ".1f") for ratio in RATIOS)]
+        row.append(f"{fmean(right.values()):.1%}" if right else None)
+        row += [mean_of(values(rows, line, first, "flicker"), ".2f")] if video else []
+        row.append(f"{median(faster.values()):.2f}x" if faster else None)
+        held = max(r["bytes_held"] for r in rows if r["line"] == line)
+        cells.append([*row, f"{held / 2**20:.2f}"])
+    return as_table(heads, cells)
 
 
 def steps_tables() -> list[str]:
     """What the models' own evaluations say about numbers of steps, uncached."""
     lines = []
-    flux = store.read_json(Path("assets/tiny_flux/steps.json"))
-    if flux:
-        count = flux["summary"]["images"]
-        lines += ["", f"tiny_flux, {count} signs:", "", "| steps | words read | texture |", "|---|---|---|"]
-        lines += [f"| {s} | {r['words']:.1%} | {r['texture']:.1%} |" for s, r in flux["by_steps"].items()]
+    if flux := store.read_json(Path("assets/tiny_flux/steps.json")):
+        cells = [[s, f"{r['words']:.1%}", f"{r['texture']:.1%}"] for s, r in flux["by_steps"].items()]
+        lines += ["", f"tiny_flux, {flux['summary']['images']} signs:", ""]
+        lines += as_table(("steps", "words read", "texture"), cells)
     wan = store.read_json(Path("assets/tiny_wan/evaluation.json")) or {"summaries": {}}
+    cells = [[s, f"{r['all']:.1%}", f"{r['flicker_levels']:.2f}"] for s, r in wan["summaries"].items()]
     lines += ["", "tiny_wan, 64 clips:", ""]
-    lines += ["| steps | everything right | flicker, levels |", "|---|---|---|"]
-    lines += [f"| {s} | {r['all']:.1%} | {r['flicker_levels']:.2f} |" for s, r in wan["summaries"].items()]
+    lines += as_table(("steps", "everything right", "flicker, levels"), cells)
     dit = store.read_json(Path("assets/tiny_dit/evaluation.json")) or {"by_steps": {}}
-    lines += ["", "tiny_dit, 200 digits:", "", "| steps | class right | Fréchet |", "|---|---|---|"]
-    lines += [f"| {s} | {r['right']:.1%} | {r['frechet']:.2f} |" for s, r in dit["by_steps"].items()]
-    return lines
+    cells = [[s, f"{r['right']:.1%}", f"{r['frechet']:.2f}"] for s, r in dit["by_steps"].items()]
+    return [*lines, "", "tiny_dit, 200 digits:", "", *as_table(("steps", "class right", "Fréchet"), cells)]
 
 
-def write(out: Path) -> None:
-    """three_models.md in `out`."""
-    models = {model: read(model) for model in RECORDS}
+def write(out: Path) -> int:
+    """three_models.md in `out`; 1 where a record was left out, else 0."""
+    saved = {model: read(model) for model in RECORDS}
+    models = {model: found.rows for model, found in saved.items()}
     lines = ["# Three models", "", *claims_table(models)]
     for model, rows in models.items():
         pictures = {m: len({r["id"] for r in rows if r["method"] == m}) for m in ("none", "plan")}
@@ -317,12 +295,11 @@ def write(out: Path) -> None:
     lines += ["", "## Few steps, uncached", *steps_tables(), ""]
     out.mkdir(parents=True, exist_ok=True)
     store.write_atomically(out / "three_models.md", "\n".join(lines).encode())
+    return max([found.exit_code() for found in saved.values()])  # a list: all of them tell
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--collect", type=Path, help="folder (--out) of an experiment")
     parser.add_argument("--model", choices=[m for m in RECORDS if m != "tiny_flux"], help="of --collect")
     parser.add_argument("--out", type=Path, default=Path("outputs/three_models"))

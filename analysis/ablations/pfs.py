@@ -18,13 +18,13 @@ from torch import Tensor
 
 import h2cache
 from analysis.ablations.summaries import COMPARED, FULL, ProbeConfig, Summary, SummaryConfig
-from analysis.ablations.trial import Trial, alone
 from analysis.cli import progress
-from analysis.drawing.draw import check_device, synchronise
+from analysis.drawing.draw import Drawn, check_device, synchronise
 from analysis.drawing.prompts import Prompt
 from analysis.measures.fidelity import fidelity
+from analysis.measuring import Trial, measure, recorded
 from analysis.records import store
-from h2cache import find_method
+from h2cache import MethodConfig, find_method
 from h2cache.similarity import magnitude, relative_l1
 
 IMG, TXT, WIDTH, HEADS, BLOCKS = 4096, 512, 3072, 24, 57  # FLUX.1-dev at 1024x1024
@@ -159,14 +159,15 @@ def residuals(trial: Trial, prompt: Prompt) -> tuple[dict[str, list[Tensor]], di
 # What it decides, at the same hit counts.
 
 
-def decisions(trial: Trial, ratios: dict[tuple[str, str], float]) -> Iterator[dict]:
-    """A row for each target, summary and prompt that was not tuned on.
+def decisions(trial: Trial, ratios: dict[tuple[str, str], float], path: Path) -> None:
+    """Into `path`, a row for each target, summary and prompt that was not tuned on.
 
     ratios: (stage, summary) to the typical ratio of its measure to that of full tensors, to start from. A
     threshold with too few hits of its own to be tuned by (OWN_HITS) stays at that ratio.
     """
     tuning, others = trial.prompts[:TUNING], trial.prompts[TUNING:]
-    pictures = {p.id: trial.draw(p, find_method("none")()).image for p in others}
+    contestants: dict[str, MethodConfig] = {}
+    known: dict[str, dict] = {}  # of each contestant's rows
     for target in TARGETS:
         wanted = _hits(trial, tuning, SummaryConfig(*target))
         for summary in progress(COMPARED, "measure", f"thresholds like {target[0]}/{target[1]}"):
@@ -176,17 +177,25 @@ def decisions(trial: Trial, ratios: dict[tuple[str, str], float]) -> Iterator[di
                 for n, stage in enumerate(wanted):
                     if wanted[stage] >= OWN_HITS:
                         taus[n] = _tuned(trial, tuning, summary, taus, n, stage, wanted[stage])
-            config = SummaryConfig(*taus, summary)
-            reached = _hits(trial, tuning, config)
-            for prompt in others:
-                drawn = trial.draw(prompt, config)
-                yield {
-                    "key": f"{target} {summary} {prompt.id}", "id": prompt.id, "target": list(target),
-                    "summary": str(summary), "tau1": taus[0], "tau2": taus[1], "hits": drawn.summary.hits,
-                    "steps": drawn.summary.steps, "blocks_run": drawn.summary.blocks_run,
-                    "blocks": drawn.summary.blocks, "tuned_hits": reached, "wanted_hits": wanted,
-                    **fidelity(drawn.image, pictures[prompt.id]),
-                }  # fmt: skip
+            contestants[name := f"{target} {summary}"] = SummaryConfig(*taus, summary)
+            known[name] = {
+                "target": list(target), "summary": str(summary), "tau1": taus[0], "tau2": taus[1],
+                "tuned_hits": _hits(trial, tuning, contestants[name]), "wanted_hits": wanted,
+            }  # fmt: skip
+
+    def rows(prompt: Prompt, drawn: dict[str, Drawn]) -> dict[str, dict]:
+        uncached = trial.draw(prompt, find_method("none")())
+        costs = ("hits", "steps", "blocks_run", "blocks")
+        return {
+            name: known[name] | {cost: getattr(found.summary, cost) for cost in costs}
+            | fidelity(found.image, uncached.image)
+            for name, found in drawn.items()
+        }  # fmt: skip
+
+    def key(prompt: Prompt, name: str) -> str:
+        return trial.key(prompt, repr(contestants[name]))
+
+    measure(path, others, contestants, trial.draw, rows, key)
 
 
 def _hits(trial: Trial, prompts: list[Prompt], config: SummaryConfig) -> dict[str, float]:
@@ -194,8 +203,7 @@ def _hits(trial: Trial, prompts: list[Prompt], config: SummaryConfig) -> dict[st
 
     Forced hits do not count: they say nothing of the threshold of the stage that is forced.
     """
-    latent = Trial(trial.pipeline, trial.call | {"output_type": "latent"}, prompts, trial.seed)
-    traces = [latent.draw(p, config).trace for p in prompts]
+    traces = [trial.draw(p, config, output_type="latent").trace for p in prompts]
     stages = dict.fromkeys(record["stage"] for record in traces[0])
     return {
         stage: fmean(sum(r["stage"] == stage and r["outcome"] == "hit" for r in trace) for trace in traces)
@@ -226,7 +234,7 @@ def _tuned(
     return best[1]
 
 
-@alone
+@recorded("pfs")
 def run(args: argparse.Namespace) -> Path:
     """The measurements in `args.parts`, into --out; decisions without steadiness start from that in --out."""
     trial = None if args.parts == ["cost"] else Trial.of(args)
@@ -247,7 +255,7 @@ def run(args: argparse.Namespace) -> Path:
         if not steady:
             raise ValueError(f"decisions start from the steadiness of the measures, and {path} has none")
     if "decisions" in args.parts:
-        _write(args.out / "decisions.jsonl", decisions(trial, typical_ratios(steady)))
+        decisions(trial, typical_ratios(steady), args.out / "decisions.jsonl")
     return args.out
 
 

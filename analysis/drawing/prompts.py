@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from analysis.records.saved import row_of
 
 SEEDS = range(-(2**63), 2**64)  # what torch.Generator takes
 LONGEST = 120  # bytes of an id: a file's name has room for 255, with method, key and machine
@@ -61,14 +62,7 @@ def read_prompts(path: Path) -> list[Prompt]:
 
 
 def _from_json(line: str, number: int) -> Prompt:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"broken JSON ({error.msg} at column {error.colno})") from None
-    except RecursionError:
-        raise ValueError("broken JSON (nested too deeply)") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"expected a JSON object, found {type(row).__name__}")
+    row = row_of(line.encode(), {})
     if "image_caption" in row:  # the paper's file
         captions = row["image_caption"]
         text = captions[0] if isinstance(captions, list) and captions else captions

@@ -71,3 +71,32 @@ def grid(
             sheet.paste(image.resize(size, Image.Resampling.BICUBIC), corner)
             pen.text((corner[0], corner[1] + side + 3), captions[y][x], font=font(12), fill="black")
     return sheet
+
+
+SHOWN = 4  # prompts from the start in compare.png, and as many of the worst
+
+
+def compare(rows: list[dict], images: Path) -> Image.Image:
+    """Prompts in rows, contestants in columns: the first prompts, then those with the lowest PSNR of all."""
+    by_id: dict[str, dict[str, dict]] = {}
+    for row in rows:
+        by_id.setdefault(row["id"], {})[row["label"]] = row
+    labels = list(dict.fromkeys(row["label"] for row in rows))
+    whole = [identity for identity, found in by_id.items() if len(found) == len(labels)]
+
+    def lowest(identity: str) -> float:
+        return min(
+            (r["psnr"] for r in by_id[identity].values() if r["psnr"] is not None), default=float("inf")
+        )
+
+    chosen = dict.fromkeys([*whole[:SHOWN], *sorted(whole, key=lowest)[:SHOWN]])
+    pictures, captions = [], []
+    for identity in chosen:
+        found = [by_id[identity][label] for label in labels]
+        pictures.append([Image.open(images / f"{row['key']}.png").convert("RGB") for row in found])
+        captions.append([identity if n == 0 else _caption(row) for n, row in enumerate(found)])
+    return grid(pictures, labels, captions)
+
+
+def _caption(row: dict) -> str:
+    return "identical" if row["psnr"] is None else f"{row['psnr']:.1f} dB, {row['seconds']:.2f} s"

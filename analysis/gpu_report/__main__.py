@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from analysis.cli import command_of, guarded
+from analysis.cli import guarded
 from analysis.drawing.draw import check_device, default_device
 from analysis.gpu_report.compiled import compiled
 from analysis.gpu_report.context import Context, OutOfTime
@@ -36,6 +36,7 @@ from analysis.gpu_report.pictures import pictures
 from analysis.gpu_report.report import markdown
 from analysis.gpu_report.steps import steps
 from analysis.records import store
+from analysis.records.provenance import command_of, machine, now
 
 SECTIONS: dict[str, tuple[Callable[[Context], Iterator[dict]], float]] = {  # and its share of the time
     "exact": (exact, 0.22),
@@ -67,7 +68,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
 
 def environment(args: argparse.Namespace, command: str) -> dict[str, Any]:
     """What the report was made on."""
-    found = store.machine(args.device) | {"date": store.now(), "command": command}
+    found = machine(args.device) | {"date": now(), "command": command}
     if torch.device(args.device).type == "cuda":
         properties = torch.cuda.get_device_properties(args.device)
         query = [

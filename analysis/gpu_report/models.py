@@ -12,6 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxTransformer2DModel
 from torch import Tensor
 
+from analysis.drawing.transformer import random_flux, random_inputs
 from h2cache import MethodConfig, find_method, method_names
 
 INF = math.inf
@@ -20,6 +21,10 @@ FITTED = {  # random weights have no constants of their own
     "coefficients": (0.0, 0.0, 0.0, 1.0, 0.0),
     "ratios": (1.0, 1.02, 0.98, 0.95),
 }
+NARROW = {
+    "in_channels": 16, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 48,
+    "pooled_projection_dim": 32, "axes_dims_rope": (8, 12, 12),
+}  # fmt: skip
 SKIPPING = [name for name in method_names() if find_method(name).reuses]
 SOME_HITS = {  # as many skipped as computed steps, from the start
     "tau1": INF, "tau2": INF, "threshold": INF, "max_consecutive_hits": 1, "interval": 2, "warmup_steps": 1,
@@ -37,46 +42,13 @@ def settings(method: str, **values: Any) -> MethodConfig:
 
 
 def build(double: int, single: int, small: bool, device: str, dtype: torch.dtype) -> FluxTransformer2DModel:
-    """FLUX.1-dev's transformer with so many blocks and random weights, built on `device` itself.
-
-    small: 64 wide in place of 3072.
-    """
-    narrow: dict[str, Any] = {
-        "in_channels": 16, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 48,
-        "pooled_projection_dim": 32, "axes_dims_rope": (8, 12, 12),
-    }  # fmt: skip
-    before = torch.get_default_dtype()
-    torch.manual_seed(0)
-    torch.set_default_dtype(dtype)
-    try:
-        with torch.device(device):
-            model = FluxTransformer2DModel(
-                num_layers=double, num_single_layers=single, guidance_embeds=True, **(narrow if small else {})
-            )
-    finally:
-        torch.set_default_dtype(before)
-    return model.eval().requires_grad_(False)
+    """FLUX.1-dev's transformer with so many blocks; small: 64 wide in place of 3072."""
+    return random_flux(double, single, device, dtype, **(NARROW if small else {}))
 
 
 def inputs_of(model: FluxTransformer2DModel, tokens: int, text: int, batch: int = 1, seed: int = 0) -> dict:
     """Arguments of a forward call for `batch` different square pictures."""
-    config, side = model.config, int(tokens**0.5)
-    generator = torch.Generator("cpu").manual_seed(seed)
-
-    def noise(*shape: int) -> Tensor:
-        return torch.randn(batch, *shape, generator=generator).to(model.device, model.dtype)
-
-    ids = torch.zeros(tokens, 3)
-    ids[:, 1], ids[:, 2] = torch.arange(tokens) // side, torch.arange(tokens) % side
-    return {
-        "hidden_states": noise(tokens, config.in_channels),
-        "encoder_hidden_states": noise(text, config.joint_attention_dim),
-        "pooled_projections": noise(config.pooled_projection_dim),
-        "guidance": torch.full((batch,), 3.5, device=model.device),
-        "img_ids": ids.to(model.device),
-        "txt_ids": torch.zeros(text, 3, device=model.device),
-        "return_dict": False,
-    }
+    return random_inputs(model.config, tokens, text, model.device, model.dtype, batch, seed)
 
 
 def sample_of(inputs: dict, index: int) -> dict:

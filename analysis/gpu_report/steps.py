@@ -7,9 +7,9 @@ from collections.abc import Iterator
 
 import torch
 
+from analysis.drawing.transformer import only_heads
 from analysis.gpu_report.context import Context, error_of, goal, spread, time_request
 from analysis.gpu_report.models import INF, SKIPPING, SOME_HITS, Loop, inputs_of, settings
-from analysis.overhead import only_heads
 from h2cache import H2Config, MethodConfig
 from h2cache.similarity import pooled_summary, relative_l1
 

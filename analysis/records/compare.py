@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median, stdev
 from typing import Any, TypeVar
 
 import numpy as np
+
+from analysis.figures import style
+from h2cache.presets import PRESETS
 
 RESAMPLES = 10_000
 
@@ -100,3 +104,140 @@ def as_table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> list[str]:
 def number(value: float | Interval | None, form: str, scale: float = 1.0) -> str | None:
     """A number as text, for `as_table`; None stays."""
     return None if value is None else format(value * scale if scale != 1 else value, form)
+
+
+METRICS = {  # field: axis label, higher is better
+    "psnr": ("PSNR against uncached, dB", True),
+    "ssim": ("SSIM against uncached", True),
+    "gmsd": ("GMSD against uncached", False),
+    "words_read": ("words read, change against uncached", True),
+    "clip_iqa": ("CLIP-IQA, change against uncached", True),
+}
+ALONE = ("words_read", "clip_iqa")  # the uncached picture has a value too: shown is the paired difference
+
+
+def lines_of(labels: list[str]) -> dict[str, str]:
+    """The line that each contestant is a point of: its method, and what of its settings is a word.
+
+    The words go where a method makes one line only, unless they have a look of their own.
+    """
+
+    def words(label: str) -> str:
+        method, *settings = _spelt_out(label).split(" ")
+        return " ".join([method, *sorted(s for s in settings if not _is_number(s.partition("=")[2]))])
+
+    lines = {label: words(label) for label in labels}
+    several = Counter(line.split(" ")[0] for line in set(lines.values()))
+    return {
+        label: line if line in style.LOOKS or several[line.split(" ")[0]] > 1 else line.split(" ")[0]
+        for label, line in lines.items()
+    }
+
+
+def _spelt_out(label: str) -> str:
+    """A preset's label, `h2cache (tiny_flux-5x)`, as that of its settings; others as they are."""
+    method, _, rest = label.partition(" (")
+    preset = PRESETS.get(rest.removesuffix(")"))
+    if preset is None:
+        return label
+    settings = sorted(preset.settings.items())
+    return " ".join([method, *(f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in settings)])
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def points(rows: list[dict], metric: str) -> list[dict]:
+    """One point for each contestant, in the order of the rows: cost, quality with interval."""
+    line = lines_of(list(dict.fromkeys(row["label"] for row in rows)))
+    base = {row["id"]: row for row in rows if row["method"] == "none"}
+    found = []
+    for label, mine in groups(rows, "label").items():
+        uncached = [base[row["id"]] for row in mine]
+        values = known(mine, metric)
+        if not values:
+            continue
+        quality = (
+            (paired(mine, uncached, metric) or bootstrap([0.0])) if metric in ALONE else bootstrap(values)
+        )
+        found.append({
+            "label": label, "line": line[label], "method": mine[0]["method"], "prompts": len(mine),
+            "blocks_ratio": times_fewer(mine, uncached),
+            "speed_up": median(base[r["id"]]["seconds"] / r["seconds"] for r in mine),
+            "mebibytes": max(r["bytes_held"] for r in mine) / 2**20,
+            "mean": fmean(values), "quality": quality.mean, "low": quality.low, "high": quality.high,
+        })  # fmt: skip
+    return found
+
+
+def at(found: list[dict], line: str, ratio: float, what: str = "quality") -> float | None:
+    """`what` of a line at `ratio` times fewer blocks, between its measured points; None beyond them."""
+    mine = sorted((p for p in found if p["line"] == line), key=lambda p: p["blocks_ratio"])
+    x = [p["blocks_ratio"] for p in mine]
+    if len(x) < 2 or not x[0] <= ratio <= x[-1]:
+        return None
+    return float(np.interp(ratio, x, [p[what] for p in mine]))
+
+
+def lines(rows: list[dict]) -> list[dict[str, Any]]:
+    """One line for each contestant, in the order of `rows`, compared with the baseline prompt by prompt.
+
+    One that has no prompt in common with the finished pictures of the baseline has no line.
+    """
+    base = {row["id"]: row for row in rows if row["method"] == "none"}
+    finished = groups([row for row in rows if row["id"] in base], "label")
+    return [_line(label, mine, base) for label, mine in finished.items()]
+
+
+def _line(label: str, mine: list[dict], base: dict[str, dict]) -> dict[str, Any]:
+    uncached = [base[row["id"]] for row in mine]
+
+    def difference(name: str) -> Interval | None:
+        return paired(mine, uncached, name) if label != "none" else None
+
+    seconds, psnr = known(mine, "seconds"), known(mine, "psnr")
+    ratios = [b["seconds"] / row["seconds"] for row, b in zip(mine, uncached, strict=True)]
+    return {
+        "label": label,
+        "method": mine[0]["method"],
+        "config": mine[0]["config"],
+        "prompts": len(mine),
+        "blocks_ratio": times_fewer(mine, uncached),
+        "blocks_run": mean(mine, "blocks_run"),
+        "speed_up": median(ratios),
+        "speed_up_interval": _ends(bootstrap(ratios, np.median)),
+        "seconds_mean": fmean(seconds),
+        "seconds_sd": stdev(seconds) if len(seconds) > 1 else None,
+        "seconds_median": median(seconds),
+        "seconds_steps": _median(known(mine, "seconds_steps")),
+        "tflops": mean(mine, "tflops"),
+        "psnr": mean(mine, "psnr"),
+        "psnr_interval": _ends(bootstrap(psnr)) if psnr else None,
+        "psnr_worst": min(psnr, default=None),
+        "identical": sum(row["identical"] for row in mine),
+        **{name: mean(mine, name) for name in ("ssim", "ms_ssim", "gmsd", "lpips", "words_read", "clip_iqa")},
+        "words_difference": _difference(difference("words_read")),
+        "clip_iqa_difference": _difference(difference("clip_iqa")),
+        "peak_bytes": max((row["peak_bytes"] for row in mine if row["peak_bytes"]), default=None),
+        "peak_kind": mine[0]["peak_kind"],
+        "bytes_held": max(row["bytes_held"] for row in mine),
+    }
+
+
+def _median(values: list[float]) -> float | None:
+    return median(values) if values else None
+
+
+def _ends(interval: Interval) -> list[float]:
+    return [interval.low, interval.high]
+
+
+def _difference(interval: Interval | None) -> dict | None:
+    if interval is None:
+        return None
+    return {"mean": interval.mean, "interval": _ends(interval), "shown": interval.shows_difference}

@@ -12,7 +12,7 @@ import math
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,10 +59,10 @@ def read_saved(
     """
     saved, places, seen = Saved(), [], {}
     for path in paths:
-        lines, broken_off = lines_of(path)
-        for number, line in lines:
+        for number, _, row in scan(path, needs):
             try:
-                row = row_of(line, needs)
+                if isinstance(row, ValueError):
+                    raise row
                 check(row)
                 identity = tuple(str(row.get(name)) for name in unique)
                 if unique and identity in seen:
@@ -73,8 +73,6 @@ def read_saved(
             seen[identity] = f"{path} line {number}"
             saved.rows.append(row)
             places.append((path, number))
-        if broken_off:
-            saved.complaints.append(f"{path}: the compressed file breaks off after line {len(lines)}")
     _keep_one_run(saved, places, same or {})
     if not saved.rows:
         saved.exit_code()
@@ -82,17 +80,41 @@ def read_saved(
     return saved
 
 
-def lines_of(path: Path) -> tuple[list[tuple[int, bytes]], bool]:
-    """The numbered lines that are not empty, and whether a compressed file breaks off."""
-    data, broken_off = path.read_bytes(), False
+def find_records(folder: Path, name: str) -> Path:
+    """NAME.jsonl in `folder`, or NAME.jsonl.gz; FileNotFoundError where neither is there."""
+    for path in (folder / f"{name}.jsonl", folder / f"{name}.jsonl.gz"):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{folder} holds no {name}.jsonl or {name}.jsonl.gz")
+
+
+class BreaksOff(ValueError):
+    """A file ends in the middle of a line."""
+
+
+def scan(path: Path, needs: Mapping[str, Any]) -> Iterator[tuple[int, bytes, dict | ValueError]]:
+    """Every line that is not empty: its number, itself, and its row, or what is wrong with it.
+
+    Files ending in .gz are unpacked. What a killed process or a cut copy left at the end BreaksOff.
+    """
+    data, whole = path.read_bytes(), True
     if path.suffix == ".gz":
         reader = zlib.decompressobj(wbits=31)
         try:
             data = reader.decompress(data)
         except zlib.error:
             data = b""
-        broken_off = not reader.eof
-    return [(n, line) for n, line in enumerate(data.split(b"\n"), 1) if line.strip()], broken_off
+        whole = reader.eof
+    lines = data.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                yield number, line, row_of(line, needs)
+            except ValueError as error:
+                torn = number == len(lines) and path.suffix != ".gz"
+                yield number, line, BreaksOff(str(error)) if torn else error
+    if not whole:
+        yield len(lines), b"", BreaksOff("the compressed file breaks off here")
 
 
 def row_of(line: bytes, needs: Mapping[str, Any]) -> dict:

@@ -18,17 +18,13 @@ import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
-from datetime import datetime, timezone
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-import diffusers
-import torch
-import transformers
 from PIL import Image
 
-from analysis.records.saved import lines_of, row_of
+from analysis.records.saved import BreaksOff, row_of, scan
 from h2cache import MethodConfig
 
 try:
@@ -169,20 +165,14 @@ def read_records(path: Path) -> dict[str, dict]:
     if not path.is_file():
         return {}
     rows, broken = {}, []
-    lines, broken_off = lines_of(path)
-    torn = path.suffix != ".gz" and not path.read_bytes().endswith(b"\n")
-    for number, line in lines:
-        try:
-            row = row_of(line, {"key": str})
+    for number, line, row in scan(path, {"key": str}):
+        if isinstance(row, dict):
             rows[row["key"]] = row
-        except ValueError as error:
-            if torn and number == lines[-1][0]:
-                warnings.warn(f"{path} breaks off in line {number}", BrokenLine, stacklevel=2)
-                break
+        elif isinstance(row, BreaksOff):
+            warnings.warn(f"{path} breaks off in line {number}", BrokenLine, stacklevel=2)
+        else:
+            warnings.warn(f"{path} line {number} is left out: {row}", BrokenLine, stacklevel=2)
             broken.append(line)
-            warnings.warn(f"{path} line {number} is left out: {error}", BrokenLine, stacklevel=2)
-    if broken_off:
-        warnings.warn(f"{path} breaks off after line {len(lines)}", BrokenLine, stacklevel=2)
     if broken:
         _keep_broken(path.with_name(f"{path.name}.broken"), broken)
     return rows
@@ -325,41 +315,6 @@ def compact(trace: list[dict]) -> list[dict]:
     return list(lines.values())
 
 
-def machine(device: str | torch.device | None = None) -> dict[str, Any]:
-    """What the figures were taken on, for the records.
-
-    device: what was computed on; None: this machine's accelerator.
-    """
-    on_cpu = device is not None and torch.device(device).type == "cpu"
-    return {
-        "device_name": cpu_name() if on_cpu else device_name(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "diffusers": diffusers.__version__,
-            "transformers": transformers.__version__,
-        },
-    }
-
-
-def device_name() -> str:
-    """Name of this machine's accelerator, whatever its kind; of its processor where it has none."""
-    if not torch.accelerator.is_available():
-        return cpu_name()
-    accelerator = torch.accelerator.current_accelerator()
-    module = getattr(torch, accelerator.type, None)
-    return module.get_device_name() if hasattr(module, "get_device_name") else accelerator.type
-
-
-def cpu_name() -> str:
-    """The processor's model name; where the system does not tell it, its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def require_space(folder: Path, megabytes: int) -> None:
     """OSError unless the disk of `folder` has this much left."""
     free = shutil.disk_usage(folder).free // 2**20
@@ -370,8 +325,3 @@ def require_space(folder: Path, megabytes: int) -> None:
 def settings_of(config: MethodConfig) -> dict[str, Any]:
     """The settings as JSON values: infinity, which JSON does not know, as the text "inf"."""
     return {k: str(v) if v == float("inf") else v for k, v in asdict(config).items()}
-
-
-def now() -> str:
-    """Date and time, UTC, to the second."""
-    return datetime.now(timezone.utc).isoformat(timespec="seconds")

@@ -35,14 +35,16 @@ def real_lines(found: dict, empty: list[str]) -> list[str]:
 
 def scores(found: dict, judge: dict) -> list[str]:
     machine, by_steps = found["machine"], found["by_steps"]
+    name, date = machine.get("device_name") or machine["cpu"], found.get("date") or machine["date"]
+    versions = machine.get("versions", machine)
     most = max(by_steps, key=int)
     count, to_most = by_steps[most]["pictures"], f"psnr_to_{most}_steps"
     command = f"python -m analysis.tiny_dit.evaluate --out evaluation.json --per-class {count // 10}"
     lines = [
         f"    {command}",
         "",
-        f"{machine['cpu']}, 2 cores shared with other work, {machine['threads']} thread, {machine['date']},",
-        f"torch {machine['torch']}, diffusers {machine['diffusers']}, guidance {found['guidance']},",
+        f"{name}, 2 cores shared with other work, {machine['threads']} thread, {date[:10]},",
+        f"torch {versions['torch']}, diffusers {versions['diffusers']}, guidance {found['guidance']},",
         f"uncached, {count} pictures a line, {count // 10} of each class, seeds 0 to {count - 1}:",
         "",
         line("steps", *HEADS, f"PSNR to {most} steps, dB", "seconds"),

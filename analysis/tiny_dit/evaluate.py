@@ -20,12 +20,12 @@ import json
 import time
 from pathlib import Path
 
-import diffusers
 import torch
 import torch.nn.functional as F
 from diffusers import DiTPipeline
 from PIL import Image
 
+from analysis.records.provenance import provenance
 from analysis.tiny_dit import digits
 from analysis.tiny_dit.classifier import Judge
 from analysis.tiny_flux.train import save
@@ -108,14 +108,6 @@ def psnr(pictures: torch.Tensor, wanted: torch.Tensor) -> float:
     return (10 * torch.log10(4 / (pictures - wanted).pow(2).flatten(1).mean(1))).mean().item()
 
 
-def machine() -> dict:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    names = [line.split(": ")[1] for line in lines if line.startswith("model name")]
-    facts = {"cpu": names[0] if names else "unknown", "threads": torch.get_num_threads()}
-    facts |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
-    return facts | {"date": time.strftime("%Y-%m-%d")}
-
-
 def small_png(picture: Image.Image, path: Path) -> None:
     """16 greys are enough for ink."""
     picture.quantize(16).save(path, optimize=True)
@@ -148,7 +140,7 @@ def evaluate(args: argparse.Namespace) -> dict:
     real |= {"equally_many": len(few), "frechet_equally_many": judge.distance(few)}
     copied = torch.randperm(len(train_set), generator=torch.Generator().manual_seed(2))[: len(few)]
     varied = digits.vary(train_set.pictures[copied], torch.Generator().manual_seed(2))
-    result = {"machine": machine(), "guidance": usual, "held_out_scans": real}
+    result = provenance("tiny_dit.evaluate", "cpu") | {"guidance": usual, "held_out_scans": real}
     result["varied_training_scans"] = scores(
         judge, neighbours, digits.Digits(varied, train_set.labels[copied]), real
     )

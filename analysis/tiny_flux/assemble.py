@@ -6,11 +6,6 @@
 checkpoint.pt (from train). Only the files of the pipeline and limits.json are written; others in --out stay.
 """
 
-import argparse
-import json
-import shutil
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,6 +13,14 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeli
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModel, PreTrainedTokenizerFast, T5EncoderModel
 
+from analysis.recipes import (
+    assemble_command,
+    change_json,
+    finished,
+    known_words,
+    portable_tokenizers,
+    write_json,
+)
 from analysis.tiny_flux.model import load_transformer
 from analysis.tiny_flux.text_encoders import MAX_TOKENS
 
@@ -38,21 +41,6 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
     )
 
 
-def portable_tokenizers(folder: Path) -> None:
-    """transformers 5 writes the class as TokenizersBackend, unknown to 4.x; both know the Fast class.
-
-    FluxPipeline reads the text length from model_max_length, and other lengths than the trained one change
-    pictures.
-    """
-    index = folder / "model_index.json"
-    index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    for name in ("tokenizer", "tokenizer_2"):
-        file = folder / name / "tokenizer_config.json"
-        config = json.loads(file.read_text())
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_TOKENS}
-        file.write_text(json.dumps(config, indent=2) + "\n")
-
-
 def portable_names(file: Path) -> None:
     """transformers 5 drops the prefix of CLIP's weights, without which 4.x silently draws them at random.
 
@@ -63,28 +51,13 @@ def portable_names(file: Path) -> None:
     file.chmod(0o644)
 
 
-def forget_origin(config: Path) -> None:
-    """diffusers stores the folder a part came from, which means nothing elsewhere."""
-    kept = {key: value for key, value in json.loads(config.read_text()).items() if key != "_name_or_path"}
-    config.write_text(json.dumps(kept, indent=2) + "\n")
-
-
-def load_in_float32(config: Path) -> None:
-    """By default transformers 5 takes the stored half precision, but diffusers float32: they must agree."""
-    kept = json.loads(config.read_text()) | {"dtype": "float32"}
-    config.write_text(json.dumps(kept, indent=2) + "\n")
-
-
 def limits(tokenizer: PreTrainedTokenizerFast) -> dict:
     """What the model can be asked for, in the form the command line reads."""
-    words = sorted(
-        word for word in tokenizer.get_vocab() if len(word) > 1 and word.isalpha() and word.islower()
-    )
     return {
         "height": [128],
         "width": [128],
         "quoted_word": "[A-Z]{1,5}",
-        "vocabulary": ["a", *words],
+        "vocabulary": known_words(tokenizer),
         "example": EXAMPLE,
         "cpu_threads": 1,  # so small a model only loses by sharing its work
     }
@@ -102,31 +75,18 @@ def assemble(work: Path, out: Path) -> None:
         tokenizer_2=PreTrainedTokenizerFast.from_pretrained(work / "tokenizer_2"),
         transformer=load_transformer(work / "checkpoint.pt").to(half),
     )
-    with tempfile.TemporaryDirectory() as scratch:  # a half-written folder must never be taken for a model
-        folder = Path(scratch) / "model"
+    with finished(out) as folder:
         pipe.save_pretrained(folder)
-        portable_tokenizers(folder)
+        portable_tokenizers(folder, MAX_TOKENS, ("tokenizer", "tokenizer_2"))
         portable_names(folder / "text_encoder/model.safetensors")
-        forget_origin(folder / "vae/config.json")
         for encoder in ("text_encoder", "text_encoder_2"):
-            load_in_float32(folder / encoder / "config.json")
-        (folder / "limits.json").write_text(json.dumps(limits(tokenizer), indent=2) + "\n")
-        shutil.copytree(folder, out, dirs_exist_ok=True)
-
-
-def command(doc: str, assemble: Callable[[Path, Path], None], work: str) -> None:
-    """The command line of an `assemble`; `doc`: what it does, `work`: its folder of trained parts."""
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path(work))
-    parser.add_argument("--out", type=Path, required=True)
-    args = parser.parse_args()
-    assemble(args.work, args.out)
-    total = sum(file.stat().st_size for file in args.out.rglob("*") if file.is_file())
-    print(f"{args.out}: {total:,} bytes")
+            # by default transformers 5 takes the stored half precision, but diffusers float32
+            change_json(folder / encoder / "config.json", dtype="float32")
+        write_json(folder / "limits.json", limits(tokenizer))
 
 
 def main() -> None:
-    command(__doc__, assemble, "work/tiny")
+    assemble_command(__doc__, assemble, "work/tiny")
 
 
 if __name__ == "__main__":

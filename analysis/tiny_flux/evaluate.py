@@ -10,15 +10,11 @@ background are; the shape is the one whose canonical silhouette the picture's ow
 
 import argparse
 import json
-import platform
 import random
-import shlex
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import asdict, replace
-from datetime import datetime, timezone
 from functools import lru_cache
 from pathlib import Path
 from statistics import median
@@ -27,7 +23,9 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from analysis.measures.words import read_words
+from analysis.measures.words import read_words, word_recall
+from analysis.records.provenance import provenance
+from analysis.records.store import write_atomically
 from analysis.tiny_flux import signs
 from analysis.tiny_flux.signs import COLOURS, SHAPES, SIZE, TEXTURES, SignSpec
 
@@ -159,17 +157,6 @@ def summarise(rows: list[dict]) -> dict:
     return found
 
 
-def machine() -> str:
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [
-            line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line
-        ]
-        model = names[0] if names else model
-    return f"{model}, {torch.get_num_threads()} thread(s), torch {torch.__version__}"
-
-
 def drawer(folder: str):
     """A function (prompt, seed, steps) -> picture."""
     from diffusers import FluxPipeline
@@ -217,17 +204,13 @@ def main() -> None:
         print(steps, json.dumps(by_steps[str(steps)]), flush=True)
 
     record = {
-        "command": "python -m analysis.tiny_flux.evaluate " + shlex.join(sys.argv[1:]),
-        "machine": machine(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
+        **provenance("tiny_flux.evaluate", "cpu"),
         "steps": args.steps[-1],
         "by_steps": by_steps,
         "summary": summarise(rows),
         "rows": rows,
     }
-    unfinished = args.out.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(args.out)
+    write_atomically(args.out, (json.dumps(record, indent=1) + "\n").encode())
     if args.sheet:
         signs.sheet(pictures[:48]).save(args.sheet)
     print(json.dumps(record["summary"], indent=1))
@@ -235,3 +218,12 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def checked(image: Image.Image, words: tuple[str, ...] | None, prompt: str) -> dict[str, float | None]:
+    """What is still as the prompt asked, 0 or 1; null where the prompt is none of the embedded model's."""
+    found = {"word": word_recall(words or (), image)}
+    spec = signs.read_prompt(prompt)
+    seen = check(np.asarray(image), spec) if spec and image.size == (signs.SIZE,) * 2 else {}
+    ok = {name: seen.get(f"{name}_ok") for name in ("shape", "sign", "texture")}
+    return found | {name: None if value is None else float(value) for name, value in ok.items()}

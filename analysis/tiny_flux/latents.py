@@ -8,9 +8,6 @@ The file that is shipped is the prototype's: a new basis makes every transformer
 useless.
 """
 
-import argparse
-import math
-import os
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -18,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from analysis.recipes import basis_of, fit_command
 from analysis.tiny_flux.signs import SIZE, render, sample_spec
 
 PATCH = 8  # the VAE's factor
@@ -25,20 +23,13 @@ CHANNELS = 16  # latent channels
 GRID = SIZE // PATCH  # latents per side
 SIDE = GRID // 2  # tokens per side: FLUX packs 2x2 latents into one token
 TOKENS = SIDE * SIDE
-WHITENING = 0.3  # 0 keeps the components' own strengths (detail drowns in noise), 1 makes them equal
 BASIS_FILE = Path(__file__).with_name("pca_basis.npz")
 
 
 @lru_cache
 def basis() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean patch (192,), components (192, CHANNELS) and their scales, chosen for a latent rms of 1."""
-    stored = np.load(BASIS_FILE)
-    variance = stored["variance"][:CHANNELS].astype(np.float64)
-    scale = variance**WHITENING
-    scale *= math.sqrt(np.mean(variance / scale**2))
-    tensors = (stored["mean"], stored["components"][:, :CHANNELS], scale)
-    mean, components, scales = (torch.from_numpy(np.ascontiguousarray(t, dtype=np.float32)) for t in tensors)
-    return mean, components, scales
+    """Mean patch (192,), components (192, CHANNELS) and their scales."""
+    return basis_of(BASIS_FILE, CHANNELS)
 
 
 def patches(images: torch.Tensor) -> torch.Tensor:
@@ -94,19 +85,11 @@ def fit(count: int, seed: int) -> dict[str, np.ndarray]:
     values = patches(images).reshape(-1, PATCH * PATCH * 3).numpy()
     variance, vectors = np.linalg.eigh(np.cov(values[::5].T))
     variance, vectors = variance[::-1][:CHANNELS], vectors[:, ::-1][:, :CHANNELS]
-    found = {"mean": values.mean(0), "components": vectors, "variance": variance}
-    return {name: array.astype(np.float32) for name, array in found.items()}
+    return {"mean": values.mean(0), "components": vectors, "variance": variance}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=str(BASIS_FILE))
-    parser.add_argument("--count", type=int, default=1500)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    unfinished = args.out + ".tmp.npz"
-    np.savez(unfinished, **fit(args.count, args.seed))
-    os.replace(unfinished, args.out)
+    fit_command(__doc__, BASIS_FILE, 1500, fit)
 
 
 if __name__ == "__main__":

@@ -9,16 +9,15 @@ pooled CLIP vector the attributes of the whole prompt. A frozen random encoder w
 
 import argparse
 import random
-import string
 import time
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import CLIPTextConfig, CLIPTextModel, PreTrainedTokenizerFast, T5Config, T5EncoderModel
 
+from analysis.recipes import letter_labels, tokenizer_of
 from analysis.tiny_flux.signs import COLOURS, LETTERS, SHAPES, TEXTURES, SignSpec, prompt, sample_spec
 
 MAX_TOKENS = 24
@@ -39,33 +38,8 @@ NO_INDEX, NO_LETTER = 5, len(LETTERS)
 
 
 def build_tokenizer(clip: bool) -> PreTrainedTokenizerFast:
-    """Whole words of the domain; every capital, digit and sign a piece; other words fall to letters."""
-    pieces = [*SPECIAL, *"\"'.,!?-:;&", *string.ascii_uppercase, *string.digits, *string.ascii_lowercase]
-    pieces = dict.fromkeys([*pieces, *GLUE, *COLOURS, *SHAPES, *TEXTURES])
-    vocabulary = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(
-        models.WordPiece(
-            vocabulary, unk_token="<unk>", continuing_subword_prefix="", max_input_chars_per_word=40
-        )
-    )
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.WhitespaceSplit(),
-            pre_tokenizers.Split(Regex("[a-z]+|[A-Z0-9]|[^A-Za-z0-9]"), "isolated"),
-        ]
-    )
-    used = ["<s>", "</s>"] if clip else ["</s>"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>" if clip else "$A </s>",
-        special_tokens=[(piece, vocabulary[piece]) for piece in used],
-    )
-    names = {
-        "pad_token": "<pad>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "bos_token": "<s>" if clip else None,
-    }
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_TOKENS, **names)
+    """The words of signs; CLIP's texts begin with <s>."""
+    return tokenizer_of(SPECIAL, [*GLUE, *COLOURS, *SHAPES, *TEXTURES], MAX_TOKENS, begin=clip)
 
 
 def build_encoders(vocabulary: int) -> tuple[T5EncoderModel, CLIPTextModel]:
@@ -131,17 +105,6 @@ def attributes(spec: SignSpec) -> list[int]:
     return [*layout, *colours, TEXTURES.index(spec.texture)]
 
 
-def letter_labels(ids: torch.Tensor, specs: list[SignSpec], quote: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index in the word and letter of every token, (B, MAX_TOKENS) each."""
-    index, letter = torch.full_like(ids, NO_INDEX), torch.full_like(ids, NO_LETTER)
-    for row, spec in enumerate(specs):
-        start = ids[row].tolist().index(quote) + 1
-        for i, character in enumerate(spec.word):
-            index[row, start + i] = i
-            letter[row, start + i] = LETTERS.index(character)
-    return index, letter
-
-
 def train(out: Path, steps: int, batch: int, seed: int, device: str) -> None:
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -165,7 +128,8 @@ def train(out: Path, steps: int, batch: int, seed: int, device: str) -> None:
         for i in broken:
             prompts[i] = prompts[i].replace(f'"{specs[i].word.lower()}"', f'"{specs[i].word}"')
         ids = tokenise(t5_tokenizer, prompts)
-        index, letter = (t.to(device) for t in letter_labels(ids, specs, quote))
+        labels = letter_labels(ids, [spec.word for spec in specs], quote, LETTERS, NO_INDEX)
+        index, letter = (t.to(device) for t in labels)
         wanted = torch.tensor([attributes(spec) for spec in specs]).to(device)
         ids = ids.to(device)
         real = ids != 0

@@ -11,10 +11,11 @@ render and encode into a pool that stays on the device. The GPU path has not bee
 
 import argparse
 import os
-import queue
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -24,7 +25,8 @@ import numpy as np
 import torch
 import torch.multiprocessing as mp
 
-from analysis.tiny_flux.latents import PATCH, SIDE, TOKENS, img_ids, pack, to_latent
+from analysis.sample_pool import Pool
+from analysis.tiny_flux.latents import PATCH, SIDE, img_ids, pack, to_latent
 from analysis.tiny_flux.model import (
     build_transformer,
     flatten,
@@ -228,21 +230,18 @@ def train_on_cpu(args: argparse.Namespace, state: dict) -> None:
     mp.spawn(cpu_worker, (args, shared, state), args.workers)
 
 
-def render_worker(rank: int, args: argparse.Namespace, ready: "mp.Queue", first: int) -> None:
-    torch.set_num_threads(1)
-    rng, encoders = random.Random(f"{args.seed} {rank} {first}"), FrozenEncoders(args.work)
+def chunks(work: Path, seed: str) -> Iterator[list[np.ndarray]]:
+    """What a worker process delivers."""
+    encoders, rng = FrozenEncoders(work), random.Random(seed)
     while True:
         batch = make_batch(encoders, rng, 128)
-        parts = (batch.clean, batch.txt, batch.pooled, batch.weight)
-        ready.put([part.half().numpy() for part in parts])  # arrays: shared tensors would need a file each
+        yield [p.half().numpy() for p in (batch.clean, batch.txt, batch.pooled, batch.weight)]
 
 
 def train_on_gpu(args: argparse.Namespace, state: dict) -> None:
     """A pool of samples on the device, refreshed as fast as the renderers can, drawn from at random."""
-    context = mp.get_context("spawn")
-    ready = context.Queue(maxsize=64)
-    for rank in range(args.workers):
-        context.Process(target=render_worker, args=(rank, args, ready, state["step"]), daemon=True).start()
+    seed = f"{args.seed} {state['step']}"
+    pool = Pool(partial(chunks, args.work), seed, args.workers, args.pool, args.device)
     torch.manual_seed(args.seed + state["step"])
     torch.set_float32_matmul_precision("high")
     transformer = build_transformer(**state["sizes"])
@@ -250,23 +249,9 @@ def train_on_gpu(args: argparse.Namespace, state: dict) -> None:
     trainer = Trainer(args, transformer, weights, state)
     transformer.to(args.device, torch.bfloat16)
     run = torch.compile(transformer, dynamic=False) if args.compile else transformer
-    shapes = ((TOKENS, transformer.config.in_channels), (MAX_TOKENS, 128), (96,), (TOKENS,))
-    pool = [torch.empty(args.pool, *shape, dtype=torch.float16, device=args.device) for shape in shapes]
-    filled = added = 0
     go_on = True
     while go_on:
-        while filled < args.batch or not ready.empty():
-            try:
-                parts = ready.get(timeout=120 if filled < args.batch else 0.01)
-            except queue.Empty:
-                break
-            where = (torch.arange(len(parts[0])) + added).remainder(args.pool).to(args.device)
-            for kept, part in zip(pool, parts, strict=True):
-                kept[where] = torch.from_numpy(part).to(args.device)
-            added += len(parts[0])
-            filled = min(args.pool, added)
-        drawn = torch.randint(filled, (args.batch,), device=args.device)
-        batch = Batch(*(kept[drawn].float() for kept in pool))
+        batch = Batch(*(part.float() for part in pool.draw(args.batch)))
         unflatten(weights, transformer)
         transformer.zero_grad(set_to_none=True)
         try:

@@ -7,16 +7,13 @@
 Only the files of the pipeline and limits.json are written; others in --out stay.
 """
 
-import json
-import shutil
-import tempfile
 from pathlib import Path
 
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline
 from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
-from analysis.tiny_flux.assemble import command, forget_origin
+from analysis.recipes import assemble_command, finished, known_words, portable_tokenizers, write_json
 from analysis.tiny_wan.clips import BAD, FRAMES, SIZE
 from analysis.tiny_wan.model import load_transformer
 from analysis.tiny_wan.text_encoder import MAX_TOKENS
@@ -33,21 +30,8 @@ def scheduler() -> UniPCMultistepScheduler:
     )
 
 
-def portable_tokenizer(folder: Path) -> None:
-    """transformers 5 writes the class as TokenizersBackend, unknown to 4.x; both know the Fast class."""
-    index = folder / "model_index.json"
-    index.write_text(index.read_text().replace("TokenizersBackend", "PreTrainedTokenizerFast"))
-    file = folder / "tokenizer/tokenizer_config.json"
-    config = json.loads(file.read_text())
-    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": MAX_TOKENS}
-    file.write_text(json.dumps(config, indent=2) + "\n")
-
-
 def limits(tokenizer: PreTrainedTokenizerFast) -> dict:
     """What the model can be asked for, in the form the command line reads."""
-    words = sorted(
-        word for word in tokenizer.get_vocab() if len(word) > 1 and word.isalpha() and word.islower()
-    )
     return {
         "height": [SIZE],
         "width": [SIZE],
@@ -59,7 +43,7 @@ def limits(tokenizer: PreTrainedTokenizerFast) -> dict:
             "max_sequence_length": MAX_TOKENS,
         },
         "word": "[A-Z]{1,4}",
-        "vocabulary": ["a", *words],
+        "vocabulary": known_words(tokenizer),
         "example": EXAMPLE,
         "cpu_threads": 1,  # so small a model only loses by sharing its work
     }
@@ -78,17 +62,14 @@ def assemble(work: Path, out: Path) -> None:
         scheduler=scheduler(),
         transformer=load_transformer(work / "checkpoint.pt").half(),
     )
-    with tempfile.TemporaryDirectory() as scratch:  # a half-written folder must never be taken for a model
-        folder = Path(scratch) / "model"
+    with finished(out) as folder:
         pipe.save_pretrained(folder)
-        portable_tokenizer(folder)
-        forget_origin(folder / "vae/config.json")
-        (folder / "limits.json").write_text(json.dumps(limits(tokenizer), indent=2) + "\n")
-        shutil.copytree(folder, out, dirs_exist_ok=True)
+        portable_tokenizers(folder, MAX_TOKENS, ["tokenizer"])
+        write_json(folder / "limits.json", limits(tokenizer))
 
 
 def main() -> None:
-    command(__doc__, assemble, "work/wan")
+    assemble_command(__doc__, assemble, "work/wan")
 
 
 if __name__ == "__main__":

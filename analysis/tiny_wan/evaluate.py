@@ -12,20 +12,19 @@ at the measured centre, letters the glyphs that fit best in the cells of the lin
 import argparse
 import json
 import random
-import shlex
-import sys
 import time
 from dataclasses import asdict
-from datetime import datetime, timezone
 from pathlib import Path
 from statistics import mean, median
 
 import numpy as np
 import torch
 
-from analysis.tiny_flux.evaluate import machine
+from analysis.records.provenance import provenance
+from analysis.records.store import write_atomically
+from analysis.tiny_flux.signs import COLOURS, LETTERS
 from analysis.tiny_wan import clips
-from analysis.tiny_wan.clips import COLOURS, DIRECTIONS, FRAMES, LETTERS, SHAPES, SIZE, ClipSpec
+from analysis.tiny_wan.clips import DIRECTIONS, FRAMES, SHAPES, SIZE, ClipSpec
 
 HELD_OUT_SEED = 20261127
 SLOWEST = 0.5  # pixels a frame below which a thing counts as standing
@@ -355,11 +354,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     drawer = None if args.renderings else Drawer(args.model, args.guidance, args.negative)
     specs = held_out(args.count)
-    record = {
-        "command": "python -m analysis.tiny_wan.evaluate " + shlex.join(sys.argv[1:]),
-        "machine": machine(),
-        "date": datetime.now(timezone.utc).date().isoformat(),
-    }
+    record = provenance("tiny_wan.evaluate", "cpu")
     if drawer is not None:
         record |= {"guidance_scale": drawer.guidance, "negative_prompt": drawer.negative}
     counts = args.steps or ([0] if drawer is None else [drawer.usual["num_inference_steps"]])
@@ -380,9 +375,7 @@ def main() -> None:
             took.append(time.perf_counter() - start)
         record["median_seconds_one_clip"] = round(median(took), 3)
     record |= {"summaries": summaries, "rows_steps": counts[-1], "rows": rows}
-    unfinished = args.out.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(record, indent=1) + "\n")
-    unfinished.replace(args.out)
+    write_atomically(args.out, (json.dumps(record, indent=1) + "\n").encode())
     if args.sheet:
         clips.sheet(drawn[:24], columns=3).save(args.sheet)
     if args.movie:

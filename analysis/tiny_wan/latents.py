@@ -9,9 +9,6 @@ fixed before anything is trained, transformer and VAE can be trained in any orde
 useless.
 """
 
-import argparse
-import math
-import os
 import random
 from functools import lru_cache
 from pathlib import Path
@@ -19,26 +16,20 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from analysis.recipes import basis_of, fit_command
 from analysis.tiny_wan.clips import FRAMES, SIZE, render, sample_spec
 
 PATCH, GROUP = 8, 4  # the VAE's factors in space and time
 CHANNELS = 16
 GRID = SIZE // PATCH  # latents per side
 LATENT_FRAMES = 1 + (FRAMES - 1) // GROUP
-WHITENING = 0.3  # 0 keeps the components' own strengths (detail drowns in noise), 1 makes them equal
 BASIS_FILE = Path(__file__).with_name("pca_basis.npz")
 
 
 @lru_cache
 def basis() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Mean patch (768,), components (768, 16) and their scales, chosen for a latent rms of 1."""
-    stored = np.load(BASIS_FILE)
-    variance = stored["variance"].astype(np.float64)
-    scale = variance**WHITENING
-    scale *= math.sqrt(np.mean(variance / scale**2))
-    tensors = (stored["mean"], stored["components"], scale)
-    mean, components, scales = (torch.from_numpy(np.ascontiguousarray(t, dtype=np.float32)) for t in tensors)
-    return mean, components, scales
+    """Mean patch (768,), components (768, CHANNELS) and their scales."""
+    return basis_of(BASIS_FILE, CHANNELS)
 
 
 def patches(clips: torch.Tensor) -> torch.Tensor:
@@ -89,23 +80,12 @@ def fit(count: int, seed: int) -> dict[str, np.ndarray]:
     mean = total / seen
     variance, vectors = np.linalg.eigh(outer / seen - np.outer(mean, mean))
     print(f"{CHANNELS} components keep {variance[-CHANNELS:].sum() / variance.sum():.4f} of the variance")
-    found = {
-        "mean": mean,
-        "components": vectors[:, ::-1][:, :CHANNELS],
-        "variance": variance[::-1][:CHANNELS],
-    }
-    return {name: array.astype(np.float32) for name, array in found.items()}
+    vectors, variance = vectors[:, ::-1][:, :CHANNELS], variance[::-1][:CHANNELS]
+    return {"mean": mean, "components": vectors, "variance": variance}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", default=str(BASIS_FILE))
-    parser.add_argument("--count", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=1)
-    args = parser.parse_args()
-    unfinished = args.out + ".tmp.npz"
-    np.savez(unfinished, **fit(args.count, args.seed))
-    os.replace(unfinished, args.out)
+    fit_command(__doc__, BASIS_FILE, 1200, fit)
 
 
 if __name__ == "__main__":

@@ -10,16 +10,15 @@ whole prompt, and of letters their index. A frozen random encoder would not do.
 
 import argparse
 import random
-import string
 import time
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from analysis.recipes import letter_labels, tokenizer_of
 from analysis.tiny_flux.signs import COLOURS, LETTERS
 from analysis.tiny_wan.clips import (
     ACTIONS,
@@ -46,22 +45,9 @@ NO_INDEX, NO_LETTER = MAX_LETTERS, len(LETTERS)
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words of the domain; every capital and digit a piece; other words fall to letters."""
+    """The words of clips."""
     words = " ".join((GLUE, BAD, *COLOURS, *SHAPES, *ALL_ACTIONS)).split()
-    characters = [*"\"'.,!?-:;&", *string.ascii_uppercase, *string.digits, *string.ascii_lowercase]
-    vocabulary = {piece: i for i, piece in enumerate(dict.fromkeys([*SPECIAL, *characters, *words]))}
-    tokenizer = Tokenizer(
-        models.WordPiece(
-            vocabulary, unk_token="<unk>", continuing_subword_prefix="", max_input_chars_per_word=40
-        )
-    )
-    pieces = pre_tokenizers.Split(Regex("[a-z]+|[A-Z0-9]|[^A-Za-z0-9]"), "isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pieces])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]
-    )
-    names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=MAX_TOKENS, **names)
+    return tokenizer_of(SPECIAL, words, MAX_TOKENS)
 
 
 def build_encoder(vocabulary: int) -> UMT5EncoderModel:
@@ -114,21 +100,6 @@ def attributes(spec: ClipSpec | None) -> list[int]:
     return found + none[len(found) :]
 
 
-def letter_labels(
-    ids: torch.Tensor, specs: list[ClipSpec | None], word: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Index in the word and letter of every token, (B, MAX_TOKENS) each."""
-    index, letter = torch.full_like(ids, NO_INDEX), torch.full_like(ids, NO_LETTER)
-    for row, spec in enumerate(specs):
-        if spec is None or not spec.word:
-            continue
-        start = ids[row].tolist().index(word) + 1
-        for i, character in enumerate(spec.word):
-            index[row, start + i] = i
-            letter[row, start + i] = LETTERS.index(character)
-    return index, letter
-
-
 def train(out: Path, steps: int, batch: int, seed: int) -> None:
     torch.manual_seed(seed)
     rng = random.Random(seed)
@@ -144,7 +115,8 @@ def train(out: Path, steps: int, batch: int, seed: int) -> None:
         specs = [sample_spec(rng) if rng.random() > 0.03 else None for _ in range(batch)]
         prompts = [prompt(spec, rng) if spec else rng.choice(("", BAD)) for spec in specs]
         ids, mask = tokenise(tokenizer, prompts)
-        index, letter = letter_labels(ids, specs, word)
+        words = [spec and spec.word for spec in specs]
+        index, letter = letter_labels(ids, words, word, LETTERS, NO_INDEX)
         wanted = torch.tensor([attributes(spec) for spec in specs])
         real = mask.bool()
         parts = readout(encoder(ids, mask).last_hidden_state).split(

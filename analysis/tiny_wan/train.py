@@ -25,6 +25,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import numpy as np
 import torch
 
+from analysis.sample_pool import Pool, captured
 from analysis.tiny_flux.model import flatten, unflatten
 from analysis.tiny_flux.train import save
 from analysis.tiny_wan.clips import (
@@ -41,7 +42,6 @@ from analysis.tiny_wan.clips import (
 )
 from analysis.tiny_wan.latents import GROUP, LATENT_FRAMES, to_latent
 from analysis.tiny_wan.model import WanMuon, build_transformer, load_transformer, use_bmm_attention
-from analysis.tiny_wan.pool import Pool, captured
 from analysis.tiny_wan.text_encoder import FrozenEncoder
 
 TOKEN = 16  # pixels per side of a token

@@ -25,11 +25,11 @@ import torch
 from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
+from analysis.sample_pool import Pool, captured
 from analysis.tiny_flux.train import save
 from analysis.tiny_flux.vae import muon_step, psnr
 from analysis.tiny_wan.clips import render, sample_spec
 from analysis.tiny_wan.latents import CHANNELS, GROUP, PATCH, to_latent
-from analysis.tiny_wan.pool import Pool, captured
 
 CROP = 4  # latents per side
 CHUNK = 16  # clips that a worker process delivers at once

@@ -16,14 +16,16 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from analysis.drawing.contestants import contestants
 from analysis.drawing.draw import Limits, draw
 from analysis.drawing.prompts import read_prompts
-from analysis.experiment import contestants, main
+from analysis.experiment import main
+from analysis.figures.experiment import markdown
 from analysis.measures.fidelity import ClipIqa, fidelity, gmsd, more_fidelity, to_tensor
 from analysis.measures.flops import CPU_ATTENTION, count_forward, count_step
 from analysis.records import store
-from analysis.records.compare import bootstrap
-from analysis.table import lines, markdown, published, published_markdown
+from analysis.records.compare import bootstrap, lines
+from analysis.records.published import published, published_markdown
 from analysis.tiny_families import FAMILIES
 from h2cache import find_method
 from tests.helpers.served import ended, started
@@ -127,9 +129,9 @@ def test_two_processes_divide_the_prompts(tmp_path):
 
 
 def test_what_fails_is_told_and_the_rest_is_kept(tmp_path, capsys, monkeypatch):
-    import analysis.experiment as experiment
+    import analysis.measuring as measuring
 
-    draw, broken = experiment.draw, []
+    draw, broken = measuring.draw, []
 
     def sometimes(pipeline, config, seed, **call):
         if "CARP" in call["prompt"] and config.name == "block_cache" and not broken:
@@ -137,7 +139,7 @@ def test_what_fails_is_told_and_the_rest_is_kept(tmp_path, capsys, monkeypatch):
             raise RuntimeError("out of memory")
         return draw(pipeline, config, seed, **call)
 
-    monkeypatch.setattr(experiment, "draw", sometimes)
+    monkeypatch.setattr(measuring, "draw", sometimes)
     command = arguments(tmp_path, "--no-words", steps=2)
     assert main(command) == 1
     assert "out of memory" in capsys.readouterr().err

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from analysis import family_table
+from analysis.measures.families import outcome as outcome_of
+from analysis.settings import config_of
 from analysis.tiny_families import FAMILIES
 from h2cache import method_names
 
@@ -31,7 +33,7 @@ def test_a_pair_that_breaks_is_told_and_fails_the_command(tmp_path, monkeypatch)
     def broken(pipeline, *args):
         raise RuntimeError("boom")
 
-    monkeypatch.setattr(family_table.h2cache, "step_records", broken)
+    monkeypatch.setattr("h2cache.step_records", broken)
     assert family_table.main(["--families", "flux", "--methods", "none", "--out", str(tmp_path)]) == 1
     assert "FAILED [1]" in (tmp_path / "families.md").read_text()
     assert "boom" in (tmp_path / "families.md").read_text()
@@ -52,7 +54,7 @@ def test_only_a_refusal_counts_as_one(raised, outcome):
         raise raised
 
     pipeline.transformer.transformer_blocks[0].register_forward_pre_hook(broken)
-    found, reason = family_table.outcome(pipeline, call, family_table.settings_of("speca"))
+    found, reason = outcome_of(pipeline, call, config_of("speca"))
     assert found == outcome
     assert str(raised) in reason
 

@@ -1,5 +1,6 @@
 """The figure scripts: on the shipped records, on broken ones, and with an experiment of their own."""
 
+import argparse
 import contextlib
 import csv
 import gzip
@@ -16,13 +17,14 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from PIL import Image
 
-from analysis import pareto, pfs, trace
+from analysis import pareto, trace
 from analysis.ablations.freeze import FreezeConfig
 from analysis.ablations.summaries import FULL, PAPER, SummaryConfig
-from analysis.experiment import contestants
+from analysis.drawing.contestants import contestants
 from analysis.figures import style
 from analysis.measures.spectrum import BANDS, error_spectrum, low_and_high, power
-from analysis.records.compare import front
+from analysis.records.compare import at, front, lines_of
+from analysis.records.pfs import own_hits, undetermined
 from analysis.records.saved import MAYBE, NUMBER, read_saved
 from analysis.tiny_flux import signs
 from h2cache import H2Config, enable, method_names, step_records
@@ -230,40 +232,41 @@ def test_other_prompts_are_not_read():
 def test_the_front_holds_what_nothing_beats():
     found = [{"line": "m", "blocks_ratio": b, "quality": q} for b, q in ((1, 9), (2, 5), (3, 6), (4, 1))]
     assert [p["quality"] for p in front(found, lambda p: (p["blocks_ratio"], p["quality"]))] == [9, 6, 1]
-    assert pareto.at(found, "m", 3.5) == 3.5
-    assert pareto.at(found, "m", 5) is None
+    assert at(found, "m", 3.5) == 3.5
+    assert at(found, "m", 5) is None
 
 
 def test_settings_that_are_words_make_a_line_of_their_own():
     labels = ["h2cache tau1=0.1 tau2=inf", "h2cache predictor=taylor tau1=0.1", "clusca exact_fresh=true"]
-    assert list(pareto.lines_of(labels).values()) == ["h2cache", "h2cache predictor=taylor", "clusca"]
+    assert list(lines_of(labels).values()) == ["h2cache", "h2cache predictor=taylor", "clusca"]
 
 
 @pytest.mark.parametrize("others", [[], ["h2cache (tiny_flux-5x)", "h2cache tau1=0.1 tau2=0.1"]])
 def test_a_preset_looks_as_its_settings_do(others):
-    found = pareto.lines_of(["block_cache (tiny_flux-block_cache)", *others])
+    found = lines_of(["block_cache (tiny_flux-block_cache)", *others])
     assert style.look(found["block_cache (tiny_flux-block_cache)"]).name == "Block Cache"
     assert all(style.look(found[other]).name == "H2-Cache" for other in others)
 
 
 @pytest.mark.parametrize("name", ["pareto", "report"])
-@pytest.mark.parametrize(("code", "expected"), [(130, 130), (2, 2), (1, 1), (0, 0)])
+@pytest.mark.parametrize(("code", "expected"), [(KeyboardInterrupt, 130), (ValueError, 2), (1, 1), (0, 0)])
 def test_the_experiments_exit_code_is_kept(name, code, expected, tmp_path, monkeypatch):
-    def experiment(command: list[str]) -> int:
-        if code < 2:
-            (tmp_path / "rows.jsonl").write_bytes(gzip.decompress(ROWS.read_bytes()))
+    def experiment(args: argparse.Namespace, command: str) -> int:
+        if code not in (0, 1):
+            raise code
+        (tmp_path / "rows.jsonl").write_bytes(gzip.decompress(ROWS.read_bytes()))
         return code
 
-    monkeypatch.setattr(pareto, "experiment", experiment)
+    monkeypatch.setattr(pareto.experiment, "run", experiment)
     monkeypatch.setattr(pareto, "draw", lambda *_: None)
-    monkeypatch.setattr("analysis.report.plots_of", lambda *_: "")
+    monkeypatch.setattr("analysis.report.plots_of", lambda *_: [])
     assert script(name)(["--run", "--out", str(tmp_path)]) == expected
-    assert any(tmp_path.iterdir()) == (code < 2)
+    assert any(tmp_path.iterdir()) == (code in (0, 1))
 
 
 def test_all_contestants_are_of_known_methods_and_have_a_look_of_their_own():
     found = contestants(pareto.CONTESTANTS, "assets/tiny_flux", "tiny_flux")
-    lines = set(pareto.lines_of([c.label for c in found]).values())
+    lines = set(lines_of([c.label for c in found]).values())
     assert {line.split(" ")[0] for line in lines} == set(method_names())
     looks = [style.LOOKS[line] for line in lines]
     assert len({(look.colour, look.marker) for look in looks}) == len({x.name for x in looks}) == len(looks)
@@ -273,10 +276,10 @@ def test_a_forced_hit_determines_no_threshold(tmp_path, capsys):
     rows = [
         {"summary": str(FULL), "target": [0.1, 0.2], "hits": {"structure": 30, "detail": d}} for d in (30, 31)
     ]
-    assert pfs.own_hits(rows) == {"structure": 30, "detail": 0.5}
-    assert pfs.undetermined(rows, (0.1, 0.2)) == ["detail"]
+    assert own_hits(rows) == {"structure": 30, "detail": 0.5}
+    assert undetermined(rows, (0.1, 0.2)) == ["detail"]
     rows[1]["hits"]["detail"] = 40
-    assert pfs.undetermined(rows, (0.1, 0.2)) == []
+    assert undetermined(rows, (0.1, 0.2)) == []
     assert script("pfs")(["--out", str(tmp_path)]) == 0
     text = capsys.readouterr().out
     assert "| -0.06 [-0.29, +0.16] | detail |" in text

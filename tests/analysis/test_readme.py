@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from analysis import pareto
-from analysis.table import narrow
+from analysis.figures.experiment import narrow
+from analysis.figures.pareto import at_once, by_speed
+from analysis.records.compare import points
 
 README = Path("README.md").read_text(encoding="utf-8")
 PAGES = [
@@ -25,8 +27,8 @@ def test_the_experiments_table_is_that_of_the_shipped_rows():
 
 def test_the_methods_table_is_that_of_the_shipped_rows():
     rows = pareto.read(pareto.SHIPPED).rows
-    measured = {metric: pareto.points(rows, metric) for metric in ("psnr", "words_read")}
-    for lines, least in ((pareto.by_speed(measured), 4), (pareto.at_once(measured), 12)):
+    measured = {metric: points(rows, metric) for metric in ("psnr", "words_read")}
+    for lines, least in ((by_speed(measured), 4), (at_once(measured), 12)):
         table = [line for line in lines if line.startswith("|")]
         assert len(table) >= least + 2
         assert "\n".join(table) in README

@@ -7,13 +7,14 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from analysis.report import embed, main
-from tests.helpers.browser import Browser, find
+from analysis.figures.page import embed
+from analysis.report import main
+from tests.helpers.browser import opened, problem
 
 SHIPPED = Path("assets/results/tiny_flux_report")
 HOSTILE = '</script><script>document.title = "taken"</script><img src=x onerror="document.title=1">'
 
-needs_browser = pytest.mark.skipif(find() is None, reason="no Chromium here: apt-get install chromium")
+needs_browser = pytest.mark.skipif(problem() is not None, reason=str(problem()))
 
 
 @pytest.fixture(scope="module")
@@ -45,26 +46,24 @@ def test_the_page_is_one_file_and_small(page):
 
 
 @needs_browser
-def test_the_page_works_by_keyboard_and_asks_nobody(page, tmp_path):
-    browser = Browser(tmp_path / "profile")
-    try:
-        browser.open(page)
-        assert browser.errors == []
-        assert {r.split(":")[0] for r in browser.requests} <= {"file", "data"}
-        assert len([r for r in browser.requests if r.startswith("file:")]) == 1
+def test_the_page_works_by_keyboard_and_asks_nobody(page):
+    with opened(page) as (browser, requests, errors):
+        assert errors == []
+        assert {r.split(":")[0] for r in requests} <= {"file", "data"}
+        assert len([r for r in requests if r.startswith("file:")]) == 1
         assert browser.evaluate("document.title").startswith("80 prompts")
         assert browser.evaluate("document.querySelectorAll('.card h3').length") == 80
 
         # The slider of the first card, reached by Tab alone and moved by keys.
         browser.evaluate("document.getElementById('lost').focus()")
-        browser.press("Tab")
+        browser.keyboard.press("Tab")
         assert browser.evaluate("document.activeElement.type") == "range"
         cut = "document.activeElement.closest('.card').querySelector('.pair').style.getPropertyValue('--cut')"
-        browser.press("ArrowRight")
+        browser.keyboard.press("ArrowRight")
         assert browser.evaluate(cut) == "51%"
-        browser.press("End")
+        browser.keyboard.press("End")
         assert browser.evaluate(cut) == "100%"
-        browser.press("Home")
+        browser.keyboard.press("Home")
         assert browser.evaluate(cut) == "0%"
         clip = "getComputedStyle(document.activeElement.closest('.card').querySelector('.cached')).clipPath"
         assert browser.evaluate(clip).startswith("inset(0px")
@@ -74,23 +73,23 @@ def test_the_page_works_by_keyboard_and_asks_nobody(page, tmp_path):
         # Orders, chosen from the list by keys.
         numbers = "[...document.querySelectorAll('.card')].map(c => data.rows[c.dataset.id][method.value])"
         browser.evaluate("order.focus()")
-        browser.press("ArrowDown")
+        browser.keyboard.press("ArrowDown")
         psnr = browser.evaluate(f"{numbers}.map(r => r.psnr)")
         assert browser.evaluate("order.value") == "psnr"
         assert psnr == sorted(psnr)
-        browser.press("ArrowDown")
-        browser.press("ArrowDown")
+        browser.keyboard.press("ArrowDown")
+        browser.keyboard.press("ArrowDown")
         words = browser.evaluate(f"{numbers}.map(r => r.words_read)")
         assert words == sorted(words)
         assert words[0] < 1
 
         # The table, sorted by its second heading with Enter.
         browser.evaluate("document.querySelectorAll('#summary th button')[2].focus()")
-        browser.press("Enter")
+        browser.keyboard.press("Enter")
         column = "[...document.querySelectorAll('#summary tbody tr')].map(r => +r.children[2].dataset.value)"
         ratios = browser.evaluate(column)
         assert ratios == sorted(ratios)
-        browser.press(" ")
+        browser.keyboard.press(" ")
         assert browser.evaluate(column) == sorted(ratios, reverse=True)
 
         # A contestant whose pictures are not kept.
@@ -98,9 +97,7 @@ def test_the_page_works_by_keyboard_and_asks_nobody(page, tmp_path):
             "method.value = 'teacache threshold=0.15'; method.dispatchEvent(new Event('change'))"
         )
         assert browser.evaluate("document.querySelector('.card input').disabled") is True
-        assert browser.errors == []
-    finally:
-        browser.close()
+        assert errors == []
 
 
 def test_pictures_are_compressed_until_they_fit(tmp_path, capsys):

@@ -19,7 +19,7 @@ from analysis.cli import guarded, is_embedded, shard, shipped
 from analysis.drawing.peak import PeakMemory
 from analysis.figures.sheets import fitted, grid
 from analysis.measures import words
-from analysis.records import store
+from analysis.records import provenance, store
 from tests.helpers.served import ended, started
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -199,9 +199,10 @@ def test_packed_records_are_read(tmp_path):
 
 
 def test_the_machine_is_what_was_computed_on(monkeypatch):
-    monkeypatch.setattr(store, "device_name", lambda: "an accelerator")
-    assert store.machine("cpu")["device_name"] == store.cpu_name()
-    assert store.machine("cuda:1")["device_name"] == store.machine()["device_name"] == "an accelerator"
+    monkeypatch.setattr(provenance, "device_name", lambda: "an accelerator")
+    assert provenance.machine("cpu")["device_name"] == provenance.cpu_name()
+    assert provenance.machine("cuda:1")["device_name"] == "an accelerator"
+    assert provenance.machine()["device_name"] == "an accelerator"
 
 
 def test_a_sandbox_without_peaks_tells_none(monkeypatch, tmp_path):

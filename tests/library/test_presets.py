@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from analysis.calibrate import markdown, read, table
+from analysis.records.planes import markdown, read, table
 from analysis.records.store import settings_of
 from h2cache import H2Config
 from h2cache.presets import PRESETS, find_preset

@@ -22,8 +22,7 @@ class Pool:
 
     def __init__(self, source: Source, seed: str, workers: int, size: int, device: str) -> None:
         context = multiprocessing.get_context("forkserver")
-        heavy = ["analysis.tiny_wan.model", "analysis.tiny_wan.text_encoder"]
-        context.set_forkserver_preload(heavy)  # imported once, not by every worker
+        context.set_forkserver_preload(["torch", "diffusers", "transformers"])  # once, not by every worker
         self.ready = context.Queue(maxsize=4 * workers)
         for rank in range(workers):
             arguments = (source, f"{seed} {rank}", self.ready)
