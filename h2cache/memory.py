@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -78,23 +78,23 @@ class Slot(Generic[Kept]):
 
 def bytes_of(held: Any) -> int:
     """Bytes of all tensors in `held`, each counted once."""
-    return sum(t.nbytes for t in {id(t): t for t in _tensors(held)}.values())
-
-
-def _tensors(held: Any) -> Iterator[Tensor]:
-    if isinstance(held, Tensor):
-        yield held
-    elif isinstance(held, Stream):
-        yield from _tensors([held.img, held.txt])
-    elif isinstance(held, dict):
-        yield from _tensors(list(held.values()))
-    elif isinstance(held, (list, tuple)):
-        for item in held:
-            yield from _tensors(item)
-    elif hasattr(held, "outputs_kept"):  # it says which of its parts hold tensors: the others are many
-        yield from _tensors(held.outputs_kept)
-    elif hasattr(held, "__dict__") and not isinstance(held, (type, torch.nn.Module)):
-        yield from _tensors(vars(held))
+    found: dict[int, Tensor] = {}
+    left = [held]
+    while left:
+        one = left.pop()
+        if isinstance(one, Tensor):
+            found[id(one)] = one
+        elif isinstance(one, Stream):
+            left += one.img, one.txt
+        elif isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, (list, tuple)):
+            left += one
+        elif hasattr(one, "outputs_kept"):  # it says which of its parts hold tensors: the others are many
+            left.append(one.outputs_kept)
+        elif hasattr(one, "__dict__") and not isinstance(one, (type, torch.nn.Module)):
+            left += vars(one).values()
+    return sum(tensor.nbytes for tensor in found.values())
 
 
 def _first(values: Tensor) -> Tensor:
