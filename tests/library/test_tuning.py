@@ -54,7 +54,10 @@ def found(searched, tmp_path):
 def test_a_search_never_ends_below_its_start(tiny, found):
     studio = tuning.Studio(tiny, PROMPTS, CALL, 0)
     for plan in found.plans:
-        both = PlanConfig(steps=plan.steps, trust=plan.trust), PlanConfig(evaluations=plan.evaluations, file="none")
+        both = (
+            PlanConfig(steps=plan.steps, trust=plan.trust),
+            PlanConfig(evaluations=plan.evaluations, file="none"),
+        )
         best, start = (sum(studio.fidelity(n, config) for n in (0, 1)) for config in both)
         assert best >= start
         assert plan.held_out.pictures == 1
