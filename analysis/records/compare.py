@@ -168,7 +168,9 @@ def points(rows: list[dict], metric: str) -> list[dict]:
         found.append({
             "label": label, "line": line[label], "method": mine[0]["method"], "prompts": len(mine),
             "blocks_ratio": times_fewer(mine, uncached),
-            "speed_up": median(base[r["id"]]["seconds"] / r["seconds"] for r in mine),
+            "speed_up": median(
+                (r.get("seconds_uncached") or base[r["id"]]["seconds"]) / r["seconds"] for r in mine
+            ),  # a row that joined another run's brings its own uncached time
             "mebibytes": max(r["bytes_held"] for r in mine) / 2**20,
             "mean": fmean(values), "quality": quality.mean, "low": quality.low, "high": quality.high,
         })  # fmt: skip
