@@ -25,13 +25,31 @@ def test_the_experiments_table_is_that_of_the_shipped_rows():
     assert narrow(table) in Path("analysis/README.md").read_text(encoding="utf-8")
 
 
-def test_the_methods_table_is_that_of_the_shipped_rows():
+def cells(lines: list[str]) -> dict[str, list[str]]:
+    """The rows of the first table by their first cell."""
+    found = {}
+    for line in lines:
+        if line.startswith("|"):
+            first, *others = (cell.strip() for cell in line.strip("|").split("|"))
+            found[first] = others
+        elif found:
+            break
+    return found
+
+
+def test_the_methods_tables_are_those_of_the_shipped_rows():
     rows = pareto.read(pareto.SHIPPED).rows
     measured = {metric: points(rows, metric) for metric in ("psnr", "words_read")}
-    for lines, least in ((by_speed(measured), 4), (at_once(measured), 12)):
-        table = [line for line in lines if line.startswith("|")]
-        assert len(table) >= least + 2
-        assert "\n".join(table) in README
+    assert "\n".join(line for line in by_speed(measured) if line.startswith("|")) in README
+    flux, given = cells(at_once(measured)), cells(README[README.index("| method | FLUX") :].splitlines())
+    pages = Path("assets/figures/three_models.md").read_text(encoding="utf-8")
+    wan, dit = (cells(pages[pages.index(f"## {m}") :].splitlines()) for m in ("tiny_wan", "tiny_dit"))
+    assert len(given) >= 19
+    for name, (at_5x, on_wan, on_dit, *others) in given.items():
+        if name not in ("method", "---"):
+            assert [at_5x, *others] == flux[name]
+            for value, table in ((on_wan, wan), (on_dit, dit)):
+                assert value == table.get(name, ["-"])[0].split(" ")[0], name
 
 
 def test_the_readme_is_short():
