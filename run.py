@@ -6,11 +6,13 @@
     python run.py --prompts my.txt --method h2cache --tau1 0.2 --tau2 0.05
     python run.py --input-image assets/example.png --prompt "..."             # to begin with, edit or animate
     python run.py --model black-forest-labs/FLUX.1-dev     # needs the weights and a GPU; 4 bits with nunchaku
+    python run.py --prompts my.txt --processes 4           # on 4 GPUs, as torchrun --nproc-per-node 4 run.py
 
 Without a method, both are drawn at 5x, H2-Cache by the paper's rule and the plan. Into --out go the images,
 a labelled PNG of them side by side (of videos all frames in a row, and MP4s),
 and records.jsonl: one line per image with its settings, seconds, blocks executed, hits, fidelity to the
-uncached image and the decision of every step. With --prompts, a stopped run goes on where it ended.
+uncached image and the decision of every step. With --prompts, a stopped run goes on where it ended. Processes
+take prompts one by one; on many machines give --out a folder that all of them see.
 """
 
 import argparse
@@ -24,13 +26,14 @@ import torch
 from tqdm import tqdm
 
 from analysis.cli import TINY, check_prompts, chosen, guarded, size_of, warn
-from analysis.drawing.draw import Limits, default_device, prepare, require_memory, warm_up
+from analysis.drawing.draw import Limits, prepare, require_memory, warm_up
 from analysis.drawing.families import add_family_arguments
 from analysis.drawing.load import add_loading_arguments, load
 from analysis.drawing.prompts import Prompt, read_prompts
 from analysis.gallery import HEADER, Gallery, table_line
 from analysis.options import Parser, at_least_one, seed, side
 from analysis.records import store
+from analysis.sharing import is_first, is_one_of_many, launch, own_device, shared
 from h2cache import find_method, method_names
 from h2cache.presets import PRESETS
 
@@ -56,13 +59,20 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--height", type=side, help="pixels (default: the model's)")
     parser.add_argument("--width", type=side, help="pixels (default: the model's)")
     add_family_arguments(parser)
-    add_loading_arguments(parser, default_device())
+    add_loading_arguments(parser, own_device())
+    parser.add_argument(
+        "--processes", type=at_least_one, default=1, help="of this machine, sharing --prompts"
+    )
     parser.add_argument("--out", type=Path, default=Path("outputs"), help="folder (default: %(default)s)")
     parser.add_argument("--no-compare", action="store_true", help="do not draw the uncached image")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if (args.processes > 1 or is_one_of_many()) and not args.prompts:
+        parser.error("several processes share the prompts of a file: give one with --prompts")
+    return args
 
 
 def run(args: argparse.Namespace) -> None:
+    many, speaks = is_one_of_many(), is_first()
     contestants, uncached = chosen(args), find_method("none")()
     limits = Limits.of(args.model)
     limits.check_size(args.height, args.width)
@@ -72,7 +82,7 @@ def run(args: argparse.Namespace) -> None:
         warn("--steps 1: a cache reuses what earlier steps computed, so nothing can be skipped")
     alone = Prompt("picture", args.prompt or limits.example or PROMPT)
     prompts = read_prompts(args.prompts) if args.prompts else [alone]
-    check_prompts(limits, prompts)
+    check_prompts(limits, prompts if speaks else [])
     args.out.mkdir(parents=True, exist_ok=True)
     store.require_space(args.out, 16 + 8 * len(prompts))
 
@@ -80,29 +90,38 @@ def run(args: argparse.Namespace) -> None:
     pipeline, name = load(args)
     pipeline, call, further = prepare(pipeline, limits, args)
     for _, preset in contestants:
-        if preset and (text := preset.mismatch(args.model, args.steps, size_of(call))):
+        if speaks and preset and (text := preset.mismatch(args.model, args.steps, size_of(call))):
             warn(text)
     pipeline.set_progress_bar_config(
         delay=3, leave=False, disable=None
     )  # seen only where a picture takes longer
     configs = [config for config, _ in contestants]
     for config in configs:
-        print(warm_up(pipeline, config, call | {"prompt": prompts[0].text}))
+        told = warm_up(pipeline, config, call | {"prompt": prompts[0].text})
+        if speaks:
+            print(told)
     call["num_inference_steps"] = args.steps
     gallery = Gallery(args.out, pipeline, name, call, bool(args.prompts), further)
-    print(HEADER)
-    for prompt in tqdm(prompts, unit="picture", delay=3, leave=False, disable=len(prompts) == 1 or None):
-        only = args.no_compare or configs == [uncached]
-        for row in gallery.row(prompt, None if only else uncached, configs, args.seed):
+    beside = None if args.no_compare or configs == [uncached] else uncached
+    how = beside, configs, args.seed
+    taken = shared(prompts, args.out, lambda p: p.id, lambda p: gallery.done(p, *how)) if many else prompts
+    if speaks:
+        print(HEADER)
+    bar = {"unit": "picture", "delay": 3, "leave": False, "disable": len(prompts) == 1 or not speaks or None}
+    for prompt in tqdm(taken, total=len(prompts), **bar):
+        for row in gallery.row(prompt, *how):
             tqdm.write(table_line(row))
             if row.get("warning"):
                 warn(row["warning"])
-    store.tidy(args.out / "records.jsonl")
-    print(f"pictures and records.jsonl are in {args.out}/")
+    if speaks:  # all have ended
+        store.tidy(args.out / "records.jsonl")
+        print(f"pictures and records.jsonl are in {args.out}/")
 
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if args.processes > 1 and not is_one_of_many():
+        return launch([__file__, *(sys.argv[1:] if argv is None else argv)], args.processes)
     return guarded(lambda: run(args), f"finished pictures and their records are kept in {args.out}/")
 
 

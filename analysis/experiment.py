@@ -84,7 +84,9 @@ def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
     command = command_of("experiment", argv)
     if args.processes > 1 and not is_one_of_many():
-        return launch("analysis.experiment", sys.argv[1:] if argv is None else argv, args.processes)
+        return launch(
+            ["-m", "analysis.experiment", *(sys.argv[1:] if argv is None else argv)], args.processes
+        )
     return guarded(
         lambda: run(args, command), f"the same command goes on; what is finished is in {args.out}/"
     )

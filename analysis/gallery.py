@@ -53,6 +53,7 @@ class Gallery:
     resume: bool = False
     further: dict[str, Any] = field(default_factory=dict)  # settings that records must tell apart, as JSON
     rows: dict[str, dict] = field(init=False)
+    _size: int = field(init=False, default=-1)  # of the records, when they were read
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -71,27 +72,11 @@ class Gallery:
 
         uncached: picture and record to compare with, for speed-up, PSNR and SSIM.
         """
-        seed = seed if prompt.seed is None else prompt.seed
-        decisive = {
-            "prompt": prompt.text,
-            "seed": seed,
-            "model": self.model,
-            "steps": self.call["num_inference_steps"],
-            "height": self.call.get("height"),
-            "width": self.call.get("width"),
-            "guidance": self.call.get("guidance_scale"),
-            **self.further,
-            "device": str(self.pipeline.device),
-            "dtype": str(self.pipeline.dtype),
-            "method": config.name,
-            "config": store.settings_of(config),
-        }
-        key = store.run_key(id=prompt.id, **decisive)
-        path = self.folder / f"{prompt.id}-{config.name}-{key[:6]}.png"
+        key, decisive, path = self._named(prompt, config, seed)
         row = self.rows.get(key)
         image = store.whole_picture(path) if self.resume and row and _complete(row) else None
         if image is None:
-            drawn = draw(self.pipeline, config, seed, prompt=prompt.text, **self.call)
+            drawn = draw(self.pipeline, config, decisive["seed"], prompt=prompt.text, **self.call)
             store.save_png(path, drawn.image)
             video = save_video(path, drawn.frames)
             row = {
@@ -131,9 +116,53 @@ class Gallery:
         cached = [self.picture(prompt, config, seed, reference) for config in configs]
         images, rows = zip(reference, *cached, strict=True)
         labels = [f"{r['method']}  {r['seconds']:.2f} s\n{label_of(r)}" for r in rows]
-        name = rows[-1]["file"].replace(".png", "-compared.png")
-        store.save_png(self.folder / name, side_by_side(list(images), labels))
+        store.save_png(self._compared(prompt, configs, seed), side_by_side(list(images), labels))
         return list(rows)
+
+    def done(
+        self, prompt: Prompt, uncached: MethodConfig | None, configs: list[MethodConfig], seed: int
+    ) -> bool:
+        """Whether all that `row` makes is there: by this process, or by another that writes here too."""
+        self._read_others()
+        for config in configs if uncached is None else [uncached, *configs]:
+            key, _, path = self._named(prompt, config, seed)
+            row = self.rows.get(key, {})
+            compared = uncached in (None, config) or row.get("identical") is not None
+            if not (_complete(row) and compared and store.whole_picture(path)):
+                return False
+        return uncached is None or store.whole_picture(self._compared(prompt, configs, seed)) is not None
+
+    def _named(self, prompt: Prompt, config: MethodConfig, seed: int) -> tuple[str, dict[str, Any], Path]:
+        """The key of a picture, what decides how it looks, and its file."""
+        decisive = {
+            "prompt": prompt.text,
+            "seed": seed if prompt.seed is None else prompt.seed,
+            "model": self.model,
+            "steps": self.call["num_inference_steps"],
+            "height": self.call.get("height"),
+            "width": self.call.get("width"),
+            "guidance": self.call.get("guidance_scale"),
+            **self.further,
+            "device": self.pipeline.device.type,  # of several processes, each has its own of a kind
+            "dtype": str(self.pipeline.dtype),
+            "method": config.name,
+            "config": store.settings_of(config),
+        }
+        key = store.run_key(id=prompt.id, **decisive)
+        return key, decisive, self.folder / f"{prompt.id}-{config.name}-{key[:6]}.png"
+
+    def _compared(self, prompt: Prompt, configs: list[MethodConfig], seed: int) -> Path:
+        """The file in which all pictures of `prompt` stand side by side."""
+        last = self._named(prompt, configs[-1], seed)[2]
+        return last.with_name(f"{last.stem}-compared.png")
+
+    def _read_others(self) -> None:
+        """Read what other processes have written since."""
+        path = self.folder / "records.jsonl"
+        size = path.stat().st_size if path.is_file() else 0
+        if size != self._size:
+            with store.locked(path):  # no half line
+                self._size, self.rows = size, store.read_records(path)
 
 
 def label_of(row: dict) -> str:

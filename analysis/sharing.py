@@ -14,6 +14,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import torch
+
+from analysis.drawing.draw import default_device
 from analysis.records import store
 
 T = TypeVar("T")
@@ -49,7 +52,20 @@ def is_one_of_many() -> bool:
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def launch(module: str, argv: Sequence[str], processes: int) -> int:
-    """Run `python -m MODULE ARGV` as so many processes of this machine; the exit code of all."""
+def is_first() -> bool:
+    """Whether this process speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def own_device() -> str:
+    """This machine's accelerator; of several processes on it, each has another."""
+    device = default_device()
+    if device == "cpu" or not is_one_of_many():
+        return device
+    return f"{device}:{int(os.environ.get('LOCAL_RANK', '0')) % torch.accelerator.device_count()}"
+
+
+def launch(command: Sequence[str], processes: int) -> int:
+    """Run `python COMMAND` as so many processes of this machine; the exit code of all."""
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return subprocess.call([sys.executable, "-m", *launcher, "-m", module, *argv])
+    return subprocess.call([sys.executable, "-m", *launcher, *command])

@@ -4,6 +4,8 @@
     python -m analysis.experiment --model assets/tiny_wan ... --out RUN      # the command is in about.json
     python -m analysis.three_models --collect RUN --model tiny_wan
 
+    python -m analysis.three_models --collect RUN --model tiny_wan --tuned   # none and plan, tuned afterwards
+
 `--collect` checks the pictures of an experiment by the model's own measure and keeps its rows. Of videos PSNR
 is the mean over frames, and flicker the mean error of the change from frame to frame, in levels of 8 bits.
 
@@ -76,7 +78,12 @@ def checker(model: str) -> Callable[[dict, np.ndarray], bool]:
     return lambda row, frames: judge.classes([Image.fromarray(frames[0])])[0] == names.index(row["prompt"])
 
 
-def collect(run: Path, model: str) -> None:
+def tuned_rows(model: str) -> Path:
+    """The tuned plan of a model, drawn later, with uncached pictures of its own."""
+    return FOLDER / f"{model}_tuned.jsonl.gz"
+
+
+def collect(run: Path, model: str, tuned: bool = False) -> None:
     """Check the pictures of the experiment in `run`, and keep its rows among the shipped records."""
     rows = [row for path in sorted(run.glob("runs/*/rows/*.json")) if (row := store.read_json(path))]
     labels = {row["label"] for row in rows}
@@ -94,10 +101,15 @@ def collect(run: Path, model: str) -> None:
         found.append({k: row[k] for k in KEPT} | score)
     FOLDER.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in found)
-    store.write_atomically(RECORDS[model], gzip.compress(text.encode(), mtime=0))
+    path = tuned_rows(model) if tuned else RECORDS[model]
+    store.write_atomically(path, gzip.compress(text.encode(), mtime=0))
     table = store.read_json(run / "table.json") or {}
     about = (store.read_json(FOLDER / "about.json") or {}) | {
-        model: {"command": table.get("command"), "machine": rows[0]["machine"], "date": rows[0]["date"]}
+        path.name.split(".")[0]: {
+            "command": table.get("command"),
+            "machine": rows[0]["machine"],
+            "date": rows[0]["date"],
+        }
     }
     store.write_atomically(FOLDER / "about.json", (json.dumps(about, indent=1) + "\n").encode())
 
@@ -119,6 +131,10 @@ def read(model: str) -> Saved:
         saved.rows = [r for r in saved.rows if r["method"] != "plan" or not r["label"].endswith("=5")]
         plans = [r for r in more.rows if r["method"] == "plan"]
         saved.rows += [r | {"label": f"{r['label']} speedup=5"} for r in plans]
+    elif tuned_rows(model).is_file():
+        more = of_file(tuned_rows(model))
+        saved.complaints += more.complaints
+        saved.rows += [row for row in more.rows if row["method"] == "plan"]
     lines = lines_of(list(groups(saved.rows, "label")))
     for row in saved.rows:
         row |= {"line": lines[row["label"]], "right": row.get("right", row.get("words_read"))}
@@ -302,11 +318,14 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument("--collect", type=Path, help="folder (--out) of an experiment")
     parser.add_argument("--model", choices=[m for m in RECORDS if m != "tiny_flux"], help="of --collect")
+    parser.add_argument("--tuned", action="store_true", help="--collect the tuned plan, beside the others")
     parser.add_argument("--out", type=Path, default=Path("outputs/three_models"))
     args = parser.parse_args(argv)
     if bool(args.collect) != bool(args.model):
         parser.error("--collect and --model go together")
-    return guarded(lambda: collect(args.collect, args.model) if args.collect else write(args.out), "nothing")
+    if args.collect:
+        return guarded(lambda: collect(args.collect, args.model, args.tuned), "nothing")
+    return guarded(lambda: write(args.out), "nothing")
 
 
 if __name__ == "__main__":

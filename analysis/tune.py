@@ -8,6 +8,7 @@
 The first --limit prompts are searched on, the --held-out after them only measured. A plan is kept in the
 user's cache folder, where `h2cache.enable(pipe, speedup=5)` and `run.py --speedup 5` find it; --save FILE
 writes it elsewhere. A search that was stopped goes on where it was; Ctrl-C keeps the best so far.
+It runs in one process: each trial builds on the one before, and a bad one is given up after some prompts.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from analysis.cli import add_measuring_arguments, guarded, start
 from analysis.drawing.families import with_prompt
 from analysis.drawing.prompts import read_prompts
 from analysis.options import Parser, at_least_one, positive, whole
+from analysis.sharing import is_one_of_many
 from h2cache import method_names
 from h2cache.tuned import Tuned
 
@@ -32,11 +34,16 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--speedups", type=positive, nargs="+", default=[2, 3, 4, 5, 6, 8])
     parser.add_argument("--limit", type=at_least_one, default=8, help="prompts to search on (default: 8)")
     parser.add_argument("--held-out", type=whole(0), default=8, help="prompts to measure on (default: 8)")
+    parser.add_argument(
+        "--trials", type=at_least_one, help="most plans to try for a speed (default: no limit)"
+    )
     parser.add_argument("--save", type=Path, help="file to write (default: in the user's cache folder)")
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
+    if is_one_of_many():
+        raise ValueError("a search runs in one process, and several were started: leave the launcher out")
     prompts = read_prompts(args.prompts)[: args.limit + args.held_out]
     pipeline, _, call, _ = start(args, prompts)
     asked = [
@@ -51,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
             speedups=args.speedups,
             method=args.method,
             speedup=speedup,
+            trials=args.trials,
             save=args.save,
             **call,
         )

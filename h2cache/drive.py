@@ -75,6 +75,9 @@ class Call:
         """A block's arguments as this process will have them: some models divide the stream at the first."""
         if self._cut is None:
             return args, kwargs
+        if self.memory.spread is not None:
+            whole = turn.blocks.form.read_input(args, kwargs, self.text_tokens)
+            self.memory.spread.image = whole.img.shape[1]
         divided = self._cut(turn.block, *args, **kwargs)
         if not looks:
             self._cut = None
@@ -106,6 +109,15 @@ class Call:
                 if stop > blocks.last:
                     break
                 index = stop - 1  # the model need not see those before
+            elif isinstance(self.command, Run) and not self.inputs.adds_between:
+                run = self.command.blocks
+                inner = range(index, min(run.stop - 1, blocks.last)) if run.start < index else range(0)
+                for index in inner:  # nothing is to be seen of the stream on either side of it
+                    self.memory.blocks_run[self._stage_of[index]] += 1
+                    yield blocks.block(index)
+                index = max(index, inner.stop)
+                if index == blocks.last:
+                    break
             yield self.turn(blocks, index)
             index += 1
             self.position = index
@@ -116,19 +128,14 @@ class Call:
     def turn(self, blocks: DrivenBlocks, index: int) -> Callable:
         """What stands in the place of block `index`."""
         if isinstance(self.command, Look):
-            return _Look(self, blocks, index)
+            return _Look(self, blocks, index, self.command)
         command = self._command_at(index)
-        last = index == command.blocks.stop - 1
         if isinstance(command, _RUNS):
             if isinstance(command, Run) or command.counts:
                 self.memory.blocks_run[self._stage_of[index]] += 1
-            inner = index != command.blocks.start and not last
-            if inner and isinstance(command, Run) and not self.inputs.adds_between:
-                return blocks.block(index)  # nothing is to be seen of the stream on either side of it
-            return _Tap(self, blocks, index, command, last)
-        if last:
-            return _Add(self, blocks, index, command.stand_in)
-        return _Pass(self, blocks, index)
+            return _Tap(self, blocks, index, command)
+        kind = _Add if index == command.blocks.stop - 1 else _Pass
+        return kind(self, blocks, index, command)
 
     def _command_at(self, index: int) -> Run | Skip | Drive:
         """The current command; RuntimeError unless it is for block `index`."""
@@ -207,8 +214,8 @@ class Call:
 class _Turn:
     """Stands in the place of a block for one call; what it has not itself is the block's."""
 
-    def __init__(self, call: Call, blocks: DrivenBlocks, index: int) -> None:
-        self.call, self.blocks, self.index = call, blocks, index
+    def __init__(self, call: Call, blocks: DrivenBlocks, index: int, command: Any) -> None:
+        self.call, self.blocks, self.index, self.command = call, blocks, index, command
 
     @property
     def block(self) -> nn.Module:
@@ -219,32 +226,26 @@ class _Turn:
 
 
 class _Tap(_Turn):
-    """Runs the block and notes what goes in and out."""
-
-    def __init__(
-        self, call: Call, blocks: DrivenBlocks, index: int, command: Run | Drive, ends: bool
-    ) -> None:
-        super().__init__(call, blocks, index)
-        self.command, self.ends = command, ends
+    """Runs the block and notes what goes in and out; its command is a `Run` or `Drive`."""
 
     def __call__(self, *args, **kwargs):
-        call, form = self.call, self.blocks.form
+        call, form, command = self.call, self.blocks.form, self.command
         ran, x = call.ran, form.read_input(*call.own(self, args, kwargs), call.text_tokens)
         if ran is None:
             ran = call.begin_run(x)
         elif call.inputs.adds_between:
             ran.enter(x)
         block = self.block
-        if self.index == self.command.blocks.start:
+        if self.index == command.blocks.start:
             onload(block, unless_leader=True)
-        if isinstance(self.command, Drive):
-            out = call.run_block(self.blocks, self.index, self.command, args, kwargs)
+        if isinstance(command, Drive):
+            out = call.run_block(self.blocks, self.index, command, args, kwargs)
             ran.after = form.read_output(out, call.text_tokens)
             return out
         out = block(*args, **kwargs)
         ran.after = form.read_output(out, call.text_tokens)
-        if self.ends and self.command.kept is not None and any(self.command.kept):
-            return form.write_output(ran.replaced(self.command.kept, self.command.stand_in))
+        if self.index == command.blocks.stop - 1 and command.kept is not None and any(command.kept):
+            return form.write_output(ran.replaced(command.kept, command.stand_in))
         return out
 
 
@@ -259,16 +260,12 @@ class _Look(_Turn):
 
 
 class _Add(_Turn):
-    """Stands for the last of the skipped blocks: adds the stand-in, out of place."""
-
-    def __init__(self, call: Call, blocks: DrivenBlocks, index: int, stand_in: Stream) -> None:
-        super().__init__(call, blocks, index)
-        self.stand_in = stand_in
+    """Stands for the last of the skipped blocks: adds the `Skip`'s stand-in, out of place."""
 
     def __call__(self, *args, **kwargs):
         form, call = self.blocks.form, self.call
         x = form.read_input(*call.own(self, args, kwargs), call.text_tokens)
-        return form.write_output(x + self.stand_in)
+        return form.write_output(x + self.command.stand_in)
 
 
 class _Pass(_Turn):

@@ -16,7 +16,7 @@ from h2cache.memory import Memory, Slot
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import SmartThreshold, below
 from h2cache.program import Program, Run, Skip, Stage
-from h2cache.similarity import pooled_summary, pooling_window
+from h2cache.similarity import pooling_window
 
 
 @dataclass(frozen=True)
@@ -143,8 +143,7 @@ class H2Cache(Method):
             head = yield Run(stage.head)  # 1: a stage's head always runs
             change, thresholds, forced = None, None, all(hit) and cfg.force_detail_hit
             if not forced:  # 2: a structure hit forces the detail hit, without a look
-                measured = stage.measured(head)
-                summary = pooled_summary(measured, *pool, memory.tokens(measured))
+                summary = memory.pooled(stage.measured(head), *pool)
                 change = slot.compare(summary, per_sample=cfg.reduce == "sample")
                 thresholds = self._thresholds(tau, stage, memory)
                 hit = self._hits(hit, change, thresholds, slot, stage, memory)

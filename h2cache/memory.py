@@ -8,18 +8,18 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from h2cache.parallel import Group
+from h2cache.parallel import Group, Tokens
 from h2cache.predictors import Predictor
 from h2cache.program import Stage, Stream
 from h2cache.records import StepRecord
 from h2cache.schedule import TRAINED, Course, Schedule
-from h2cache.similarity import difference, magnitude, sample_mask
+from h2cache.similarity import difference, magnitude, pooled_summary, sample_mask
 
 State = TypeVar("State")
 Kept = TypeVar("Kept", bound=Predictor)
@@ -78,23 +78,23 @@ class Slot(Generic[Kept]):
 
 def bytes_of(held: Any) -> int:
     """Bytes of all tensors in `held`, each counted once."""
-    return sum(t.nbytes for t in {id(t): t for t in _tensors(held)}.values())
-
-
-def _tensors(held: Any) -> Iterator[Tensor]:
-    if isinstance(held, Tensor):
-        yield held
-    elif isinstance(held, Stream):
-        yield from _tensors([held.img, held.txt])
-    elif isinstance(held, dict):
-        yield from _tensors(list(held.values()))
-    elif isinstance(held, (list, tuple)):
-        for item in held:
-            yield from _tensors(item)
-    elif hasattr(held, "outputs_kept"):  # it says which of its parts hold tensors: the others are many
-        yield from _tensors(held.outputs_kept)
-    elif hasattr(held, "__dict__") and not isinstance(held, (type, torch.nn.Module)):
-        yield from _tensors(vars(held))
+    found: dict[int, Tensor] = {}
+    left = [held]
+    while left:
+        one = left.pop()
+        if isinstance(one, Tensor):
+            found[id(one)] = one
+        elif isinstance(one, Stream):
+            left += one.img, one.txt
+        elif isinstance(one, dict):
+            left += one.values()
+        elif isinstance(one, (list, tuple)):
+            left += one
+        elif hasattr(one, "outputs_kept"):  # it says which of its parts hold tensors: the others are many
+            left.append(one.outputs_kept)
+        elif hasattr(one, "__dict__") and not isinstance(one, (type, torch.nn.Module)):
+            left += vars(one).values()
+    return sum(tensor.nbytes for tensor in found.values())
 
 
 def _first(values: Tensor) -> Tensor:
@@ -116,7 +116,7 @@ class Memory:
     ) -> None:
         self._request, self.branch, self.batch = request, branch, batch
         self.group = group  # the processes that draw this picture together; None: this one alone
-        self.more = 0  # tokens that are drawn in all processes, than this one has, times their number
+        self.spread: Tokens | None = None  # over these processes; None: each has all
         self.targets = targets  # the image tokens that are drawn and compared; None: all
         self._guided = guided  # the batch is [cond, uncond], and both halves share each decision
         self.slots: dict[str, Slot[Any]] = {}
@@ -253,8 +253,10 @@ class Memory:
 
         That is so before the last `states` steps of the warm-up, as many as a predictor holds, and among the
         last steps. Answered without a wait, from the count of steps: where that is wrong another request has
-        begun, and its first step computes.
+        begun, and its first step computes. Several processes always look: so they see if one starts afresh.
         """
+        if self.group is not None:
+            return False
         early = self._step < warmup_steps - states
         return early or (last_steps > 0 and self._step >= self.total_steps - last_steps)
 
@@ -270,10 +272,11 @@ class Memory:
         """`values`, sums over the tokens at hand, summed over all processes; only their ratios count."""
         return values if self.group is None else self.group.total(values)
 
-    def tokens(self, features: Tensor) -> int:
-        """How many tokens all processes' `features` (B, tokens, C) have, which are compared."""
-        own = features.shape[1]
-        return own if self.group is None else own * self.group.size + self.more
+    def pooled(self, features: Tensor, target: int, least: int = 1) -> Tensor:
+        """`pooled_summary` of the whole picture; of several processes, the windows that this one counts."""
+        if self.spread is None:
+            return pooled_summary(features, target, least)
+        return self.spread.pooled(features, target, least)
 
     def read(self, values: Tensor, marks: Tensor | None = None) -> list[float] | None:
         """`values` (n,) on the host, with the timestep in the same copy; None if that shows a new request.

@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from h2cache.engines.base import Engine, class_names
+from h2cache.similarity import average, pooling_window
 
 _SHARDED = "FullyShardedDataParallel", "FSDPModule"  # PyTorch's first and second way
 STREAM, TEXT = "hidden_states", "encoder_hidden_states"  # as diffusers' plans name them
@@ -73,20 +76,91 @@ class Group:
         """Whether all processes were at the same step: the variance of their marks is zero."""
         return len(self.ranks) * total[1] == total[0] ** 2
 
-    def part(self, count: int) -> range:
-        """Which of `count` tokens this process has, as diffusers divides them."""
-        if not self.divided:
-            return range(count)
-        rank, (least, more) = dist.get_rank(self.processes), divmod(count, self.size)
+    @property
+    def rank(self) -> int:
+        """This process's number in the group, from 0."""
+        return dist.get_rank(self.processes) if self.divided else 0
+
+    def part(self, count: int, rank: int | None = None) -> range:
+        """Which of `count` tokens process `rank` has, as diffusers divides them; None: this one."""
+        rank, (least, more) = self.rank if rank is None else rank, divmod(count, self.size)
         start = rank * least + min(rank, more)
         return range(start, start + least + (rank < more))
 
-    def part_of(self, drawn: slice, count: int) -> tuple[slice, int]:
-        """Which of this process's tokens are among the `drawn` ones of all `count`, and `Memory.more`."""
-        own, wanted = self.part(count), range(count)[drawn]
-        start = min(max(wanted.start, own.start), own.stop)
-        stop = max(min(wanted.stop, own.stop), start)
-        return slice(start - own.start, stop - own.start), len(wanted) - (stop - start) * self.size
+
+@dataclass
+class Tokens:
+    """Which tokens of a picture each process of `group` has.
+
+    image, text: how many all have together. drawn: the image tokens that are compared; None: all.
+    """
+
+    group: Group
+    image: int
+    text: int
+    drawn: slice | None
+
+    @property
+    def targets(self) -> slice | None:
+        """Those of this process's image tokens that are drawn; None: all."""
+        if self.drawn is None:
+            return None
+        start, drawn = self.group.part(self.image).start, self._drawn(self.group.rank)
+        return slice(drawn.start - start, drawn.stop - start)
+
+    def pooled(self, features: Tensor, target: int, least: int = 1) -> Tensor:
+        """This process's part of the `pooled_summary` of all tokens, where `features` has its own.
+
+        A window over tokens of several processes is summed over all, which takes an all-reduce; the first
+        process keeps it, so that it counts once.
+        """
+        rank, joint = self.group.rank, features.shape[1] > len(self._drawn(self.group.rank))
+        runs = [self._compared(rank, joint) for rank in range(self.group.size)]
+        if sum(map(len, runs[rank])) != features.shape[1]:
+            raise RuntimeError(
+                f"process {rank} compares {features.shape[1]} tokens and should have {runs[rank]} of "
+                f"{self.image} image and {self.text} text tokens: use the transformer's own _cp_plan"
+            )
+        k = pooling_window(total := sum(map(len, chain(*runs))), target, least)
+        if k <= 1:
+            return features
+        ends = {end for run in chain(*runs) for end in (run.start, run.stop)}
+        shared = sorted({end // k for end in ends if end % k and end // k < total // k})
+        pieces = features.split([len(run) for run in runs[rank]], dim=1)
+        own = list(zip(runs[rank], pieces, strict=True))
+        windows = [piece[:, _inside(run, k, total)] for run, piece in own]
+        summaries = [average(piece, k) for piece in windows if piece.shape[1]]
+        if shared:
+            sums = torch.stack([_sum_of(*own[0], n, k) + _sum_of(*own[1], n, k) for n in shared], 1)
+            together = self.group.total(average(sums, 1, k) / k)
+            summaries.append(together[:, : None if rank == 0 else 0].to(features.dtype))
+        return torch.cat(summaries, 1) if summaries else features[:, :0]
+
+    def _drawn(self, rank: int) -> range:
+        """Those of process `rank`'s image tokens that are drawn, numbered through all."""
+        own, drawn = self.group.part(self.image, rank), range(self.image)[self.drawn or slice(None)]
+        start = min(max(drawn.start, own.start), own.stop)
+        return range(start, max(min(drawn.stop, own.stop), start))
+
+    def _compared(self, rank: int, joint: bool) -> list[range]:
+        """The tokens that process `rank` compares, numbered as in one process: text first, where `joint`."""
+        text, drawn = self.text if joint else 0, self._drawn(rank)
+        moved = text - range(self.image)[self.drawn or slice(None)].start
+        if not drawn:
+            return [self.group.part(text, rank), range(0)]
+        return [self.group.part(text, rank), range(drawn.start + moved, drawn.stop + moved)]
+
+
+def _inside(run: range, k: int, total: int) -> slice:
+    """Which tokens of `run` are in windows of `k` that are wholly in it; at the end of all, none is begun."""
+    start, stop = -(-run.start // k) * k, min(run.stop, total) // k * k
+    return slice(start - run.start, max(start, stop) - run.start)
+
+
+def _sum_of(run: range, piece: Tensor, window: int, k: int) -> Tensor:
+    """The sum of the tokens of `run`, which are in `piece` (B, tokens, C), that lie in a window: (B, C)."""
+    start, stop = max(window * k, run.start), min(window * k + k, run.stop)
+    return piece[:, start - run.start : max(start, stop) - run.start].sum(1, dtype=torch.float32)
 
 
 Cut = Callable[..., tuple[tuple, dict]]  # (module, *args, **kwargs) to the arguments of this process's tokens

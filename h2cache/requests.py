@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from h2cache.engines.base import Inputs
 from h2cache.memory import Memory, Request
-from h2cache.parallel import Group
+from h2cache.parallel import Group, Tokens
 from h2cache.schedule import Schedule, calling_pipeline, local_of
 
 MOST_BRANCHES = 4  # calls at one step that a pipeline may make without naming them
@@ -231,8 +231,9 @@ class Requests:
             group = None if denoiser is None else Group.of(denoiser)
             batch, guided, drawn = inputs.latents.shape[0], guides and inputs.guided(), inputs.targets()
             memory = request.memories[branch] = Memory(request, branch, batch, drawn, guided, group)
-            if group is not None and drawn is not None:
-                memory.targets, memory.more = group.part_of(drawn, inputs.latents.shape[1])
+            if group is not None and group.divided:  # image tokens of latents that are none: see `Call.own`
+                memory.spread = Tokens(group, inputs.latents.shape[1], inputs.text_tokens, drawn)
+                memory.targets = memory.spread.targets
             request.signatures[branch] = _signature(inputs)
             request.texts[branch] = inputs.text
         request.latents[branch] = inputs.latents if request.schedule is None else None

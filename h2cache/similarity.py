@@ -16,19 +16,21 @@ def pooling_window(tokens: int, target: int, least: int = 1) -> int:
     return min(max(least, tokens // target), tokens)
 
 
-def pooled_summary(features: Tensor, target: int, least: int = 1, tokens: int | None = None) -> Tensor:
+def pooled_summary(features: Tensor, target: int, least: int = 1) -> Tensor:
     """Average-pool `features` (B, tokens, C) with a square window over neighbouring tokens and channels.
 
     The window is k = `pooling_window(tokens, target, least)`, its stride is k too; incomplete windows at the
     end of either axis are dropped. With k = 1 the tensor itself comes back. Returns
     (B, tokens // k, C // k), same dtype.
-    tokens: of the whole picture, where `features` has only this process's.
     """
-    own, channels = features.shape[1:]
-    k = min(pooling_window(own if tokens is None else tokens, target, least), own)
-    if k <= 1:
-        return features
-    return F.avg_pool2d(features.unsqueeze(1), (k, min(k, channels))).squeeze(1)
+    k = pooling_window(features.shape[1], target, least)
+    return features if k <= 1 else average(features, k)
+
+
+def average(features: Tensor, tokens: int, channels: int | None = None) -> Tensor:
+    """Means of `features` (B, tokens, C) over windows of so many tokens and channels; None: as many."""
+    window = tokens, min(tokens if channels is None else channels, features.shape[2])
+    return F.avg_pool2d(features.unsqueeze(1), window).squeeze(1)
 
 
 def magnitude(features: Tensor, per_sample: bool = True) -> Tensor:

@@ -89,6 +89,7 @@ def tune(
     held_out: Sequence[Prompt] = (),
     method: str = "plan",
     speedup: float | None = None,
+    trials: int | None = None,
     seed: int = 0,
     save: str | Path | None = None,
     progress: bool = True,
@@ -100,13 +101,17 @@ def tune(
     held_out: other prompts, on which the result is measured too. method="plan": the evaluated steps for each
     of `speedups`; the result is kept in the user's cache folder (or `save`), where
     `enable(pipe, speedup=5)` and `enable(pipe, psnr=40)` find it, and a search that was stopped goes on
-    there. Another method: its thresholds for `speedup`, returned as a `Found`. call: arguments of every call,
-    such as num_inference_steps, height and width.
+    there. trials: the most plans that are tried for a speed; None: until no move gains. Another method: its
+    thresholds for `speedup`, returned as a `Found`. call: arguments of every call, such as
+    num_inference_steps, height and width.
 
-    Raises ValueError without a prompt or with a speed below 1. Ctrl-C ends the search and keeps the best.
+    Raises ValueError without a prompt, with a speed below 1 or fewer than one trial. Ctrl-C ends the search
+    and keeps the best.
     """
     if not prompts:
         raise ValueError("prompts is empty: two to eight are needed")
+    if trials is not None and trials < 1:
+        raise ValueError(f"trials={trials}: at least one plan must be tried, or None for as many as it takes")
     if low := [s for s in (*speedups, speedup or 1.0) if not 1.0 <= s < 1000.0]:
         raise ValueError(
             f"speedup {low[0]} is out of range [1, 1000): it says how many times fewer evaluations"
@@ -116,7 +121,7 @@ def tune(
             if speedup is None:
                 raise ValueError(f"method={method!r} needs a wanted speed, as in speedup=4")
             return _tune_thresholds(Studio(pipe, prompts, call, seed), find_method(method), speedup, progress)
-        return _tune_plan(pipe, prompts, held_out, speedups, seed, save, progress, call)
+        return _tune_plan(pipe, prompts, held_out, speedups, trials, seed, save, progress, call)
     finally:
         disable(pipe)
 
@@ -129,6 +134,7 @@ def _tune_plan(
     prompts: Sequence[Prompt],
     held_out: Sequence[Prompt],
     speedups: Sequence[float],
+    trials: int | None,
     seed: int,
     save: str | Path | None,
     progress: bool,
@@ -150,8 +156,8 @@ def _tune_plan(
     try:
         for count in counts:
             start = PlanConfig(evaluations=count, file="none").choose(course).steps
-            search = _Search(studio, course, log, bar)
-            config = search.better(max((PlanConfig(steps=start, trust=t) for t in TRUSTS), key=search.loss))
+            search = _Search(studio, course, log, bar, math.inf if trials is None else trials)
+            config = search.better(search.best_trust(start))
             seen, unseen = _measure(studio, config), _measure(others, config) if held_out else None
             more = unseen or seen
             held = Quality.of(unseen.values) if unseen else None
@@ -180,10 +186,12 @@ class _Search:
     course: Course
     log: _Log
     bar: tqdm
+    trials: float  # that are left
     best: PlanConfig | None = None
 
     def loss(self, plan: PlanConfig) -> float:
         """Mean PSNR; -inf as soon as that of the best plan is out of reach."""
+        self.trials -= 1
         known, best = self.log.values(plan), self.log.values(self.best) if self.best else {}
         for number in range(len(self.studio.prompts)):
             if number not in known:
@@ -193,6 +201,11 @@ class _Search:
             if behind and len(known) < len(best) and math.fsum(behind) / len(behind) > HOPELESS:
                 return -math.inf
         return math.fsum(known.values()) / len(known)
+
+    def best_trust(self, steps: tuple[int, ...]) -> PlanConfig:
+        """The best plan with these steps."""
+        plans = [PlanConfig(steps=steps, trust=trust) for trust in TRUSTS]
+        return max(plans if self.trials > len(plans) else plans[:1], key=self.loss)
 
     def better(self, start: PlanConfig) -> PlanConfig:
         """Move each evaluated step by one or two as long as the mean gains."""
@@ -209,6 +222,8 @@ class _Search:
                     if not steps[place - 1] < steps[place] < limit:
                         continue
                     plan = replace(start, steps=tuple(steps))
+                    if self.trials <= 0:
+                        return self.best
                     if (tried := self.loss(plan)) > value + GAIN:
                         self.best, value, moved = plan, tried, True
                     self.bar.set_postfix_str(f"{len(steps)} evaluations: {value:.2f} dB")

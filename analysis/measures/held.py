@@ -127,7 +127,7 @@ def table_of_models(methods: list[str]) -> str:
 
 
 def check(methods: list[str], families: list[str]) -> tuple[str, int]:
-    """The bytes of every method on the small models as a table; how many pairs keep more than they say."""
+    """The bytes of every method on the small models, and how many pairs keep more than they say."""
     rows, wrong = [], 0
     for family in progress(families, "model"):
         pipeline, call = FAMILIES[family]()

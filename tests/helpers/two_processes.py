@@ -8,6 +8,8 @@ import json
 import math
 from copy import deepcopy
 from datetime import timedelta
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from diffusers import ContextParallelConfig
 from diffusers.hooks import apply_context_parallel
 from diffusers.hooks.tensor_parallel import _resolve_tp_plan, _styles
+from diffusers.models import attention_dispatch
 from diffusers.models._modeling_parallel import ParallelConfig
 from h2cache.baselines.block_cache import BlockCacheConfig
 from h2cache.baselines.clusca import ClusCaConfig
@@ -32,6 +35,8 @@ from torch.distributed.tensor.parallel import parallelize_module
 import h2cache
 from analysis.tiny_families import FAMILIES
 from h2cache import H2Config, PlanConfig, step_records
+from h2cache.parallel import Group, Tokens
+from h2cache.similarity import magnitude, pooled_summary
 from tests.helpers.toys import make_flux, make_inputs
 
 INF = math.inf
@@ -71,11 +76,12 @@ FAMILY_METHODS = {
 }
 WITH_TENSORS = ("h2cache", "h2cache, DMD", "teacache", "taylorseer", "speca", "h2cache at 0")
 STEPS, WORLD = 8, 2
+ON_CPU = attention_dispatch.AttentionBackendName._NATIVE_MATH  # no other test uses it
 
 
-def divide(model) -> None:
+def divide(model, **how) -> None:
     """Context parallelism over both processes, as `model.enable_parallelism` would."""
-    config = ContextParallelConfig(ulysses_degree=WORLD)
+    config = ContextParallelConfig(**how or {"ulysses_degree": WORLD})
     mesh = init_device_mesh("cpu", config.mesh_shape, mesh_dim_names=config.mesh_dim_names)
     whole = ParallelConfig(context_parallel_config=config)
     whole.setup(dist.get_rank(), WORLD, torch.device("cpu"), mesh=mesh)
@@ -83,7 +89,23 @@ def divide(model) -> None:
     for module in model.modules():
         if hasattr(getattr(module, "processor", None), "_parallel_config"):
             module.processor._parallel_config = whole
+            if config.ring_degree > 1:
+                module.processor._attention_backend = ON_CPU
     apply_context_parallel(model, config, model._cp_plan)
+
+
+@attention_dispatch._AttentionBackendRegistry.register(ON_CPU, supports_context_parallel=True)
+def ring_attention(query, key, value, attn_mask=None, _parallel_config=None, **rest) -> torch.Tensor:
+    """diffusers' ring, with an attention for a CPU that gives the sums which a ring joins parts by."""
+
+    def part(ctx, query, key, value, *rest, **kwargs):
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        return out.transpose(1, 2), lse.transpose(1, 2)
+
+    return attention_dispatch._templated_context_parallel_attention(
+        query, key, value, forward_op=part, backward_op=None, _parallel_config=_parallel_config
+    )
 
 
 def shard(model) -> None:
@@ -98,8 +120,10 @@ def outcomes(target) -> list:
     return [(r.step, r.branch, r.stage, r.outcome, r.blocks_run) for r in step_records(target)]
 
 
-def measures(target) -> list:
-    return [r.measure for r in step_records(target) if r.measure is not None]
+def measures(target) -> dict:
+    """What was measured."""
+    records = step_records(target)
+    return {f"{r.step} {r.branch} {r.stage}": r.measure for r in records if r.measure is not None}
 
 
 def called(model, inputs: dict, step: int, branch: str = "cond") -> torch.Tensor:
@@ -120,7 +144,13 @@ def drawn(model, **inputs) -> torch.Tensor:
 def compared(one: tuple, many: tuple) -> dict:
     """What the test looks at."""
     difference = (many[0] - one[0]).abs().max().item() / one[0].abs().max().item()
-    return {"difference": difference, "alone": one[1], "together": many[1], "measures": many[2]}
+    return {
+        "difference": difference,
+        "alone": one[1],
+        "together": many[1],
+        "measures alone": one[2],
+        "measures": many[2],
+    }
 
 
 def run(model, config, **inputs) -> tuple:
@@ -147,12 +177,22 @@ def toys() -> dict:
     ids = make_inputs()["img_ids"].clone()
     ids[8:, 0] = 1  # a reference image: the second process draws nothing
     found["context, reference"] = compared(*(run(m, METHODS["h2cache"], img_ids=ids) for m in (model, many)))
-    early = deepcopy(model)
-    h2cache.enable(early, METHODS["h2cache"])
-    divide(early)
-    together = drawn(early), outcomes(early), measures(early)
-    found["context, enabled before"] = compared(run(model, METHODS["h2cache"]), together)
-    found["doubting"] = doubting(many)
+    found |= windows(model)
+    alone = run(model, METHODS["h2cache"])
+    for name, spread in {
+        "ulysses": divide,
+        "ring": partial(divide, ring_degree=WORLD),
+        "tensor": shard,
+    }.items():
+        early = deepcopy(model)
+        h2cache.enable(early, METHODS["h2cache"])
+        spread(early)
+        together = drawn(early), outcomes(early), measures(early)
+        found[f"{name}, enabled before"] = compared(alone, together)
+    found["uneven"] = uneven()
+    found["doubting"] = doubting(many, warmup=1)
+    found["doubting in the warm-up"] = doubting(many, warmup=5)
+    found["context, after one that was broken off"] = interrupted(many)
     found["clusters"] = refusal(many, ClusCaConfig())
     found["branches"] = guided(model)
     mesh = init_device_mesh("cpu", (WORLD,))
@@ -162,9 +202,46 @@ def toys() -> dict:
     return found
 
 
-def doubting(model) -> list:
+def windows(model) -> dict:
+    """Tokens of a process that are no multiple of a check's window, by Ulysses and by ring."""
+    found = {}
+    shapes = {"22 tokens": (22, 10, None), "18 tokens": (18, 6, None), "a reference": (18, 6, 11)}
+    for way in ("ulysses", "ring"):
+        many = deepcopy(model)
+        divide(many, **{f"{way}_degree": WORLD})
+        for (name, (image, text, drawn)), window in product(shapes.items(), (3, 5)):
+            inputs = make_inputs(batch=2, tokens=image, text=text)
+            if drawn:
+                inputs["img_ids"][drawn:, 0] = 1
+            config = H2Config(tau1=0.4, tau2=0.4, window1=window, window2=2 * window)
+            both = (run(m, config, **inputs) for m in (model, many))
+            found[f"{way}, {name}, windows of {window}"] = compared(*both)
+    return found
+
+
+def uneven() -> float:
+    """How far the sums of pooled windows are from those of one process, where shares differ in size.
+
+    No model: diffusers gathers such shares by a call that gloo does not have.
+    """
+    group, worst = Group(dist.group.WORLD, divided=True), 0.0
+    for image, text, drawn in [(17, 0, None), (17, 7, None), (15, 5, slice(0, 6)), (9, 3, slice(4, 9))]:
+        target = range(image)[drawn or slice(None)]
+        whole = torch.randn(2, text + image, 12, generator=torch.Generator().manual_seed(image))
+        compared = torch.cat([whole[:, :text], whole[:, text:][:, target.start : target.stop]], 1)
+        tokens = Tokens(group, image, text, drawn)
+        mine = [whole[:, list(group.part(text))], whole[:, [text + n for n in group.part(image)]]]
+        own = torch.cat([mine[0], mine[1][:, tokens.targets or slice(None)]], 1)
+        for window in range(1, 9):
+            sums = group.total(magnitude(tokens.pooled(own, 100, window)))
+            alone = magnitude(pooled_summary(compared, 100, window))
+            worst = max(worst, ((sums - alone) / alone).abs().max().item())
+    return worst
+
+
+def doubting(model, warmup: int) -> list:
     """One process forgets in mid-run: what both then do."""
-    config, inputs, seen = H2Config(tau1=INF, tau2=INF, warmup_steps=1), make_inputs(text=8), []
+    config, inputs, seen = H2Config(tau1=INF, tau2=INF, warmup_steps=warmup), make_inputs(text=8), []
     h2cache.enable(model, config)
     for n in range(6):
         if n == 3 and dist.get_rank() == 1:
@@ -173,6 +250,27 @@ def doubting(model) -> list:
         seen.append((step_records(model)[-1].step, step_records(model)[-1].outcome))
     h2cache.disable(model)
     return seen
+
+
+def interrupted(model) -> dict:
+    """A request that is broken off in mid-forward on both, and the next one, against that one alone."""
+
+    def stop(*args) -> None:
+        raise KeyboardInterrupt
+
+    config = METHODS["h2cache"]
+    alone = run(model, config)
+    h2cache.enable(model, config, steps=STEPS)
+    for n in range(3):
+        called(model, make_inputs(batch=2, text=8), n)
+    handle = model.single_transformer_blocks[0].register_forward_pre_hook(stop)  # a stage's head: it runs
+    try:
+        called(model, make_inputs(batch=2, text=8), 3)
+    except KeyboardInterrupt:
+        handle.remove()
+    again = drawn(model), outcomes(model), measures(model)
+    h2cache.disable(model)
+    return compared(alone, again)
 
 
 def refusal(model, config) -> str:

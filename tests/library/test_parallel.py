@@ -37,6 +37,8 @@ def test_every_method_decides_the_same_on_both_processes_as_on_one(pictures):
     for name, (first, second) in pictures.items():
         assert first["together"] == second["together"] == first["alone"], name
         assert first["measures"] == second["measures"], name
+        alone = first["measures alone"]  # one process does not look where nothing is to be decided
+        assert {at: first["measures"][at] for at in alone} == pytest.approx(alone, rel=1e-4), name
 
 
 def test_the_picture_is_that_of_one_process(pictures):
@@ -60,6 +62,12 @@ def test_at_zero_the_picture_is_the_uncached_one_bit_for_bit(found):
 def test_if_one_process_forgets_both_start_afresh(found):
     fresh = [[0, "miss"], [1, "forced"], [2, "forced"]]
     assert [case["doubting"] for case in found] == [fresh * 2, fresh * 2]
+    warming = [[n, "miss"] for n in range(3)]
+    assert [case["doubting in the warm-up"] for case in found] == [warming * 2, warming * 2]
+
+
+def test_windows_over_shares_of_different_sizes_sum_up_to_those_of_one_process(found):
+    assert max(case["uneven"] for case in found) < 1e-6
 
 
 def test_guidance_branches_on_two_processes_need_no_agreement(found):

@@ -54,11 +54,24 @@ def found(searched, tmp_path):
 def test_a_search_never_ends_below_its_start(tiny, found):
     studio = tuning.Studio(tiny, PROMPTS, CALL, 0)
     for plan in found.plans:
-        both = PlanConfig(steps=plan.steps), PlanConfig(evaluations=plan.evaluations, file="none")
+        both = (
+            PlanConfig(steps=plan.steps, trust=plan.trust),
+            PlanConfig(evaluations=plan.evaluations, file="none"),
+        )
         best, start = (sum(studio.fidelity(n, config) for n in (0, 1)) for config in both)
         assert best >= start
         assert plan.held_out.pictures == 1
     assert [plan.evaluations for plan in found.plans] == [3, 5]
+
+
+def test_a_search_with_one_trial_keeps_the_default_grid(tiny, tmp_path):
+    found = h2cache.tune(
+        tiny, PROMPTS[:1], speedups=(2,), trials=1, save=tmp_path / "one.json", progress=False, **CALL
+    )
+    h2cache.enable(tiny, PlanConfig(speedup=2, file="none"))
+    draw(tiny)
+    assert found.plans[0].steps == h2cache.summary(tiny).evaluated
+    assert found.plans[0].trust is None
 
 
 def test_a_plan_is_found_again_by_its_speed(tiny, found):
