@@ -16,10 +16,16 @@ from analysis.drawing.transformer import random_flux, random_inputs
 from h2cache import MethodConfig, find_method, method_names
 
 INF = math.inf
-OFF = {"tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1, "max_drafts": 0, "speedup": 1.0}
+OFF = {
+    "tau1": 0.0, "tau2": 0.0, "threshold": 0.0, "interval": 1, "max_drafts": 0, "speedup": 1.0, "budget": 99,
+    "window": 1.0, "growth": 0.0,
+}  # fmt: skip
 FITTED = {  # random weights have no constants of their own
     "coefficients": (0.0, 0.0, 0.0, 1.0, 0.0),
     "ratios": (1.0, 1.02, 0.98, 0.95),
+    "times": (0.0, 1.0),
+    "by_latents": (1.0, 1.0),
+    "by_time": (2.0, 1.0),
 }
 NARROW = {
     "in_channels": 16, "attention_head_dim": 32, "num_attention_heads": 2, "joint_attention_dim": 48,
@@ -29,6 +35,7 @@ SKIPPING = [name for name in method_names() if find_method(name).reuses]
 SOME_HITS = {  # as many skipped as computed steps, from the start
     "tau1": INF, "tau2": INF, "threshold": INF, "max_consecutive_hits": 1, "interval": 2, "warmup_steps": 1,
     "retention": 0.0, "min_drafts": 1, "max_drafts": 1, "speedup": 2.0, "file": "none",
+    "budget": 4, "early_threshold": INF,
 }  # fmt: skip
 
 

@@ -53,6 +53,7 @@ FILES = ["none", "README.md/x"]
 BAD = {  # option: values that it cannot take
     "--batch": COUNTS,
     "--burst": COUNTS,
+    "--check": ["", "nope"],
     "--checkpoint": ["", "x.bin", "x.safetensors"],
     "--clip": ["./none", "tests"],
     "--converged": COUNTS,
@@ -75,6 +76,7 @@ BAD = {  # option: values that it cannot take
     "--itemsize": COUNTS,
     "--label": ["nope"],
     "--limit": COUNTS,
+    "--trials": COUNTS,
     "--processes": COUNTS,
     "--lora": ["", "none.safetensors", "a/none.safetensors", "./none.safetensors", "x.bin", "a/b/c/d"],
     "--lora-scale": ["nan", "inf", "x", "0.5"],
