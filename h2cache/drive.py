@@ -199,8 +199,9 @@ class Call:
 
     def look(self, seen: Tensor) -> None:
         """Hand the program what it wished to see, of the image tokens that are drawn."""
-        targets = self.memory.targets
-        self.command = self._of_blocks(self.program.send(seen if targets is None else seen[:, targets]))
+        if (targets := self.memory.targets) is not None:
+            seen = seen[:, targets].clone()  # who keeps it must not keep the others with it
+        self.command = self._of_blocks(self.program.send(seen))
 
     def _of_blocks(self, wish: Command | Latents | Forward | Stand) -> Command:
         """A method's wish about blocks; RuntimeError for what only a method without stages may ask."""

@@ -47,7 +47,7 @@ class Outputs:
     ) -> None:
         self.course, self.steps, self.end, self.target = course, tuple(steps), end, target
         self.measured = trust is None
-        self.trust: Factor = FIRST_TRUST if trust is None else float(trust)
+        self._follow(FIRST_TRUST if trust is None else float(trust))
         self.kept: dict[int, Parts] = {}  # the newest two by step, oldest first
         self.owed: Parts | None = None  # what the next gap has to add to the sample
 
@@ -68,7 +68,7 @@ class Outputs:
         newest, lean, room = self.kept[here], self._lean(step), self._room(here)
         sums = [part.to(torch.float32, copy=True) for part in newest]  # whoever gets it may write into it
         if lean:
-            reach, before = 1 + self.trust**2 * lean, self.kept[min(self.kept)]
+            reach, before = 1 + self.followed * lean, self.kept[min(self.kept)]
             sums = [
                 torch.lerp(before[n].float(), part, each(reach, newest, n)) for n, part in enumerate(sums)
             ]
@@ -86,15 +86,19 @@ class Outputs:
         if self.target == "ode" and len(ahead) > 1:  # what a sum over the sampler's own steps leaves out
             nodes = [*self.kept]
             missing = total((1.0, self._integral(nodes, ahead)), (-1.0, self._sum(nodes, ahead)))
-            self._owe(self.kept, missing, self.trust**2)
+            self._owe(self.kept, missing, self.followed)
         return error
 
     def replan(self, step: int, steps: Sequence[int], trust: float | None) -> None:
         """Evaluate other steps after `step`."""
         self.steps = (*(s for s in self.steps if s <= step), *steps)
         if trust is not None:
-            self.trust = trust
+            self._follow(float(trust))
         self.measured = trust is None
+
+    def _follow(self, trust: Factor) -> None:
+        """Trust lines so far, from here on: a number, or (B,)."""
+        self.trust, self.followed = trust, trust**2
 
     def _settle(self, step: int, output: Parts) -> Tensor | None:
         """See what the gap before `step` got wrong, by the parabola through its ends and the one before."""
@@ -102,9 +106,10 @@ class Outputs:
         gap, add = range(here, step), self._integral if self.target == "ode" else self._sum
         wrong = total((1.0, add([*outputs], gap)), (-1.0, add([*self.kept], gap)))
         leant = total((1.0, add([*self.kept], gap)), (-1.0, add([here], gap)))
-        followed = self.trust**2
+        followed = self.followed
         if self.measured and self._lean(step):
-            self.trust = (cosine((outputs[before], outputs[here], output)) / STRAIGHT).clamp(max=1.0)
+            straight = cosine((outputs[before], outputs[here], output))
+            self._follow((straight / STRAIGHT).clamp(max=1.0))
         if self._room(here):
             self.owed = None  # it was paid in this gap
         paid = (1 + self.trust) / 2

@@ -68,8 +68,12 @@ class Inputs:
     guided: Callable[[], bool] = lambda: False  # batch is [cond, uncond]: one decision for both halves; ditto
 
     def drawn(self, targets: slice | None) -> Tensor:
-        """The latents without the tokens of a reference image; targets: the drawn tokens, None: all."""
-        return self.latents if targets is None or self.latents.ndim != 3 else self.latents[:, targets]
+        """The latents without the tokens of a reference image; targets: the drawn tokens, None: all.
+
+        A copy of its own where some are left out: who keeps it must not keep the others with it.
+        """
+        whole = targets is None or self.latents.ndim != 3
+        return self.latents if whole else self.latents[:, targets].clone()
 
     @property
     def text_tokens(self) -> int:
