@@ -96,6 +96,7 @@ BAD = {  # option: values that it cannot take
     "--psnr": ["nan", "x"],
     "--records": FILES,
     "--rounds": COUNTS,
+    "--sampler": ["nope", "", "ddim"],
     "--seed": ["nan", "1.5", "x", "", "-99999999999999999999", "99999999999999999999"],
     "--set": ["tau1", "=", "colour=red", "tau1=nan", "tau1=x", "tau1=-1", "pool1=x"],
     "--shard": ["2/2", "x", "-1/2", "1/0"],
