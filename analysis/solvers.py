@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 import h2cache
 from analysis.cli import figure_script, shipped
 from analysis.drawing.prompts import Prompt

@@ -1,4 +1,4 @@
-"""Other samplers for a pipeline, by a short name: diffusers' own, with the settings of the one it came with."""
+"""Other samplers for a pipeline, by a short name: diffusers' own, set as the one it came with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}  # of tho
 
 
 class FlowMatchHeun(FlowMatchHeunDiscreteScheduler):
-    """diffusers' Heun, which FLUX's pipelines can call too: they give sigmas, not used, and a shift by size."""
+    """diffusers' Heun, for FLUX's pipelines too: they give sigmas, which are not used, and a shift."""
 
     def set_timesteps(
         self,
