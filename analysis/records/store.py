@@ -74,7 +74,9 @@ def locked(path: Path, patience: float = PATIENCE) -> Iterator[None]:
     lock, until = path.with_name(f".{path.name}.lock"), time.monotonic() + patience
     while (file := _take(lock)) is None:
         if time.monotonic() > until:
-            holder = lock.read_text(encoding="utf-8") if lock.is_file() else "another process"
+            holder = "another process"
+            with suppress(OSError):  # which may let go of it just now
+                holder = lock.read_text(encoding="utf-8") or holder
             raise TimeoutError(f"{path.parent}: {holder} writes there: end it or wait, or give another --out")
         time.sleep(0.02)
     try:
