@@ -1,7 +1,8 @@
 """Work that several processes share, on one machine or on many that see one folder.
 
-Where all items are known at the start they send no messages. A process takes an item by locking a file and holds the lock while it works, so a fast
-one takes more of them. One that dies holds nothing: another takes its item, or the next run does.
+Where all items are known at the start they send no messages. A process takes an item by locking a file and
+holds the lock while it works, so a fast one takes more of them. One that dies holds nothing: another takes
+its item, or the next run does.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def own_device() -> str:
 
 
 def joined() -> Any:
-    """The group of all processes that a launcher started, for messages on the CPU; None: this one is alone."""
+    """The group of all processes that a launcher started, for messages; None: this one is alone."""
     if not is_one_of_many():
         return None
     dist.init_process_group("gloo", timeout=LONGEST)

@@ -60,7 +60,12 @@ class Studio:
     """
 
     def __init__(
-        self, pipe: Any, prompts: Sequence[Prompt], call: dict[str, Any], seed: int, share: Share | None = None
+        self,
+        pipe: Any,
+        prompts: Sequence[Prompt],
+        call: dict[str, Any],
+        seed: int,
+        share: Share | None = None,
     ) -> None:
         self.pipe, self.prompts, self.call, self.seed = pipe, list(prompts), call, seed
         self.share = share or Share(None)
@@ -99,9 +104,8 @@ class Share:
 
     def __init__(self, group: Any) -> None:
         self.group = group
-        self.size, self.rank = (
-            (1, 0) if group is None else (dist.get_world_size(group), dist.get_rank(group))
-        )
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
 
     @property
     def is_first(self) -> bool:
@@ -255,8 +259,9 @@ class _Search:
         count, behind = len(self.studio.prompts), 0.0
         for number in range(count):
             if number not in known:
-                some = [n for n in range(number, min(number + self.studio.share.size, count)) if n not in known]
-                found = self.studio.share.each(some, lambda n: self.studio.fidelity(n, plan))
+                next_ones = range(number, min(number + self.studio.share.size, count))
+                missing = [n for n in next_ones if n not in known]
+                found = self.studio.share.each(missing, lambda n: self.studio.fidelity(n, plan))
                 self.log.note(plan, found)
             behind += best[number] - known[number] if best else 0.0
             if number + 1 < count and behind / (number + 1) > HOPELESS:

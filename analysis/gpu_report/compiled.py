@@ -99,8 +99,8 @@ def blocks(ctx: Context, options: dict) -> Iterator[dict]:
     plain = draw(loop, inputs, config)  # not compiled
     h2cache.disable(loop)
     loop.transformer.compile_repeated_blocks(**options)
-    # The first request compiles, and its first step does so for a block's static strides: later steps take the
-    # graph for any strides, which may add up in another order. So what is compared with is drawn after it.
+    # The first request compiles. Its first step takes a graph for fixed strides, later ones that for any
+    # strides, which may add up in another order: so what is compared with is drawn after it.
     first = draw(loop, inputs, None)
     yield {"what": "uncached", **graphs()}
     right = draw(loop, inputs, None)
