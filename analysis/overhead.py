@@ -1,4 +1,4 @@
-r"""What a cache costs by itself: steps with hits against head blocks alone, with misses against uncached ones.
+r"""What a cache costs by itself: steps with hits against head blocks alone, with misses against uncached.
 
     python -m analysis.overhead                                   # the embedded model
     python -m analysis.overhead --width 3072 --heads 24 --tokens 4096 --text 512 --device cuda \

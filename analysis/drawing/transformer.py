@@ -78,7 +78,7 @@ def random_flux(
 
 
 def only_heads(model: FluxTransformer2DModel, single: int = 1) -> FluxTransformer2DModel:
-    """The same weights, of the blocks only the first of each stage; single: 0 leaves that of the second out."""
+    """The same weights with the first block of each stage only; single: 0 leaves the second one out."""
     config = dict(model.config, num_layers=1, num_single_layers=single)
     with torch.device("meta"):
         heads = FluxTransformer2DModel.from_config(config)
