@@ -13,6 +13,7 @@ import pytest
 
 import run as script
 from analysis import tune
+from analysis.efficiency import Timed
 from analysis.records import store
 from tests.helpers.served import ended, started
 
@@ -115,3 +116,12 @@ def test_a_search_that_lost_a_process_ends_and_goes_on_later(tmp_path, alone, ca
     assert list(tmp_path.glob(".plans-*.jsonl"))
     assert tune.main(command) == 0
     assert json.loads(path.read_text()) == alone
+
+
+def test_efficiency_is_over_the_first_and_loading_stands_apart():
+    one = Timed(processes=1, loaded=5.0, ended=25.0, pictures=20, drawing=19.0)
+    two = Timed(processes=2, loaded=5.0, ended=15.0, pictures=20, drawing=19.0)
+    row = two.row(one)
+    assert row["efficiency"] == pytest.approx(1.0)
+    assert row["with loading"] == pytest.approx((20 / 15 / 2) / (20 / 25))
+    assert row["share of loading, %"] == pytest.approx(100 / 3)
