@@ -54,7 +54,7 @@ class Gallery:
     resume: bool = False
     further: dict[str, Any] = field(default_factory=dict)  # settings that records must tell apart, as JSON
     rows: dict[str, dict] = field(init=False)
-    _size: int = field(init=False, default=-1)  # of the records, when they were read
+    _known: tuple[int, int] = field(init=False, default=(0, 0))  # what has been read of the records
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -124,14 +124,15 @@ class Gallery:
         self, prompt: Prompt, uncached: MethodConfig | None, configs: list[MethodConfig], seed: int
     ) -> bool:
         """Whether all that `row` makes is there: by this process, or by another that writes here too."""
-        self._read_others()
+        others, self._known = store.read_new(self.folder / "records.jsonl", self._known)
+        self.rows |= others
         for config in configs if uncached is None else [uncached, *configs]:
             key, _, path = self._named(prompt, config, seed)
             row = self.rows.get(key, {})
             compared = uncached in (None, config) or row.get("identical") is not None
-            if not (_complete(row) and compared and store.whole_picture(path)):
+            if not (_complete(row) and compared and store.has_end(path)):
                 return False
-        return uncached is None or store.whole_picture(self._compared(prompt, configs, seed)) is not None
+        return uncached is None or store.has_end(self._compared(prompt, configs, seed))
 
     def _named(self, prompt: Prompt, config: MethodConfig, seed: int) -> tuple[str, dict[str, Any], Path]:
         """The key of a picture, what decides how it looks, and its file."""
@@ -156,14 +157,6 @@ class Gallery:
         """The file in which all pictures of `prompt` stand side by side."""
         last = self._named(prompt, configs[-1], seed)[2]
         return last.with_name(f"{last.stem}-compared.png")
-
-    def _read_others(self) -> None:
-        """Read what other processes have written since."""
-        path = self.folder / "records.jsonl"
-        size = path.stat().st_size if path.is_file() else 0
-        if size != self._size:
-            with store.locked(path):  # no half line
-                self._size, self.rows = size, store.read_records(path)
 
 
 def label_of(row: dict) -> str:

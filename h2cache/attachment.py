@@ -63,7 +63,7 @@ def refuse_other_caches(denoiser: nn.Module) -> None:
         raise ValueError(
             "diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first"
         )
-    if getattr(denoiser, "_is_cached", False):
+    if vars(denoiser).get("_is_cached", getattr(type(denoiser), "_is_cached", False)):
         raise ValueError(
             "another library's cache is on the transformer (cache-dit, ParaAttention and nunchaku's "
             "first-block cache mark it so): undo it first, with cache_dit.disable_cache(pipe), or load the "
@@ -194,8 +194,12 @@ class Attachment:
             @contextmanager
             def named(name: str, **kwargs: Any) -> Iterator[None]:
                 """The denoiser's own `cache_context`, with the name of the guidance branch noted."""
-                with own(name, **kwargs), self.requests.named_branch(name):
-                    yield
+                before = self.requests.name_branch(name)
+                try:
+                    with own(name, **kwargs):
+                        yield
+                finally:
+                    self.requests.name_branch(before)
 
             self._place("cache_context", named)
 

@@ -19,7 +19,7 @@ from h2cache.predictors import Predictor
 from h2cache.program import Stage, Stream
 from h2cache.records import StepRecord
 from h2cache.schedule import TRAINED, Course, Schedule
-from h2cache.similarity import difference, magnitude, pooled_summary, sample_mask
+from h2cache.similarity import difference, magnitude, pooled_summary, sample_mask, settled
 
 State = TypeVar("State")
 Kept = TypeVar("Kept", bound=Predictor)
@@ -64,7 +64,7 @@ class Slot(Generic[Kept]):
         """Make `summary` the reference, except for the samples marked in `kept`."""
         if self.reference is not None and any(kept):
             summary = torch.where(sample_mask(kept, summary), self.reference, summary)
-        self.reference, self._scale = summary.detach(), None
+        self.reference, self._scale = settled(summary), None
 
     def count_hits(self, hits: list[bool]) -> None:
         """Note which samples hit, for a limit on hits in a row."""
@@ -286,7 +286,7 @@ class Memory:
         if self._guided and len(values) == self.batch:
             values = values.reshape(2, -1).amax(0).repeat(2)  # NaN stays NaN
         if marks is None and self._pending is None:
-            return values.tolist()  # the one wait of a decision
+            return [values.item()] if values.numel() == 1 else values.tolist()  # the one wait of a decision
         timestep = None if self._pending is None else self._pending.to(values.device)
         parts = [part for part in (values, marks, timestep) if part is not None]
         numbers = torch.cat(parts).tolist()  # the one wait of a decision

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -78,14 +77,10 @@ class Requests:
             self._local.request.release()
         self._local.request, self._local.reason = None, reason
 
-    @contextmanager
-    def named_branch(self, name: str) -> Iterator[None]:
-        """Within it, calls of this thread belong to the guidance branch `name`."""
+    def name_branch(self, name: str | None) -> str | None:
+        """From now on calls of this thread belong to the guidance branch `name`; returns that of before."""
         before, self._local.branch = self._local.branch, name
-        try:
-            yield
-        finally:
-            self._local.branch = before
+        return before
 
     def memory(self, inputs: Inputs) -> Memory:
         """The memory of the branch that a call with `inputs` belongs to; new if in doubt."""

@@ -29,9 +29,9 @@ def calling_pipeline(denoiser: nn.Module) -> Any:
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
+        names = frame.f_code.co_varnames + frame.f_code.co_freevars
         for name in ("self", "components"):  # the latter in diffusers' modular pipelines
-            if name not in code.co_varnames and name not in code.co_freevars:
+            if name not in names:
                 continue
             owner = frame.f_locals.get(name)
             if isinstance(owner, nn.Module) or not hasattr(owner, "scheduler"):
