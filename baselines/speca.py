@@ -30,7 +30,7 @@ from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.predictors import Forecast
 from h2cache.program import Drive, Program, Run, Skip, Stage
 
-TEXT_MLP = "ff_context"  # runs last in a block that has one, and of the last block nobody reads it
+COMPARED = ("total", "ff")  # modules of the last block: both in one, or the image's mlp
 
 
 @dataclass(frozen=True)
@@ -218,9 +218,8 @@ class SpeCa(Method):
         def compare(index: int, name: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
             guess = modules.predict(index, name, forward, args, kwargs)
             real = forward(*args, **kwargs)
-            first, truth = (x if isinstance(x, Tensor) else x[0] for x in (guess, real))
-            if name != TEXT_MLP:  # of the last module before it: the block's end
-                drafts.errors = error_of(first, truth, cfg.measure, cfg.reduce, memory.total)
+            if name in COMPARED:
+                drafts.errors = error_of(guess, real, cfg.measure, cfg.reduce, memory.total)
             return guess if skips else modules.learn(index, name, lambda *_, **__: real, args, kwargs)
 
         yield Drive(range(end - 1, end), compare, counts=True)

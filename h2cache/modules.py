@@ -30,7 +30,8 @@ def count_divided(engine: Engine, transformer: nn.Module) -> int:
 
 
 def check_divisible(engine: Engine, transformer: nn.Module) -> None:
-    """ValueError for compiled blocks."""
+    """ValueError for blocks that are compiled, or that the engine cannot divide as they are."""
+    count_divided(engine, transformer)
     blocks = _blocks(engine, transformer)
     if any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
         raise ValueError(
