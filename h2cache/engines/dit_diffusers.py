@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from h2cache.engines.base import Engine, Inputs, Modules, one_stack, same_halves
 from h2cache.engines.forms import OneStream, argument
@@ -21,7 +21,7 @@ class DiTDiffusers(Engine):
     name = "DiTTransformer2DModel (diffusers)"
     serves = ("DiTTransformer2DModel",)
     cuts = one_stack("transformer_blocks", OneStream())
-    offers = frozenset({"modulated input", "modules"})
+    offers = frozenset({"modulated input", "modules", "output"})
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, H, W)
@@ -45,3 +45,6 @@ class DiTDiffusers(Engine):
                 "set_chunk_feed_forward"
             )
         return Modules({"attn": block.attn1, "ff": block.ff})
+
+    def output_layer(self, transformer: Any) -> nn.Module:
+        return transformer.proj_out_2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from h2cache.engines.base import Engine, Inputs, Modules, one_stack
 from h2cache.engines.divided import double_block
@@ -23,7 +23,7 @@ class QwenImageDiffusers(Engine):
     name = "QwenImageTransformer2DModel (diffusers)"
     serves = ("QwenImageTransformer2DModel",)
     cuts = one_stack("transformer_blocks", TwoStreams(text_first=True))
-    offers = frozenset({"modulated input", "modules"})
+    offers = frozenset({"modulated input", "modules", "output"})
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         controlled = argument(args, kwargs, 7, "controlnet_block_samples") is not None
@@ -48,6 +48,9 @@ class QwenImageDiffusers(Engine):
 
     def modules(self, block: Any) -> Modules:
         return double_block(block.attn, block.img_mlp, block.txt_mlp)
+
+    def output_layer(self, transformer: Any) -> nn.Module:
+        return transformer.proj_out
 
 
 def _drawn(shapes: list) -> slice | None:

@@ -52,7 +52,6 @@ REFUSED = {  # by model: the methods that it refuses with their default settings
     "nunchaku V2": SCHEDULER | MODULES,
     "z_image": MODULES | OUTPUT | LOOK,
 }
-REFUSED |= dict.fromkeys(("hunyuan_image", "hunyuan_video", "qwen_image_edit", "dit"), OUTPUT)
 REFUSED |= dict.fromkeys(("flux2", "flux2_klein_kv", "sd3", "wan22", "wan_vace", "inf_dit"), MODULES | OUTPUT)
 
 
