@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ NEEDS = {
     "blocks": int,
     "blocks_run": int,
     "hits": dict,
-    "steps_recorded": int,
+    "trace": list,
 }
 MEASURED = {"speed_up": None, "psnr": None, "ssim": None, "identical": None}
 
@@ -179,7 +180,8 @@ HEADER = (
 
 def table_line(row: dict) -> str:
     """One record as a line of the table under `HEADER`."""
-    hits = ", ".join(f"{stage} {n}/{row['steps_recorded']}" for stage, n in row["hits"].items())
+    decisions = Counter(step["stage"] for step in row["trace"])  # in all guidance branches
+    hits = ", ".join(f"{stage} {n}/{decisions[stage]}" for stage, n in row["hits"].items())
     speed = f"{row['speed_up']:.2f}x" if row["speed_up"] else "-"
     blocks = f"{row['blocks_run']}/{row['blocks']}"
     likeness = "identical" if row["identical"] else "-"
