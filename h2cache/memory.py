@@ -123,6 +123,7 @@ class Memory:
         self._states: dict[str, Any] = {}
         self.blocks_run: defaultdict[str, int] = defaultdict(int)  # by stage, in the current step
         self.blocks = 1  # of the whole model, for a method that answers for it
+        self.divided = 0  # its first blocks, whose attention and mlp are apart; for a method of modules
         self.bytes_needed: int | None = None  # what the method will keep, reckoned at the first block
         self._step = -1
         self._timestep: float | None = None  # of the newest step whose timestep has been read
