@@ -9,7 +9,7 @@ embedded model than differences between computed features alone (anchor=True). H
 the released code clusters once, at the first skipped step; here every computed step clusters anew.
 Deviations: each request has its own generator, whose numbers serve all images of a batch, so that each
 comes out as it would alone; empty clusters take the token that lies farthest from its centre; clustering in
-float32 with a fixed number of rounds, so that it waits for nothing.
+float32 with a fixed number of rounds, so that it never waits for the device.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ class Memory:
         self.blocks_run: defaultdict[str, int] = defaultdict(int)  # by stage, in the current step
         self.blocks = 1  # of the whole model, for a method that answers for it
         self.divided = 0  # its first blocks, whose attention and mlp are apart; for a method of modules
-        self.bytes_needed: int | None = None  # what the method will keep, reckoned at the first block
+        self.bytes_needed: int | None = None  # what the method will keep, computed at the first block
         self._step = -1
         self._timestep: float | None = None  # of the newest step whose timestep has been read
         self._step_length = 1.0  # how far the timestep fell in the step before this one; 1 at the first
@@ -401,6 +401,8 @@ class Request:
         # this denoiser's first step, and of the newest
         self.course: Course | None = None
         self.controls: tuple[str, ...] = ()  # how far a pipeline's ControlNets act, at each step of `course`
+        self.restarts = 0  # how often the user asked for a step from an empty history
+        self.edited: int | None = None  # newest position before which a callback put in other latents
         self.errors: list[tuple[str, Tensor]] = []  # of forecasts by branch, (B,) each, on the device
         self.estimate: Any = None  # of the fidelity that these errors mean
         self.said: list[str] = []  # by the method, what the user should know
@@ -455,7 +457,7 @@ class Request:
 
     @property
     def bytes_needed(self) -> int:
-        """What the method was reckoned to keep from step to step at most, over all branches."""
+        """What the method keeps from step to step at most by its own computation, over all branches."""
         return sum(memory.bytes_needed or 0 for memory in self.memories.values())
 
     @property

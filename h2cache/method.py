@@ -20,7 +20,7 @@ from h2cache.program import Program, Stage
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The size of a model's hidden states in one guidance branch, to reckon what a method will keep."""
+    """The size of a model's hidden states in one guidance branch, to compute what a method will keep."""
 
     blocks: tuple[int, int]  # with attention and mlp apart, and with both in one: FLUX's double and single
     img: int  # image tokens

@@ -53,6 +53,15 @@ def local_of(pipeline: Any, name: str) -> Any:
     return None
 
 
+def was_edited(pipeline: Any) -> bool:
+    """Whether the callback of the call under way has put other latents in the place of the sampler's.
+
+    Seen where it returns them in a dictionary of its own; one that edits what it was given leaves no trace.
+    """
+    given = local_of(pipeline, "callback_kwargs")
+    return bool(given) and "latents" in given and given["latents"] is not local_of(pipeline, "latents")
+
+
 @dataclass(frozen=True)
 class Course:
     """The noise levels of one pipeline call, known before its first step."""
