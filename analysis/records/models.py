@@ -29,7 +29,7 @@ KEPT = (
     "key", "id", "label", "method", "seed", "seconds", "blocks_run", "blocks", "steps_recorded", "bytes_held",
 )  # fmt: skip
 NEEDS = {"id": str, "label": str, "method": str, "seconds": NUMBER, "blocks_run": int, "psnr": MAYBE}
-FURTHER = ("tuned", "claims")  # drawn later: the tuned plan; lines that some claim needs
+FURTHER = ("tuned", "claims", "modules")  # drawn later: the tuned plan; what some claim needs; by modules
 Rows = list[dict[str, Any]]
 
 
