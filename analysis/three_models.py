@@ -20,10 +20,10 @@ import sys
 from pathlib import Path
 
 from analysis.cli import guarded
-from analysis.figures.models import claims_table, methods_table, steps_tables
+from analysis.figures.models import claims_table, methods_table, samplers_table, steps_tables
 from analysis.options import Parser
 from analysis.records import store
-from analysis.records.models import FURTHER, RECORDS, collect, frozen_rows, read
+from analysis.records.models import FURTHER, RECORDS, collect, frozen_rows, read, sampler_rows
 
 
 def write(out: Path) -> int:
@@ -35,6 +35,10 @@ def write(out: Path) -> int:
         pictures = {m: len({r["id"] for r in rows if r["method"] == m}) for m in ("none", "plan")}
         lines += ["", f"## {model}: {pictures['none']} pictures, {pictures['plan']} by the plan", ""]
         lines += methods_table(model, rows)
+    if rows := sampler_rows():
+        pictures = len({row["id"] for row in rows})
+        lines += ["", f"## tiny_flux under other samplers: {pictures} pictures, PSNR in dB", ""]
+        lines += samplers_table(rows)
     lines += ["", "## Few steps, uncached", *steps_tables(), ""]
     out.mkdir(parents=True, exist_ok=True)
     store.write_atomically(out / "three_models.md", "\n".join(lines).encode())
@@ -43,7 +47,7 @@ def write(out: Path) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
-    parser.add_argument("--collect", type=Path, help="folder (--out) of an experiment")
+    parser.add_argument("--collect", type=Path, nargs="+", metavar="RUN", help="--out of experiments")
     parser.add_argument("--model", choices=RECORDS, help="of --collect")
     parser.add_argument("--beside", choices=FURTHER, help="--collect into a file of its own")
     parser.add_argument("--out", type=Path, default=Path("outputs/three_models"))

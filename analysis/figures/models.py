@@ -6,7 +6,18 @@ from pathlib import Path
 from statistics import fmean, median
 
 from analysis.records import store
-from analysis.records.claims import CLAIMS, RATIOS, SEPARATION, Values, name, stages_differ, values
+from analysis.records.claims import (
+    CLAIMS,
+    FEWER,
+    GRID,
+    RATIOS,
+    SEPARATION,
+    TUNED,
+    Values,
+    name,
+    stages_differ,
+    values,
+)
 from analysis.records.compare import as_table, bootstrap, groups, mean, number
 from analysis.records.models import Rows
 
@@ -64,3 +75,19 @@ def steps_tables() -> list[str]:
     dit = store.read_json(Path("assets/tiny_dit/evaluation.json")) or {"by_steps": {}}
     cells = [[s, f"{r['right']:.1%}", f"{r['frechet']:.2f}"] for s, r in dit["by_steps"].items()]
     return [*lines, "", "tiny_dit, 200 digits:", "", *as_table(("steps", "class right", "Fréchet"), cells)]
+
+
+def samplers_table(rows: Rows) -> list[str]:
+    """The plan's default grid on one model under other samplers and numbers of steps."""
+    heads = ["sampler, steps", "at", "plan, default grid", "plan, tuned", "next method", "fewer steps"]
+    cells = []
+    for (sampler, steps), mine in groups(rows, ("sampler", "steps")).items():
+        others = sorted({r["line"] for r in mine if r["method"] not in ("none", "plan", FEWER)})
+        for ratio in RATIOS:
+            known = {line: found for line in others if (found := values(mine, line, ratio))}
+            best = max(known, key=lambda line: fmean(known[line].values()), default=None)
+            row = [f"{sampler}, {steps}", f"{ratio:g}x"]
+            row += [mean_of(values(mine, line, ratio), ".1f") for line in (GRID, TUNED)]
+            row.append(best and f"{mean_of(known[best], '.1f')} {name(best)}")
+            cells.append([*row, mean_of(values(mine, FEWER, ratio), ".1f")])
+    return as_table(heads, cells)

@@ -58,11 +58,12 @@ def mean(rows: Iterable[dict], name: str) -> float | None:
     return fmean(values) if values else None
 
 
-def groups(rows: Iterable[dict], name: str) -> dict[Any, list[dict]]:
-    """The rows of each value of `name`, in the order in which they come."""
+def groups(rows: Iterable[dict], name: str | tuple[str, ...]) -> dict[Any, list[dict]]:
+    """The rows of each value of `name`, or of each pair of values, in the order in which they come."""
     found: dict[Any, list[dict]] = {}
     for row in rows:
-        found.setdefault(row[name], []).append(row)
+        value = row[name] if isinstance(name, str) else tuple(row[n] for n in name)
+        found.setdefault(value, []).append(row)
     return found
 
 

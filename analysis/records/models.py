@@ -5,7 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,22 +26,33 @@ FOLDER = Path("assets/results/three_models")
 RECORDS = {"tiny_flux": SHIPPED} | {m: FOLDER / f"{m}.jsonl.gz" for m in ("tiny_wan", "tiny_dit")}
 EXPERIMENT = Path("assets/results/experiment/rows.jsonl")
 KEPT = (
-    "key", "id", "label", "method", "seed", "seconds", "blocks_run", "blocks", "steps_recorded", "bytes_held",
+    "key", "id", "label", "method", "seed", "seconds", "blocks_run", "blocks", "steps_recorded", "bytes_held", "sampler",
+    "steps",
 )  # fmt: skip
 NEEDS = {"id": str, "label": str, "method": str, "seconds": NUMBER, "blocks_run": int, "psnr": MAYBE}
-FURTHER = ("tuned", "claims", "modules")  # drawn later: the tuned plan; what some claim needs; by modules
+FURTHER = ("tuned", "claims", "modules", "samplers")  # drawn later: the tuned plan; what a claim needs; ...
 Rows = list[dict[str, Any]]
 
 
-def checker(model: str) -> Callable[[dict, np.ndarray], bool | None]:
-    """Whether the picture of a row shows what was asked for; None: the experiment did not read words."""
+def checker(model: str) -> Callable[[dict, Path, np.ndarray], float | None]:
+    """Whether a row's picture (file, frames) shows what was asked for; None: no words were read."""
     if model == "tiny_flux":
-        return lambda row, frames: row.get("words_read")
+        return lambda row, path, frames: words_of(path)
     if model == "tiny_wan":
         specs = {clips.prompt(spec): spec for spec in evaluate.held_out(64)}
-        return lambda row, frames: bool(evaluate.check(frames, specs[row["prompt"]])["all_ok"])
+        return lambda row, path, frames: float(evaluate.check(frames, specs[row["prompt"]])["all_ok"])
     judge, names = Judge.of("assets/tiny_dit/judge"), list(NAMES)
-    return lambda row, frames: judge.classes([Image.fromarray(frames[0])])[0] == names.index(row["prompt"])
+
+    def is_class(row: dict, path: Path, frames: np.ndarray) -> float:
+        return float(judge.classes([Image.fromarray(frames[0])])[0] == names.index(row["prompt"]))
+
+    return is_class
+
+
+def words_of(image: Path) -> float | None:
+    """The share of the words that an experiment read in its own picture."""
+    scores = store.read_json(image.parents[1] / "scores" / f"{image.stem}.json") or {}
+    return scores.get("words_read")
 
 
 def further_rows(model: str) -> dict[str, Path]:
@@ -49,39 +60,40 @@ def further_rows(model: str) -> dict[str, Path]:
     return {what: FOLDER / f"{model}_{what}.jsonl.gz" for what in FURTHER}
 
 
-def collect(run: Path, model: str, what: str | None = None) -> None:
-    """Check the pictures of the experiment in `run`, and keep its rows among the shipped records.
+def collect(runs: list[Path], model: str, what: str | None = None) -> None:
+    """Check the pictures of experiments, and keep their rows among the shipped records.
 
     what: a file of their own, see `further_rows`.
     """
-    rows = [row for path in sorted(run.glob("runs/*/rows/*.json")) if (row := store.read_json(path))]
-    labels = {row["label"] for row in rows}
-    drawn = Counter(row["id"] for row in rows)
-    rows = [row for row in rows if drawn[row["id"]] == len(labels)]  # of a stopped run, whole prompts
-    rows.sort(key=lambda row: (row["label"], row["id"]))
-    images = {path.stem: path for path in run.glob("runs/*/images/*.png")}
-    right = checker(model)
-    base = {row["id"]: frames_of(images[row["key"]]) for row in rows if row["method"] == "none"}
-    found = []
-    for row in rows:
-        frames = frames_of(images[row["key"]])
-        score = {"psnr": psnr(frames, base[row["id"]]), "flicker": flicker(frames, base[row["id"]])}
-        score = {k: v and round(v, 4) for k, v in score.items()}
-        shown = right(row, frames)
-        found.append({k: row[k] for k in KEPT} | score | {"right": None if shown is None else float(shown)})
+    found, about = [], {}
+    for run in runs:
+        rows = [row for path in sorted(run.glob("runs/*/rows/*.json")) if (row := store.read_json(path))]
+        labels = {row["label"] for row in rows}
+        drawn = Counter(row["id"] for row in rows)
+        rows = [row for row in rows if drawn[row["id"]] == len(labels)]  # of a stopped run, whole prompts
+        rows.sort(key=lambda row: (row["label"], row["id"]))
+        found += list(checked(rows, {path.stem: path for path in run.glob("runs/*/images/*.png")}, model))
+        table = store.read_json(run / "table.json") or {}
+        about = {"command": table.get("command"), "machine": rows[0]["machine"], "date": rows[0]["date"]}
     FOLDER.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in found)
     path = further_rows(model)[what] if what else RECORDS[model]
     store.write_atomically(path, gzip.compress(text.encode(), mtime=0))
-    table = store.read_json(run / "table.json") or {}
-    about = (store.read_json(FOLDER / "about.json") or {}) | {
-        path.name.split(".")[0]: {
-            "command": table.get("command"),
-            "machine": rows[0]["machine"],
-            "date": rows[0]["date"],
-        }
-    }
-    store.write_atomically(FOLDER / "about.json", (json.dumps(about, indent=1) + "\n").encode())
+    all_of = (store.read_json(FOLDER / "about.json") or {}) | {path.name.split(".")[0]: about}
+    store.write_atomically(FOLDER / "about.json", (json.dumps(all_of, indent=1) + "\n").encode())
+
+
+def checked(rows: Rows, images: dict[str, Path], model: str) -> Iterator[dict]:
+    """What is kept of the rows of one run, with how like the uncached ones their pictures are."""
+    right = checker(model)
+    base = {row["id"]: frames_of(images[row["key"]]) for row in rows if row["method"] == "none"}
+    for row in rows:
+        frames = frames_of(images[row["key"]])
+        score = {"psnr": psnr(frames, base[row["id"]]), "flicker": flicker(frames, base[row["id"]])}
+        score = {k: v and round(v, 4) for k, v in score.items()}
+        shown = right(row, images[row["key"]], frames)
+        kept = {k: row[k] for k in KEPT if k in row}
+        yield kept | score | {"right": shown}
 
 
 def of_file(path: Path) -> Saved:
@@ -102,7 +114,7 @@ def read(model: str) -> Saved:
         plans = [r for r in more.rows if r["method"] == "plan"]
         saved.rows += [r | {"label": f"{r['label']} speedup=5"} for r in plans]
     for what, path in further_rows(model).items():
-        if path.is_file():
+        if what != "samplers" and path.is_file():
             more, drawn = of_file(path), {row["label"] for row in saved.rows}
             saved.complaints += more.complaints
             new = [r for r in more.rows if r["label"] not in drawn and r["method"] != "none"]
@@ -118,3 +130,11 @@ def frozen_rows(model: str) -> Rows:
     folder = Path(f"assets/results/{model}_separation")
     rows = separation.read(folder).rows if folder.is_dir() else []
     return [row for row in rows if row["stage"] in ("structure", "detail")]
+
+
+def sampler_rows() -> Rows:
+    """tiny_flux under other samplers and numbers of steps, each row with the `line` of its method."""
+    path = further_rows("tiny_flux")["samplers"]
+    rows = read_saved([path], NEEDS | {"sampler": str, "steps": int}).rows if path.is_file() else []
+    lines = lines_of(list(groups(rows, "label")))
+    return [row | {"line": lines[row["label"]]} for row in rows]
