@@ -26,8 +26,8 @@ FOLDER = Path("assets/results/three_models")
 RECORDS = {"tiny_flux": SHIPPED} | {m: FOLDER / f"{m}.jsonl.gz" for m in ("tiny_wan", "tiny_dit")}
 EXPERIMENT = Path("assets/results/experiment/rows.jsonl")
 KEPT = (
-    "key", "id", "label", "method", "seed", "seconds", "blocks_run", "blocks", "steps_recorded", "bytes_held", "sampler",
-    "steps",
+    "key", "id", "label", "method", "seed", "sampler", "steps", "seconds", "blocks_run", "blocks",
+    "steps_recorded", "bytes_held",
 )  # fmt: skip
 NEEDS = {"id": str, "label": str, "method": str, "seconds": NUMBER, "blocks_run": int, "psnr": MAYBE}
 FURTHER = ("tuned", "claims", "modules", "samplers")  # drawn later: the tuned plan; what a claim needs; ...
