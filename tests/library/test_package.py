@@ -20,8 +20,8 @@ ROOT = Path(h2cache.__file__).resolve().parents[1]
 PARTS = ("h2cache", "baselines", "pyproject.toml", "README.md", "LICENSE", *ROOT.glob("requirements*.txt"))
 OPTIONAL = {"nunchaku", "PIL"}  # imported where they are used: an engine of its own; ComfyUI has Pillow
 
-# What a user runs, from each place in turn: from a folder with a `baselines/` of their own, which comes first on
-# their path. The packages below the library are loaded once.
+# What a user runs, from each place in turn: from a folder with a `baselines/` of their own, which comes first
+# on their path. The packages below the library are loaded once.
 CHILD = """
 import json, os, site, sys
 import diffusers, torch
@@ -80,7 +80,7 @@ def wheel(source, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def target(wheel, tmp_path_factory) -> Path:
-    """Where the wheel is installed: pip itself does no more to a package without scripts (.ci/run has pip)."""
+    """Where the wheel is installed: pip does no more to a package without scripts (.ci/run has pip)."""
     folder = tmp_path_factory.mktemp("target")
     zipfile.ZipFile(wheel).extractall(folder)
     return folder
