@@ -86,7 +86,9 @@ def work(tmp_path_factory) -> Path:
     tokenizers[0].save_pretrained(folder / "tokenizer_2")
     tokenizers[1].save_pretrained(folder / "tokenizer")
     build_vae().save_pretrained(folder / "vae")
-    with pytest.MonkeyPatch.context() as patch:  # here: loading everything in a process of its own takes seconds
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # here: loading everything in a process of its own takes seconds
         patch.setattr(train.mp, "spawn", lambda work, given, count: work(0, *given))
         train.main(["--work", str(folder), "--device", "cpu", "--max-steps", "3", "--no-compile", *TINY])
     return folder
