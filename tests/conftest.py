@@ -1,6 +1,7 @@
 """What any test may ask for."""
 
 import copy
+import gc
 from collections.abc import Iterator
 
 import pytest
@@ -13,6 +14,12 @@ from tests.helpers.nunchaku_env import checkpoint, nunchaku  # noqa: F401  fixtu
 from tests.helpers.toys import TINY, make_flux
 
 torch.set_num_threads(1)  # two threads starve each other on a busy machine
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: no collection of garbage need look through a million objects again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
