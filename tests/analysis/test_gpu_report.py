@@ -12,7 +12,7 @@ from analysis.gpu_report.report import markdown
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A report in a hurry: of the times one round, of the waits the profiler's count of the uncached model."""
+    """A report in a hurry: one round of times, and the profiler is for the uncached model only."""
     out, of_batch = tmp_path_factory.mktemp("report"), steps.of_batch
 
     def one_round(ctx, *batch):

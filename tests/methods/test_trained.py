@@ -11,10 +11,7 @@ from tests.methods.test_contract import switched_off
 
 LIKE = {"tiny_dit": "dit", "tiny_wan": "wan22"}  # the random model of its class, whose refusals are its own
 PAIRS = [
-    (model, method)
-    for model in TRAINED
-    for method in method_names()
-    if method not in refused_by(LIKE[model])
+    (model, method) for model in TRAINED for method in method_names() if method not in refused_by(LIKE[model])
 ]
 
 
