@@ -46,7 +46,6 @@ print(a.device_count() if a.is_available() else 0)') || exit 2
 trap - INT
 # ${x[@]+"${x[@]}"}: bash before 4.4 (macOS) calls an empty array unbound.
 if [ "$gpus" -gt 1 ]; then
-    exec "$python" -m torch.distributed.run --nproc_per_node "$gpus" \
-        -m analysis.experiment ${arguments[@]+"${arguments[@]}"}
+    arguments=(--processes "$gpus" ${arguments[@]+"${arguments[@]}"})  # one that is given counts
 fi
 exec "$python" -m analysis.experiment ${arguments[@]+"${arguments[@]}"}

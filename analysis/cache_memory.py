@@ -35,11 +35,9 @@ BIG = 2**40  # of numbers that are only multiplied
 def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     parser.add_argument(
-        "--double", type=whole(0, BIG), default=19, help="double blocks, or those of the structure stage"
+        "--double", type=whole(0, BIG), default=19, help="blocks with attention and mlp apart"
     )
-    parser.add_argument(
-        "--single", type=whole(0, BIG), default=38, help="single blocks, or those of the detail stage"
-    )
+    parser.add_argument("--single", type=whole(0, BIG), default=38, help="blocks with both in one")
     parser.add_argument("--img", type=whole(1, BIG), default=4096, help="image tokens")
     parser.add_argument("--txt", type=whole(0, BIG), default=512, help="text tokens")
     parser.add_argument("--width", type=whole(1, BIG), default=3072)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ NEEDS = {
     "blocks": int,
     "blocks_run": int,
     "hits": dict,
-    "steps_recorded": int,
+    "trace": list,
 }
 MEASURED = {"speed_up": None, "psnr": None, "ssim": None, "identical": None}
 
@@ -53,7 +54,7 @@ class Gallery:
     resume: bool = False
     further: dict[str, Any] = field(default_factory=dict)  # settings that records must tell apart, as JSON
     rows: dict[str, dict] = field(init=False)
-    _size: int = field(init=False, default=-1)  # of the records, when they were read
+    _known: tuple[int, int] = field(init=False, default=(0, 0))  # what has been read of the records
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -123,14 +124,15 @@ class Gallery:
         self, prompt: Prompt, uncached: MethodConfig | None, configs: list[MethodConfig], seed: int
     ) -> bool:
         """Whether all that `row` makes is there: by this process, or by another that writes here too."""
-        self._read_others()
+        others, self._known = store.read_new(self.folder / "records.jsonl", self._known)
+        self.rows |= others
         for config in configs if uncached is None else [uncached, *configs]:
             key, _, path = self._named(prompt, config, seed)
             row = self.rows.get(key, {})
             compared = uncached in (None, config) or row.get("identical") is not None
-            if not (_complete(row) and compared and store.whole_picture(path)):
+            if not (_complete(row) and compared and store.has_end(path)):
                 return False
-        return uncached is None or store.whole_picture(self._compared(prompt, configs, seed)) is not None
+        return uncached is None or store.has_end(self._compared(prompt, configs, seed))
 
     def _named(self, prompt: Prompt, config: MethodConfig, seed: int) -> tuple[str, dict[str, Any], Path]:
         """The key of a picture, what decides how it looks, and its file."""
@@ -156,14 +158,6 @@ class Gallery:
         last = self._named(prompt, configs[-1], seed)[2]
         return last.with_name(f"{last.stem}-compared.png")
 
-    def _read_others(self) -> None:
-        """Read what other processes have written since."""
-        path = self.folder / "records.jsonl"
-        size = path.stat().st_size if path.is_file() else 0
-        if size != self._size:
-            with store.locked(path):  # no half line
-                self._size, self.rows = size, store.read_records(path)
-
 
 def label_of(row: dict) -> str:
     """How much was computed, and how like the uncached picture it is."""
@@ -179,7 +173,8 @@ HEADER = (
 
 def table_line(row: dict) -> str:
     """One record as a line of the table under `HEADER`."""
-    hits = ", ".join(f"{stage} {n}/{row['steps_recorded']}" for stage, n in row["hits"].items())
+    decisions = Counter(step["stage"] for step in row["trace"])  # in all guidance branches
+    hits = ", ".join(f"{stage} {n}/{decisions[stage]}" for stage, n in row["hits"].items())
     speed = f"{row['speed_up']:.2f}x" if row["speed_up"] else "-"
     blocks = f"{row['blocks_run']}/{row['blocks']}"
     likeness = "identical" if row["identical"] else "-"

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 
 import h2cache
 from analysis.cli import figure_script, shipped
 from analysis.drawing.prompts import Prompt
+from analysis.drawing.samplers import other_sampler
 from analysis.figures import style
 from analysis.figures.solvers import REFERENCES, answer, draw_figure
 from analysis.measuring import Trial, measure, parser_of, recorded
@@ -38,7 +38,6 @@ from h2cache.tuning import psnr
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_solvers/rows.jsonl"))
 COUNTS = (5, 7, 10, 12, 15, 20, 25)
-FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
 NEEDS = {"key": str, "id": str, "solver": str, "evaluations": int, **dict.fromkeys(REFERENCES, NUMBER)}
 
 
@@ -49,14 +48,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def solvers(euler: Any, count: int, steps: int) -> Iterator[tuple[str, Any, PlanConfig | None, int]]:
+def solvers(pipeline: Any, count: int, steps: int) -> Iterator[tuple[str, Any, PlanConfig | None, int]]:
     """Each contestant with `count` evaluations: name, scheduler, plan, and the steps to ask for."""
+    euler = pipeline.scheduler
     yield "plan", euler, PlanConfig(evaluations=count), steps
     yield "plan, default grid", euler, PlanConfig(evaluations=count, file="none"), steps
     yield "plan, ode", euler, PlanConfig(evaluations=count, file="none", target="ode"), steps
     yield "euler", euler, None, count
-    yield "dpm++ 2m", DPMSolverMultistepScheduler.from_config(euler.config, **FLOW), None, count
-    yield "unipc", UniPCMultistepScheduler.from_config(euler.config, **FLOW), None, count
+    yield "dpm++ 2m", other_sampler(pipeline, "dpm++"), None, count
+    yield "unipc", other_sampler(pipeline, "unipc"), None, count
 
 
 @recorded("solvers")
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> Path:
             found[told] = {"solver": name, "evaluations": int(count), **values, "references": distance}
         return found
 
-    every = [(count, *solver) for count in COUNTS for solver in solvers(own, count, args.steps)]
+    every = [(count, *solver) for count in COUNTS for solver in solvers(pipeline, count, args.steps)]
     contestants = {f"{name} {count}": tuple(solver) for count, name, *solver in every}
     measure(path, trial.prompts, contestants, draw, rows, trial.key)
     return path

@@ -4,11 +4,13 @@
     python -m analysis.tune --steps 28 --speedups 2 3 4
     python -m analysis.tune --model black-forest-labs/FLUX.1-dev --prompts my.txt --limit 4 --held-out 4
     python -m analysis.tune --method h2cache --speedups 4            # tau1 and tau2 for 4x
+    python -m analysis.tune --processes 4 --model ...                # one process for each of 4 GPUs
+    torchrun --nproc-per-node 4 -m analysis.tune --model ...         # the same, and on many machines
 
 The first --limit prompts are searched on, the --held-out after them only measured. A plan is kept in the
 user's cache folder, where `h2cache.enable(pipe, speedup=5)` and `run.py --speedup 5` find it; --save FILE
 writes it elsewhere. A search that was stopped goes on where it was; Ctrl-C keeps the best so far.
-It runs in one process: each trial builds on the one before, and a bad one is given up after some prompts.
+Processes share the prompts of a trial, so more of them than prompts are idle. They find what one alone does.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from analysis.cli import add_measuring_arguments, guarded, start
 from analysis.drawing.families import with_prompt
 from analysis.drawing.prompts import read_prompts
 from analysis.options import Parser, at_least_one, positive, whole
-from analysis.sharing import is_one_of_many
+from analysis.sharing import is_first, is_one_of_many, joined, launch, own_device
 from h2cache import method_names
 from h2cache.tuned import Tuned
 
@@ -38,14 +40,15 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
         "--trials", type=at_least_one, help="most plans to try for a speed (default: no limit)"
     )
     parser.add_argument("--save", type=Path, help="file to write (default: in the user's cache folder)")
+    parser.add_argument("--processes", type=at_least_one, default=1, help="of this machine, sharing prompts")
+    parser.set_defaults(device=own_device())
     return parser.parse_args(argv)
 
 
 def run(args: argparse.Namespace) -> None:
-    if is_one_of_many():
-        raise ValueError("a search runs in one process, and several were started: leave the launcher out")
+    group = joined()
     prompts = read_prompts(args.prompts)[: args.limit + args.held_out]
-    pipeline, _, call, _ = start(args, prompts)
+    pipeline, _, call, _ = start(args, prompts if is_first() else ())
     asked = [
         with_prompt(pipeline, {"prompt": p.text}) | {"seed": args.seed if p.seed is None else p.seed}
         for p in prompts
@@ -60,8 +63,11 @@ def run(args: argparse.Namespace) -> None:
             speedup=speedup,
             trials=args.trials,
             save=args.save,
+            group=group,
             **call,
         )
+        if not is_first():
+            continue
         if not isinstance(found, Tuned):
             print(f"{found.speedup:.2f}x: {found.config}, PSNR {found.quality.mean:.1f} dB")
             continue
@@ -76,6 +82,8 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     args = arguments(argv)
+    if args.processes > 1 and not is_one_of_many():
+        return launch(["-m", "analysis.tune", *(sys.argv[1:] if argv is None else argv)], args.processes)
     return guarded(lambda: run(args), "the best so far is kept, and the same command goes on from there")
 
 

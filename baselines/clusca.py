@@ -1,14 +1,15 @@
 """ClusCa: TaylorSeer along time, and on skipped steps one token of each cluster is computed for real.
 
 Source: arXiv 2509.10312 (ACM MM 2025) and the authors' code. Image tokens are clustered at computed steps
-after the last double block; on a skipped step the mlps of the double blocks run for one random token of each
-cluster. The authors do so with text too, of which nothing is read on a skipped step.
+after the last block with an mlp of its own (a double block of FLUX, every block of DiT); on a skipped step
+these mlps run for one random token of each cluster. The authors do so with text too, of which nothing is
+read on a skipped step.
 As the authors', the next difference is taken against the corrected feature; that is 2 dB better on the
 embedded model than differences between computed features alone (anchor=True). Hi-ClusCa (basis="hermite"):
 the released code clusters once, at the first skipped step; here every computed step clusters anew.
 Deviations: each request has its own generator, whose numbers serve all images of a batch, so that each
 comes out as it would alone; empty clusters take the token that lies farthest from its centre; clustering in
-float32 with a fixed number of rounds, so that it waits for nothing.
+float32 with a fixed number of rounds, so that it never waits for the device.
 """
 
 from __future__ import annotations
@@ -21,15 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from h2cache import weights
-from h2cache.forecasting import Key, ModuleForecast, Rule, forecast_bytes
+from h2cache.forecasting import BASES, Key, ModuleForecast, Rule, forecast_bytes, rule_of
 from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.policies import interval_due
 from h2cache.predictors import combine
 from h2cache.program import Drive, Program, Stage, Stream
 
-MLP = "ff"  # of image tokens, in a double block
+MLP = "ff"  # of image tokens, where it is apart from attention
 ROUNDS = 10  # of k-means
 
 
@@ -71,15 +71,13 @@ class ClusCaConfig(MethodConfig):
         check("gamma", self.gamma, 0.0, 1.0, "it is a weight")
         if not 0 < self.sigma <= 1:
             raise ValueError(f"sigma={self.sigma!r} is out of range (0, 1]: it contracts")
-        if self.basis not in ("taylor", "hermite"):
+        if self.basis not in BASES:
             raise ValueError(f"basis={self.basis!r} is unknown: choose 'taylor' or 'hermite'")
 
     @property
     def rule(self) -> Rule:
         """The forecasting rule."""
-        if self.basis == "hermite":
-            return partial(weights.hermite, order=self.order, sigma=self.sigma)
-        return partial(weights.taylor, order=self.order)
+        return rule_of(self.basis, self.order, self.sigma)
 
     @property
     def undivided(self) -> str:
@@ -166,10 +164,10 @@ class ClusCa(Method):
 
     def step(self, stages: tuple[Stage, ...], memory: Memory) -> Program:
         """One denoising step of one branch."""
-        cfg, at, double = self.config, float(memory.step), stages[0]
+        cfg, at = self.config, float(memory.step)
         modules = memory.state("modules", lambda: ModuleForecast(cfg.rule, cfg.order + 1))
         clusters = memory.state("clusters", Clusters)
-        rest = range(double.last, stages[-1].last)
+        apart, rest = range(memory.divided), range(memory.divided, stages[-1].last)
         full = interval_due(memory.step, cfg.interval, cfg.warmup_steps) or modules.empty
         if full:
             if not cfg.anchor:
@@ -178,7 +176,7 @@ class ClusCa(Method):
             if memory.step < cfg.warmup_steps - 1:  # differences count from the last warm-up step on
                 modules.clear()
             modules.begin_computed(at)
-            ran = yield Drive(double.blocks, modules.learn, counts=True, text=False)
+            ran = yield Drive(apart, modules.learn, counts=True, text=False)
             if cfg.clusters:
                 clusters.update(ran.after, cfg)
             yield Drive(rest, modules.learn, counts=True, text=False)

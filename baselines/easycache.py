@@ -30,7 +30,8 @@ class EasyCacheConfig(MethodConfig):
 
     name = "easycache"
     requires = frozenset({"whole"})
-    outputs_held = 3
+    outputs_held = 1
+    latents_held = 2
 
     threshold: float = 0.025
     """Limit of the summed expected change of the output, >= 0. Higher: faster. 0: always compute."""
@@ -54,7 +55,8 @@ class EasyCacheConfig(MethodConfig):
         return self.last_steps > 0
 
     def bytes_needed(self, shape: Shape) -> int:
-        return self.outputs_held * shape.tensor(shape.img, shape.out)
+        output = shape.tensor(shape.img, shape.out)
+        return self.outputs_held * output + self.latents_held * shape.denoised
 
     def build(self) -> EasyCache:
         return EasyCache(self)

@@ -6,6 +6,8 @@ still used, and the step after it is computed.
 Deviations: errors in float32, a non-finite one rejects, progress is step / steps for every model. Each image
 of a batch has its own error and draft, so that it comes out as it would alone; where one is computed, all
 blocks run, and the others take their drafts. reduce="mean" is the authors': one error over the whole batch.
+Where the last block has attention and mlp apart (DiT, Qwen-Image), the image mlp's output is compared, before
+its gate as in FLUX; the authors' DiT code compares the block's, so its tolerances are not for here.
 The elementwise error divides by numbers close to 0, here as in the authors' code:
 a difference of 2e-6 in can be 125 % out, so its decisions need not repeat on another machine.
 measure="norm" is recommended.
@@ -22,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from h2cache import weights
-from h2cache.forecasting import GRANULARITIES, ModuleForecast, forecast_bytes
+from h2cache.forecasting import BASES, GRANULARITIES, ModuleForecast, Rule, forecast_bytes, rule_of
 from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape, check
 from h2cache.predictors import Forecast
 from h2cache.program import Drive, Program, Run, Skip, Stage
+
+COMPARED = ("total", "ff")  # modules of the last block: both in one, or the image's mlp
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,11 @@ class SpeCaConfig(MethodConfig):
     warmup_steps: int = 3
     """First steps: computed, unless the step before was (the authors' rule: with 3, steps 0 and 2)."""
     order: int = 2
-    """Order of the Taylor polynomial, 0 to 4."""
+    """Order of the polynomial, 0 to 4."""
+    basis: str = "taylor"
+    """"taylor" as the authors, or "hermite": HiCache's polynomials (arXiv 2508.16984), with `sigma`."""
+    sigma: float = 0.5
+    """Contraction of the Hermite basis, in (0, 1]."""
     measure: str = "element"
     """"element": mean |draft - real| / |real| as the authors; "norm" [ours]: mean |draft - real| / mean
     |real|, which asks for other tolerances (0.05 to 0.3)."""
@@ -67,10 +74,13 @@ class SpeCaConfig(MethodConfig):
         check("max_drafts", self.max_drafts, 0, math.inf, "it counts steps; 0 switches off")
         check("warmup_steps", self.warmup_steps, 1, math.inf, "the first step must be computed")
         check("order", self.order, 0, 4, "higher differences are noise")
+        if not 0 < self.sigma <= 1:
+            raise ValueError(f"sigma={self.sigma!r} is out of range (0, 1]: it contracts")
         for field, choices in (
             ("measure", ("element", "norm")),
             ("reduce", ("sample", "mean")),
             ("granularity", GRANULARITIES),
+            ("basis", BASES),
         ):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}={getattr(self, field)!r} is unknown: choose one of {choices}")
@@ -82,6 +92,11 @@ class SpeCaConfig(MethodConfig):
     @property
     def needs_total_steps(self) -> bool:
         return True
+
+    @property
+    def rule(self) -> Rule:
+        """The forecasting rule."""
+        return rule_of(self.basis, self.order, self.sigma)
 
     def tolerance(self, step: int, total: int) -> float:
         """The largest error that lets a draft go on."""
@@ -187,8 +202,7 @@ class SpeCa(Method):
         self, stages: tuple, memory: Memory, drafts: Drafts, drafted: list[bool], checked: bool, alone: bool
     ) -> Program:
         cfg, end, at = self.config, stages[-1].last, float(memory.step)
-        rule = partial(weights.taylor, order=cfg.order)
-        modules = memory.state("modules", lambda: ModuleForecast(rule, cfg.order + 1, memory.batch))
+        modules = memory.state("modules", lambda: ModuleForecast(cfg.rule, cfg.order + 1, memory.batch))
         skips = all(drafted)
         if alone:
             modules.clear()
@@ -204,9 +218,8 @@ class SpeCa(Method):
         def compare(index: int, name: str, forward: Callable, args: tuple, kwargs: dict[str, Any]) -> Any:
             guess = modules.predict(index, name, forward, args, kwargs)
             real = forward(*args, **kwargs)
-            first, truth = (x if isinstance(x, Tensor) else x[0] for x in (guess, real))
-            # Of the last module: the block's end.
-            drafts.errors = error_of(first, truth, cfg.measure, cfg.reduce, memory.total)
+            if name in COMPARED:
+                drafts.errors = error_of(guess, real, cfg.measure, cfg.reduce, memory.total)
             return guess if skips else modules.learn(index, name, lambda *_, **__: real, args, kwargs)
 
         yield Drive(range(end - 1, end), compare, counts=True)
@@ -216,7 +229,7 @@ class SpeCa(Method):
     ) -> Program:
         cfg, end, at = self.config, stages[-1].last, float(memory.step)
         parts = {stage.name: range(stage.first, min(stage.last, end - 1)) for stage in stages}
-        new = partial(Forecast, partial(weights.taylor, order=cfg.order), cfg.order + 1)
+        new = partial(Forecast, cfg.rule, cfg.order + 1)
         for name, blocks in (parts | {"last block": range(end - 1, end)}).items():
             slot, measured = memory.slot(name, new), checked and name == "last block"
             if not len(blocks):

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from h2cache.api import disable, enable, step_records, summary
+from h2cache.api import disable, enable, restart, step_records, summary
 from h2cache.drop_in import apply_cache_on_pipe, apply_cache_on_transformer
 from h2cache.h2 import H2Cache, H2Config
 from h2cache.method import Method, MethodConfig
@@ -42,6 +42,7 @@ __all__ = [
     "enable",
     "find_method",
     "method_names",
+    "restart",
     "step_records",
     "summary",
     "tune",

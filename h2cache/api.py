@@ -146,6 +146,17 @@ def disable(target: Any) -> Any:
     return target
 
 
+def restart(target: Any) -> Any:
+    """Compute the next step, and go on without what earlier ones left; returns `target`.
+
+    For a callback or a loop that changes latents or anything else in mid-run which no cache can see. It
+    concerns the call under way in this thread. Raises ValueError when no cache is enabled on `target`.
+    """
+    for attachment in _attachments_of(target):
+        attachment.requests.restart()
+    return target
+
+
 def summary(target: Any) -> Summary:
     """What the newest request did: hits, blocks, measures, bytes; `print(summary(pipe))` shows a table.
 

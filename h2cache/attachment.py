@@ -6,7 +6,6 @@ for the whole model stands before its call (`gate.py`).
 
 from __future__ import annotations
 
-import itertools
 import sys
 import threading
 import weakref
@@ -24,7 +23,7 @@ from h2cache.drive import Call, take_over
 from h2cache.engines.base import Engine, lay_out
 from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape
-from h2cache.modules import DRIVEN, ModuleDriver
+from h2cache.modules import DRIVEN, ModuleDriver, count_divided
 from h2cache.parallel import check_together
 from h2cache.program import Stream
 from h2cache.requests import Requests
@@ -63,7 +62,7 @@ def refuse_other_caches(denoiser: nn.Module) -> None:
         raise ValueError(
             "diffusers' own cache is enabled on the transformer: call transformer.disable_cache() first"
         )
-    if getattr(denoiser, "_is_cached", False):
+    if vars(denoiser).get("_is_cached", getattr(type(denoiser), "_is_cached", False)):
         raise ValueError(
             "another library's cache is on the transformer (cache-dit, ParaAttention and nunchaku's "
             "first-block cache mark it so): undo it first, with cache_dit.disable_cache(pipe), or load the "
@@ -194,8 +193,12 @@ class Attachment:
             @contextmanager
             def named(name: str, **kwargs: Any) -> Iterator[None]:
                 """The denoiser's own `cache_context`, with the name of the guidance branch noted."""
-                with own(name, **kwargs), self.requests.named_branch(name):
-                    yield
+                before = self.requests.name_branch(name)
+                try:
+                    with own(name, **kwargs):
+                        yield
+                finally:
+                    self.requests.name_branch(before)
 
             self._place("cache_context", named)
 
@@ -285,6 +288,8 @@ class BlockAttachment(Attachment):
             if wrapper_of(transformer) is not None:
                 raise ValueError(COMPILED)
             check_together(transformer, self.engine, self.config.undivided)
+            if "modules" in self.config.requires:
+                memory.divided = count_divided(self.engine, transformer)
         program = self.method.step(self.stages, memory)
         entered = partial(self._reserve, memory) if memory.bytes_needed is None else None
         call = Call(self.engine, self._stage_of, inputs, memory, program, entered)
@@ -303,11 +308,8 @@ class BlockAttachment(Attachment):
         out = (
             int(getattr(self.engine.output_layer(self._denoiser()), "out_features", width)) if answers else 0
         )
-        starts = [*self._firsts.values(), self.stages[-1].last]
-        lists = [b - a for a, b in itertools.pairwise(starts)]
-        structure, detail = lists if len(lists) == 2 else [len(stage.blocks) for stage in self.stages]
         shape = Shape(
-            blocks=(structure, detail),
+            blocks=(memory.divided, len(self._stage_of) - memory.divided),
             img=tokens,
             txt=0 if x.txt is None else x.txt.shape[1],
             width=width,

@@ -8,7 +8,9 @@ every step, fresh.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import islice
 from typing import Any
 
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ from h2cache.program import (
     Stream,
 )
 
-_RUNS, _WITH_BLOCKS = (Run, Drive), (Run, Skip, Drive)
+_WITH_BLOCKS = Run, Skip, Drive
 
 
 class Call:
@@ -102,25 +104,27 @@ class Call:
 
     def serve(self, blocks: DrivenBlocks) -> Iterator[Callable]:
         """Yield what the model's own loop over `blocks` shall call."""
-        index = blocks.first
+        index, jumps = blocks.first, not self.inputs.adds_between  # it need not see every index
         while index < blocks.last:
-            if isinstance(self.command, Skip) and not self.inputs.adds_between:
-                stop = self._command_at(index).blocks.stop
-                if stop > blocks.last:
-                    break
-                index = stop - 1  # the model need not see those before
-            elif isinstance(self.command, Run) and not self.inputs.adds_between:
-                run = self.command.blocks
-                inner = range(index, min(run.stop - 1, blocks.last)) if run.start < index else range(0)
-                for index in inner:  # nothing is to be seen of the stream on either side of it
-                    self.memory.blocks_run[self._stage_of[index]] += 1
-                    yield blocks.block(index)
-                index = max(index, inner.stop)
-                if index == blocks.last:
-                    break
-            yield self.turn(blocks, index)
-            index += 1
-            self.position = index
+            if isinstance(self.command, Look):
+                yield _Look(self, blocks, index, self.command)
+            else:
+                command = self._command_at(index)
+                run = command.blocks
+                if jumps and isinstance(command, Skip):
+                    if run.stop > blocks.last:
+                        break
+                    index = run.stop - 1
+                elif jumps and isinstance(command, Run) and run.start < index:
+                    inner = range(index, min(run.stop - 1, blocks.last))  # nobody looks on either side of it
+                    if inner:
+                        self._count(inner)
+                        yield from blocks.between(inner)
+                        index = inner.stop
+                    if index == blocks.last:
+                        break
+                yield self._turn(blocks, index, command)
+            self.position = index = index + 1
             if isinstance(self.command, _WITH_BLOCKS) and index == self.command.blocks.stop:
                 self._next_command()
         self.position = blocks.last
@@ -129,13 +133,21 @@ class Call:
         """What stands in the place of block `index`."""
         if isinstance(self.command, Look):
             return _Look(self, blocks, index, self.command)
-        command = self._command_at(index)
-        if isinstance(command, _RUNS):
-            if isinstance(command, Run) or command.counts:
-                self.memory.blocks_run[self._stage_of[index]] += 1
-            return _Tap(self, blocks, index, command)
-        kind = _Add if index == command.blocks.stop - 1 else _Pass
-        return kind(self, blocks, index, command)
+        return self._turn(blocks, index, self._command_at(index))
+
+    def _turn(self, blocks: DrivenBlocks, index: int, command: Run | Skip | Drive) -> Callable:
+        """What stands in the place of block `index`, for which `command` is."""
+        if isinstance(command, Skip):
+            kind = _Add if index == command.blocks.stop - 1 else _Pass
+            return kind(self, blocks, index, command)
+        if isinstance(command, Run) or command.counts:
+            self.memory.blocks_run[self._stage_of[index]] += 1
+        return _Tap(self, blocks, index, command)
+
+    def _count(self, blocks: range) -> None:
+        """Note that these blocks are computed."""
+        for name, count in Counter(self._stage_of[blocks.start : blocks.stop]).items():
+            self.memory.blocks_run[name] += count
 
     def _command_at(self, index: int) -> Run | Skip | Drive:
         """The current command; RuntimeError unless it is for block `index`."""
@@ -165,8 +177,7 @@ class Call:
             command = self._command_at(self.position)
             added = blocks.added(x, command.blocks)
             if isinstance(command, Run):
-                for index in command.blocks:
-                    self.memory.blocks_run[self._stage_of[index]] += 1
+                self._count(command.blocks)
                 ran = self.begin_run(x)
                 ran.added = added
                 ran.after = x = blocks.run(x, command.blocks)
@@ -230,22 +241,24 @@ class _Tap(_Turn):
     """Runs the block and notes what goes in and out; its command is a `Run` or `Drive`."""
 
     def __call__(self, *args, **kwargs):
-        call, form, command = self.call, self.blocks.form, self.command
-        ran, x = call.ran, form.read_input(*call.own(self, args, kwargs), call.text_tokens)
-        if ran is None:
-            ran = call.begin_run(x)
-        elif call.inputs.adds_between:
-            ran.enter(x)
-        block = self.block
+        call, form, command, block = self.call, self.blocks.form, self.command, self.block
+        ran, looks = call.ran, call.inputs.adds_between  # at what the model adds between two blocks
+        if ran is None or looks:
+            x = form.read_input(*call.own(self, args, kwargs), call.text_tokens)
+            if ran is None:
+                ran = call.begin_run(x)
+            else:
+                ran.enter(x)
         if self.index == command.blocks.start:
             onload(block, unless_leader=True)
         if isinstance(command, Drive):
             out = call.run_block(self.blocks, self.index, command, args, kwargs)
             ran.after = form.read_output(out, call.text_tokens)
             return out
-        out = block(*args, **kwargs)
-        ran.after = form.read_output(out, call.text_tokens)
-        if self.index == command.blocks.stop - 1 and command.kept is not None and any(command.kept):
+        out, ends = block(*args, **kwargs), self.index == command.blocks.stop - 1
+        if ends or looks:
+            ran.after = form.read_output(out, call.text_tokens)
+        if ends and command.kept is not None and any(command.kept):
             return form.write_output(ran.replaced(command.kept, command.stand_in))
         return out
 
@@ -297,6 +310,10 @@ class DrivenBlocks(nn.ModuleList):
     def block(self, index: int) -> nn.Module:
         """The block of this number through the whole model."""
         return self._modules[str(index - self.first)]
+
+    def between(self, indices: range) -> Iterator[nn.Module]:
+        """The blocks of these numbers."""
+        return islice(self._modules.values(), indices.start - self.first, indices.stop - self.first)
 
     def __getitem__(self, index: int | slice) -> Any:
         if isinstance(index, slice):  # a part is a plain list; group offloading asks for it

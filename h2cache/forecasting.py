@@ -6,11 +6,13 @@ Used by TaylorSeer, HiCache, SpeCa and ClusCa; H2-Cache forecasts stages by its 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from h2cache import weights
 from h2cache.memory import Memory
 from h2cache.method import Shape
 from h2cache.predictors import Forecast, combine, factors
@@ -21,6 +23,14 @@ from h2cache.weights import Times
 Rule = Callable[[Times, float], list[float]]
 Key = tuple[int, str]  # block number and module name
 GRANULARITIES = ("module", "stage")
+BASES = ("taylor", "hermite")
+
+
+def rule_of(basis: str, order: int, sigma: float) -> Rule:
+    """Taylor's weights, or HiCache's scaled Hermite polynomials with the contraction `sigma`."""
+    if basis == "hermite":
+        return partial(weights.hermite, order=order, sigma=sigma)
+    return partial(weights.taylor, order=order)
 
 
 class ModuleForecast:
@@ -133,7 +143,7 @@ def forecast_of(memory: Memory, granularity: str, rule: Rule, order: int) -> Mod
 def forecast_bytes(shape: Shape, granularity: str, states: int, stages: int = 2, text: bool = False) -> int:
     """Bytes that a forecast of order `states` - 1 holds. FLUX.1-dev at 1024x1024, modules, order 1: 3648 MiB.
 
-    Modules: attention and mlp in a double block, one output in a single block; with `text` of both streams.
+    Modules: attention and mlp where they are apart, else one output of a block; with `text` of both streams.
     """
     if granularity == "stage":
         return states * stages * shape.joint
@@ -145,6 +155,6 @@ def forecast_bytes(shape: Shape, granularity: str, states: int, stages: int = 2,
 
 def module_tensors(shape: Shape) -> int:
     """How many tensors of image tokens the modules of all blocks give."""
-    double, single = shape.blocks
+    apart, fused = shape.blocks
     attention = shape.attention_parts - 1  # one of its tensors is text
-    return (attention + 1) * double + single
+    return (attention + 1) * apart + fused

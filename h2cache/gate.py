@@ -83,7 +83,9 @@ class Gate(Attachment):
         step = _Step(memory, self.method.step((), memory))
         command = next(step.program)
         while isinstance(command, Latents):
-            command = step.program.send(inputs.drawn(memory.targets))
+            latents = inputs.drawn(memory.targets)
+            step.latents = latents.nbytes
+            command = step.program.send(latents)
         if isinstance(command, Stand):
             step.answered, step.output = True, memory.state("form", Form).made_of(command.tensors)
             self._end(step, None)
@@ -94,7 +96,7 @@ class Gate(Attachment):
         """Let the method learn what the model gave."""
         answer = step.memory.state("form", Form).read(step.output)
         if step.memory.bytes_needed is None:
-            self._reserve(step.memory, answer)
+            self._reserve(step, answer)
         self._end(step, answer)
 
     def _end(self, step: _Step, answer: list[torch.Tensor] | None) -> None:
@@ -104,14 +106,15 @@ class Gate(Attachment):
                 step.output = step.memory.state("form", Form).made_of(command.tensors)
                 step.program.send(None)
         except StopIteration:
-            step.memory.end_step(grew=answer is not None)
+            step.memory.end_step(grew=answer is not None or self.config.latents_held > 0)
         else:
             raise RuntimeError(f"{self.config.name} asks for more than one output of one call")
 
-    def _reserve(self, memory: Memory, output: list[torch.Tensor]) -> None:
-        """Once a branch: whether its outputs can be kept."""
+    def _reserve(self, step: _Step, output: list[torch.Tensor]) -> None:
+        """Once a branch: whether what the method keeps of inputs and outputs has room."""
         needed = self.config.outputs_held * sum(part.nbytes for part in output)
-        memory.bytes_needed = require_bytes(self.config, needed, free_bytes(output[0].device))
+        needed += self.config.latents_held * step.latents
+        step.memory.bytes_needed = require_bytes(self.config, needed, free_bytes(output[0].device))
 
 
 def _is_in_one_graph(denoiser: nn.Module) -> bool:
@@ -126,6 +129,7 @@ class _Step:
 
     memory: Memory
     program: Program
+    latents: int = 0  # bytes of what the method has seen of them
     answered: bool = False  # by the method: nothing of the model runs
     output: Any = None
 
@@ -136,6 +140,7 @@ class Form:
     def __init__(self) -> None:
         self.spec: Any = None
         self.others: list[Any] = []  # aligned with the leaves; None: forecast
+        self.outputs_kept = ()  # what is not forecast is the pipeline's own (Klein's keys and values)
 
     def read(self, output: Any) -> list[torch.Tensor]:
         """The tensors of `output`."""

@@ -155,7 +155,8 @@ class H2Cache(Method):
                 rest = yield Run(stage.rest, kept=hit, stand_in=guess() if any(hit) else None)
                 slot.predictor.learn(rest.residual, at, kept=hit)  # 4: from the head's output to the end
                 slot.refer(summary, kept=hit)  # the reference is written on a miss only
-            slot.count_hits(hit)
+            if cfg.max_consecutive_hits is not None:
+                slot.count_hits(hit)
             memory.record(stage, change, thresholds, "forced" if forced else "hit" if all(hit) else "miss")
 
     def _hits(

@@ -19,7 +19,7 @@ from h2cache.predictors import Predictor
 from h2cache.program import Stage, Stream
 from h2cache.records import StepRecord
 from h2cache.schedule import TRAINED, Course, Schedule
-from h2cache.similarity import difference, magnitude, pooled_summary, sample_mask
+from h2cache.similarity import difference, magnitude, pooled_summary, sample_mask, settled
 
 State = TypeVar("State")
 Kept = TypeVar("Kept", bound=Predictor)
@@ -64,7 +64,7 @@ class Slot(Generic[Kept]):
         """Make `summary` the reference, except for the samples marked in `kept`."""
         if self.reference is not None and any(kept):
             summary = torch.where(sample_mask(kept, summary), self.reference, summary)
-        self.reference, self._scale = summary.detach(), None
+        self.reference, self._scale = settled(summary), None
 
     def count_hits(self, hits: list[bool]) -> None:
         """Note which samples hit, for a limit on hits in a row."""
@@ -123,7 +123,8 @@ class Memory:
         self._states: dict[str, Any] = {}
         self.blocks_run: defaultdict[str, int] = defaultdict(int)  # by stage, in the current step
         self.blocks = 1  # of the whole model, for a method that answers for it
-        self.bytes_needed: int | None = None  # what the method will keep, reckoned at the first block
+        self.divided = 0  # its first blocks, whose attention and mlp are apart; for a method of modules
+        self.bytes_needed: int | None = None  # what the method will keep, computed at the first block
         self._step = -1
         self._timestep: float | None = None  # of the newest step whose timestep has been read
         self._step_length = 1.0  # how far the timestep fell in the step before this one; 1 at the first
@@ -286,7 +287,7 @@ class Memory:
         if self._guided and len(values) == self.batch:
             values = values.reshape(2, -1).amax(0).repeat(2)  # NaN stays NaN
         if marks is None and self._pending is None:
-            return values.tolist()  # the one wait of a decision
+            return [values.item()] if values.numel() == 1 else values.tolist()  # the one wait of a decision
         timestep = None if self._pending is None else self._pending.to(values.device)
         parts = [part for part in (values, marks, timestep) if part is not None]
         numbers = torch.cat(parts).tolist()  # the one wait of a decision
@@ -400,6 +401,8 @@ class Request:
         # this denoiser's first step, and of the newest
         self.course: Course | None = None
         self.controls: tuple[str, ...] = ()  # how far a pipeline's ControlNets act, at each step of `course`
+        self.restarts = 0  # how often the user asked for a step from an empty history
+        self.edited: int | None = None  # newest position before which a callback put in other latents
         self.errors: list[tuple[str, Tensor]] = []  # of forecasts by branch, (B,) each, on the device
         self.estimate: Any = None  # of the fidelity that these errors mean
         self.said: list[str] = []  # by the method, what the user should know
@@ -454,7 +457,7 @@ class Request:
 
     @property
     def bytes_needed(self) -> int:
-        """What the method was reckoned to keep from step to step at most, over all branches."""
+        """What the method keeps from step to step at most by its own computation, over all branches."""
         return sum(memory.bytes_needed or 0 for memory in self.memories.values())
 
     @property

@@ -20,9 +20,9 @@ from h2cache.program import Program, Stage
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """The size of a model's hidden states in one guidance branch, to reckon what a method will keep."""
+    """The size of a model's hidden states in one guidance branch, to compute what a method will keep."""
 
-    blocks: tuple[int, int]  # of the structure and detail stage; double and single blocks in FLUX
+    blocks: tuple[int, int]  # with attention and mlp apart, and with both in one: FLUX's double and single
     img: int  # image tokens
     txt: int  # text tokens
     width: int
@@ -62,6 +62,7 @@ class MethodConfig(ABC):
 
     name: ClassVar[str]  # as written in records and tables
     outputs_held: ClassVar[int] = 0  # of the model, in each branch, by a method that requires "whole"
+    latents_held: ClassVar[int] = 0  # of its inputs, likewise: they may be larger (FLUX Fill, Control)
     reuses: ClassVar[bool] = True  # False: a control that runs everything, so that no hit is no surprise
     instead: ClassVar[str] = ""  # what to use of an engine that cannot give that, as the end of a sentence
 

@@ -19,9 +19,20 @@ from h2cache.engines.base import Engine
 DRIVEN = frozenset({"modules", "output"})  # what a method requires of an engine and has answered here
 
 
+def _blocks(engine: Engine, transformer: nn.Module) -> list[nn.Module]:
+    """Each once: both stages may be of one list."""
+    return list(dict.fromkeys(block for cut in engine.cuts for block in getattr(transformer, cut.blocks)))
+
+
+def count_divided(engine: Engine, transformer: nn.Module) -> int:
+    """How many blocks have attention and mlp apart; they are the first ones."""
+    return sum(len(engine.modules(block).answered) > 1 for block in _blocks(engine, transformer))
+
+
 def check_divisible(engine: Engine, transformer: nn.Module) -> None:
-    """ValueError for compiled blocks."""
-    blocks = [block for cut in engine.cuts for block in getattr(transformer, cut.blocks)]
+    """ValueError for blocks that are compiled, or that the engine cannot divide as they are."""
+    count_divided(engine, transformer)
+    blocks = _blocks(engine, transformer)
     if any(getattr(block, "_compiled_call_impl", None) is not None for block in blocks):
         raise ValueError(
             "the blocks are compiled, which would freeze their modules into the graph: use "
@@ -69,8 +80,7 @@ class ModuleDriver:
     ) -> Iterator[tuple[nn.Module, Callable[[Callable], Callable]]]:
         """The modules to drive, each with what makes a forward of its own."""
         if "modules" in required:
-            blocks = [block for cut in engine.cuts for block in getattr(transformer, cut.blocks)]
-            for modules in map(engine.modules, dict.fromkeys(blocks)):
+            for modules in map(engine.modules, _blocks(engine, transformer)):
                 for name, module in modules.answered.items():
                     yield module, partial(self._answered, name, modules.text.get(name, ""))
                 for module in modules.idle:

@@ -54,7 +54,7 @@ class Summary:
     steps: int
     branches: tuple[str, ...]
     bytes_held: int  # at most, by this request
-    bytes_needed: int  # as reckoned before the first block ran, at most
+    bytes_needed: int  # by computation before the first block ran, at most
     started_because: str
     expected_psnr: tuple[float, ...] | None = None  # of each picture against the uncached one, dB
     expected_error: float | None = None  # root mean square of that expectation, dB

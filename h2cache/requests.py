@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from h2cache.engines.base import Inputs
 from h2cache.memory import Memory, Request
 from h2cache.parallel import Group, Tokens
-from h2cache.schedule import Schedule, calling_pipeline, local_of
+from h2cache.schedule import Schedule, calling_pipeline, local_of, was_edited
 
 MOST_BRANCHES = 4  # calls at one step that a pipeline may make without naming them
 
@@ -78,14 +77,15 @@ class Requests:
             self._local.request.release()
         self._local.request, self._local.reason = None, reason
 
-    @contextmanager
-    def named_branch(self, name: str) -> Iterator[None]:
-        """Within it, calls of this thread belong to the guidance branch `name`."""
+    def restart(self) -> None:
+        """The next step of this thread's request is computed, from an empty history."""
+        if self._local.request is not None:
+            self._local.request.restarts += 1
+
+    def name_branch(self, name: str | None) -> str | None:
+        """From now on calls of this thread belong to the guidance branch `name`; returns that of before."""
         before, self._local.branch = self._local.branch, name
-        try:
-            yield
-        finally:
-            self._local.branch = before
+        return before
 
     def memory(self, inputs: Inputs) -> Memory:
         """The memory of the branch that a call with `inputs` belongs to; new if in doubt."""
@@ -129,7 +129,9 @@ class Requests:
         # Two prompts of one seed look like [cond, uncond]: the pipeline knows whether it guides.
         guides = getattr(pipeline, "do_classifier_free_guidance", None) if counted else None
         memory = self._memory_of(request, branch, inputs, guides is not False)
-        conditions = inputs.conditions
+        if counted and position != request.edited and was_edited(pipeline):
+            request.edited = position
+        conditions = (*inputs.conditions, request.restarts, request.edited)
         if request.controls:
             conditions = (*conditions, request.controls[position - request.begun])
         memory.begin_known_step(position - request.first, conditions)
@@ -176,7 +178,7 @@ class Requests:
             request = self._begin(Request(None, self._steps, reason or local.reason or "it is the first"))
             self._began(self._pipeline())
         memory = self._memory_of(request, branch, inputs)
-        memory.begin_step(timestep, inputs.conditions)
+        memory.begin_step(timestep, (*inputs.conditions, request.restarts))
         return memory
 
     def _branch(self, here: Any, new: bool) -> str | None:

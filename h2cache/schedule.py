@@ -29,9 +29,9 @@ def calling_pipeline(denoiser: nn.Module) -> Any:
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
-        code = frame.f_code
+        names = frame.f_code.co_varnames + frame.f_code.co_freevars
         for name in ("self", "components"):  # the latter in diffusers' modular pipelines
-            if name not in code.co_varnames and name not in code.co_freevars:
+            if name not in names:
                 continue
             owner = frame.f_locals.get(name)
             if isinstance(owner, nn.Module) or not hasattr(owner, "scheduler"):
@@ -51,6 +51,15 @@ def local_of(pipeline: Any, name: str) -> Any:
             return frame.f_locals.get(name)
         frame = frame.f_back
     return None
+
+
+def was_edited(pipeline: Any) -> bool:
+    """Whether the callback of the call under way has put other latents in the place of the sampler's.
+
+    Seen where it returns them in a dictionary of its own; one that edits what it was given leaves no trace.
+    """
+    given = local_of(pipeline, "callback_kwargs")
+    return bool(given) and "latents" in given and given["latents"] is not local_of(pipeline, "latents")
 
 
 @dataclass(frozen=True)

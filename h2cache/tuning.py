@@ -16,10 +16,11 @@ from functools import partial
 from importlib.metadata import version
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_course, step_records, summary
@@ -37,6 +38,7 @@ TRUSTS = (None, 1.0, 0.0)  # in the line of a plan: measured, in full, none
 RATIOS = (0.5, 1.0, 2.0, 4.0, 8.0)  # tau1 / tau2 that are tried
 
 Prompt = str | dict[str, Any]  # a text, or arguments of the pipeline's call
+T = TypeVar("T")
 
 
 def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
@@ -54,10 +56,19 @@ class Studio:
     """Draws prompts with a pipeline and compares with the uncached pictures, which it keeps.
 
     call: arguments of every call of the pipeline, such as num_inference_steps. seed: of the first prompt.
+    share: the processes among which the prompts are divided.
     """
 
-    def __init__(self, pipe: Any, prompts: Sequence[Prompt], call: dict[str, Any], seed: int) -> None:
+    def __init__(
+        self,
+        pipe: Any,
+        prompts: Sequence[Prompt],
+        call: dict[str, Any],
+        seed: int,
+        share: Share | None = None,
+    ) -> None:
         self.pipe, self.prompts, self.call, self.seed = pipe, list(prompts), call, seed
+        self.share = share or Share(None)
         self._references: dict[int, np.ndarray] = {}
 
     def draw(self, number: int, config: MethodConfig | None) -> np.ndarray:
@@ -80,6 +91,47 @@ class Studio:
         reference, drawn = self.reference(number), self.draw(number, config)
         return psnr(eight_bits(drawn), eight_bits(reference)) if saved else psnr(drawn, reference)
 
+    def measured(self, measure: Callable[[int], T]) -> list[T]:
+        """What `measure` gives for the number of each prompt."""
+        return list(self.share.each(range(len(self.prompts)), measure).values())
+
+
+class Share:
+    """The processes of `group` that share prompts, each every so many of them; None: this one is alone.
+
+    All see all results, so all decide alike.
+    """
+
+    def __init__(self, group: Any) -> None:
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process writes for all."""
+        return self.rank == 0
+
+    def all(self, own: T) -> list[T]:
+        """What each process has. ConnectionError if one of them has ended."""
+        if self.group is None:
+            return [own]
+        found: list[Any] = [None] * self.size
+        try:
+            dist.all_gather_object(found, own, group=self.group)
+        except RuntimeError as error:
+            raise ConnectionError(
+                "another process of the search has ended: what was measured is kept, and the same call goes "
+                f"on from there ({str(error).splitlines()[0]})"
+            ) from error
+        return found
+
+    def each(self, numbers: Sequence[int], measure: Callable[[int], T]) -> dict[int, T]:
+        """What `measure` gives for each prompt of `numbers`; a prompt is always the same process's."""
+        own = {n: measure(n) for n in numbers if n % self.size == self.rank}
+        found = {n: value for part in self.all(own) for n, value in part.items()}
+        return {n: found[n] for n in numbers}
+
 
 def tune(
     pipe: Any,
@@ -93,6 +145,7 @@ def tune(
     seed: int = 0,
     save: str | Path | None = None,
     progress: bool = True,
+    group: Any = None,
     **call: Any,
 ) -> Tuned | Found:
     """Find what gives the best pictures at a speed, by drawing `prompts` again and again.
@@ -102,11 +155,12 @@ def tune(
     of `speedups`; the result is kept in the user's cache folder (or `save`), where
     `enable(pipe, speedup=5)` and `enable(pipe, psnr=40)` find it, and a search that was stopped goes on
     there. trials: the most plans that are tried for a speed; None: until no move gains. Another method: its
-    thresholds for `speedup`, returned as a `Found`. call: arguments of every call, such as
-    num_inference_steps, height and width.
+    thresholds for `speedup`, returned as a `Found`. group: a torch.distributed process group that shares the
+    prompts; every process of it makes this same call, each with a pipeline of its own, and the first one
+    writes. call: arguments of every call, such as num_inference_steps, height and width.
 
-    Raises ValueError without a prompt, with a speed below 1 or fewer than one trial. Ctrl-C ends the search
-    and keeps the best.
+    Raises ValueError without a prompt, with a speed below 1 or fewer than one trial; ConnectionError if
+    another process of the group has ended. Ctrl-C ends the search and keeps the best.
     """
     if not prompts:
         raise ValueError("prompts is empty: two to eight are needed")
@@ -116,12 +170,15 @@ def tune(
         raise ValueError(
             f"speedup {low[0]} is out of range [1, 1000): it says how many times fewer evaluations"
         )
+    share = Share(group)
+    progress = progress and share.is_first
     try:
         if method != "plan":
             if speedup is None:
                 raise ValueError(f"method={method!r} needs a wanted speed, as in speedup=4")
-            return _tune_thresholds(Studio(pipe, prompts, call, seed), find_method(method), speedup, progress)
-        return _tune_plan(pipe, prompts, held_out, speedups, trials, seed, save, progress, call)
+            studio = Studio(pipe, prompts, call, seed, share)
+            return _tune_thresholds(studio, find_method(method), speedup, progress)
+        return _tune_plan(pipe, prompts, held_out, speedups, trials, seed, save, progress, share, call)
     finally:
         disable(pipe)
 
@@ -138,17 +195,19 @@ def _tune_plan(
     seed: int,
     save: str | Path | None,
     progress: bool,
+    share: Share,
     call: dict[str, Any],
 ) -> Tuned:
-    studio, others = Studio(pipe, prompts, call, seed), Studio(pipe, held_out, call, seed + len(prompts))
+    studio = Studio(pipe, prompts, call, seed, share)
+    others = Studio(pipe, held_out, call, seed + len(prompts), share)
     model = checkpoint_name(pipe) or checkpoint_name(denoisers_of(pipe)[0])
     if not model and save is None:
         raise ValueError("the pipeline was loaded from no folder or hub id: say where to keep it, save=FILE")
     size = "x".join(map(str, studio.draw(0, PlanConfig(speedup=1.0)).shape[:-1]))
     course = last_course(pipe)
-    empty = Tuned(model or "", course.sampler, course.levels, (), None, size)
-    path = Path(save) if save else user_folder() / empty.file_name
-    log = _Log(path, f"{prompts}{sorted(call.items(), key=str)}{seed}{course}")
+    tuned = Tuned(model or "", course.sampler, course.levels, (), None, size)
+    path = Path(save) if save else user_folder() / tuned.file_name
+    log = _Log(path, f"{prompts}{sorted(call.items(), key=str)}{seed}{course}", share)
     plans: list[TunedPlan] = []
     groups: list[list[tuple[float, float]]] = []  # of each plan (own error, PSNR) of its pictures
     counts = sorted({max(2, round(course.steps / s)) for s in speedups if s > 1})
@@ -164,18 +223,19 @@ def _tune_plan(
             plans.append(TunedPlan(config.steps, Quality.of(seen.values), held, config.trust, more.usual))
             groups.append(more.rows)
             bar.update()
-            log.save(
-                replace(empty, plans=tuple(plans), estimate=fit(groups), made=_made(prompts, held_out, call))
-            )
+            made = _made(prompts, held_out, call)
+            tuned = replace(tuned, plans=tuple(plans), estimate=fit(groups), made=made)
+            log.save(tuned)
     except KeyboardInterrupt:
-        tqdm.write(f"stopped: {len(plans)} of {len(counts)} speeds are tuned; the same call goes on")
+        if share.is_first:
+            tqdm.write(f"stopped: {len(plans)} of {len(counts)} speeds are tuned; the same call goes on")
         if not plans:
             raise
     else:
         log.done()
     finally:
         bar.close()
-    return Tuned.load(path)
+    return tuned
 
 
 @dataclass
@@ -190,17 +250,23 @@ class _Search:
     best: PlanConfig | None = None
 
     def loss(self, plan: PlanConfig) -> float:
-        """Mean PSNR; -inf as soon as that of the best plan is out of reach."""
+        """Mean PSNR; -inf as soon as that of the best plan is out of reach.
+
+        Processes draw a prompt each at a time, and look at them one after the other as a single one would.
+        """
         self.trials -= 1
         known, best = self.log.values(plan), self.log.values(self.best) if self.best else {}
-        for number in range(len(self.studio.prompts)):
+        count, behind = len(self.studio.prompts), 0.0
+        for number in range(count):
             if number not in known:
-                known[number] = self.studio.fidelity(number, plan)
-                self.log.note(plan, number, known[number])
-            behind = [best[n] - value for n, value in known.items() if n in best]
-            if behind and len(known) < len(best) and math.fsum(behind) / len(behind) > HOPELESS:
+                next_ones = range(number, min(number + self.studio.share.size, count))
+                missing = [n for n in next_ones if n not in known]
+                found = self.studio.share.each(missing, lambda n: self.studio.fidelity(n, plan))
+                self.log.note(plan, found)
+            behind += best[number] - known[number] if best else 0.0
+            if number + 1 < count and behind / (number + 1) > HOPELESS:
                 return -math.inf
-        return math.fsum(known.values()) / len(known)
+        return math.fsum(known.values()) / count
 
     def best_trust(self, steps: tuple[int, ...]) -> PlanConfig:
         """The best plan with these steps."""
@@ -250,13 +316,13 @@ class _Measured:
 
 
 def _measure(studio: Studio, config: PlanConfig) -> _Measured:
-    measured = _Measured([], [])
-    for number in range(len(studio.prompts)):
-        measured.values.append(studio.fidelity(number, config, saved=True))
+    def one(number: int) -> tuple[float, list[float]]:
+        value = studio.fidelity(number, config, saved=True)
         records = step_records(studio.pipe)
         evaluated = [r for r in records if r.outcome == "miss" and r.branch == records[0].branch]
-        measured.errors.append(list(accumulate(r.measure or 0.0 for r in evaluated)))
-    return measured
+        return value, list(accumulate(r.measure or 0.0 for r in evaluated))
+
+    return _Measured(*map(list, zip(*studio.measured(one), strict=True)))
 
 
 def fit(groups: Sequence[Sequence[tuple[float, float]]]) -> Estimate | None:
@@ -299,34 +365,43 @@ _Key = tuple[tuple[int, ...], float | None]  # evaluated steps, trust
 
 
 class _Log:
-    """What was measured so far, on disk: a search that was stopped goes on. `task` says what it is about."""
+    """What was measured so far, on disk: a search that was stopped goes on. `task` says what it is about.
 
-    def __init__(self, path: Path, task: str) -> None:
-        self.path = path
+    The first process reads and writes it for all.
+    """
+
+    def __init__(self, path: Path, task: str, share: Share) -> None:
+        self.path, self._writes = path, share.is_first
         key = hashlib.sha256(task.encode()).hexdigest()[:12]
         self.part = path.with_name(f".{path.stem}-{key}.jsonl")
         self.known: dict[_Key, dict[int, float]] = {}
-        if self.part.is_file():
+        if self._writes and self.part.is_file():
             for line in self.part.read_text(encoding="utf-8").splitlines():
                 try:
                     steps, trust, number, value = json.loads(line)
                 except ValueError:
                     continue  # the last line of a killed run
                 self.known.setdefault((tuple(steps), trust), {})[number] = value
+        self.known = share.all(self.known)[0]
 
     def values(self, plan: PlanConfig) -> dict[int, float]:
         return self.known.setdefault((plan.steps, plan.trust), {})
 
-    def note(self, plan: PlanConfig, number: int, value: float) -> None:
-        self.part.parent.mkdir(parents=True, exist_ok=True)
-        with self.part.open("a", encoding="utf-8") as file:
-            file.write(json.dumps([plan.steps, plan.trust, number, value]) + "\n")
+    def note(self, plan: PlanConfig, found: dict[int, float]) -> None:
+        self.values(plan).update(found)
+        if self._writes:
+            self.part.parent.mkdir(parents=True, exist_ok=True)
+            with self.part.open("a", encoding="utf-8") as file:
+                for number, value in found.items():
+                    file.write(json.dumps([plan.steps, plan.trust, number, value]) + "\n")
 
     def save(self, tuned: Tuned) -> None:
-        tuned.save(self.path)
+        if self._writes:
+            tuned.save(self.path)
 
     def done(self) -> None:
-        self.part.unlink(missing_ok=True)
+        if self._writes:
+            self.part.unlink(missing_ok=True)
 
 
 # Thresholds.
@@ -387,10 +462,10 @@ def _at_speed(
 
 
 def _speed_and_quality(studio: Studio, config: MethodConfig) -> Found:
-    values, ratios = [], []
-    for number in range(len(studio.prompts)):
-        values.append(studio.fidelity(number, config, saved=True))
-        ratios.append(summary(studio.pipe).block_ratio)
+    def one(number: int) -> tuple[float, float]:
+        return studio.fidelity(number, config, saved=True), summary(studio.pipe).block_ratio
+
+    values, ratios = zip(*studio.measured(one), strict=True)
     return Found(config, math.fsum(ratios) / len(ratios), Quality.of(values))
 
 

@@ -91,10 +91,11 @@ class Experiment:
     def score_path(self, key: str) -> Path:
         return self.folder / "scores" / f"{key}.json"
 
-    def drawn(self, key: str) -> bool:
-        """Whether the row and the picture are there, and whole."""
-        row = store.read_json(self.row_path(key))
-        return row is not None and store.whole_picture(self.image_path(key)) is not None
+    def drawn(self, key: str, read: bool = False) -> bool:
+        """Whether the row and the picture are there, and whole. read: decode the picture to see that."""
+        path = self.image_path(key)
+        whole = store.whole_picture(path) is not None if read else store.has_end(path)
+        return whole and store.read_json(self.row_path(key)) is not None
 
     def draw(self) -> int:
         """Draw the missing pictures, with all processes; returns how many could not be drawn."""
@@ -103,7 +104,7 @@ class Experiment:
             for number, prompt in enumerate(self.prompts)
             for contestant in turns(self.contestants, number)
         ]
-        tasks = [task for task in tasks if not self.drawn(task[0])]
+        tasks = [task for task in tasks if not self.drawn(task[0], read=True)]
         if tasks:
             self.trial.warm_up(tasks[0][1], [c.config for c in self.contestants])
         for key, prompt, contestant in self.share(tasks, "drawing", self.drawn):

@@ -31,6 +31,7 @@ from analysis.drawing.families import (
 )
 from analysis.drawing.peak import PeakMemory
 from analysis.drawing.prompts import check_text
+from analysis.drawing.samplers import other_sampler
 from analysis.records import store
 from h2cache import MethodConfig, Summary
 from h2cache.room import free_bytes
@@ -271,6 +272,8 @@ def prepare(
         check_text(args.negative_prompt)
     if args.input_image:
         pipeline = for_picture(pipeline)
+    if args.sampler:
+        pipeline.scheduler = other_sampler(pipeline, args.sampler)
     call = call_arguments(
         pipeline, limits, args.height, args.width, args.guidance, args.negative_prompt, args.true_cfg
     )
@@ -279,7 +282,7 @@ def prepare(
         if not takes(pipeline, "num_frames"):
             raise ValueError(f"--frames: {type(pipeline).__name__} draws pictures")
         call["num_frames"] = args.frames
-    further = {key: getattr(args, key) for key in ("negative_prompt", "true_cfg", "frames")}
+    further = {key: getattr(args, key) for key in ("negative_prompt", "true_cfg", "sampler", "frames")}
     further["input_image"] = args.input_image and store.place(str(args.input_image))
     return pipeline, call, {key: value for key, value in further.items() if value is not None}
 

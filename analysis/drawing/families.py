@@ -14,6 +14,7 @@ from diffusers.utils import export_to_video
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from analysis.drawing.samplers import SAMPLERS
 from analysis.options import at_least_one, finite
 
 # Arguments that take the picture a user gives, in this order; VACE takes references in a list.
@@ -25,6 +26,7 @@ def add_family_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--guidance", type=finite, help="default: the pipeline's own")
     parser.add_argument("--negative-prompt", help="what to guide away from, where the family can")
     parser.add_argument("--true-cfg", type=finite, help="how strongly, with --negative-prompt")
+    parser.add_argument("--sampler", choices=SAMPLERS, help="default: the one that the model came with")
     parser.add_argument("--frames", type=at_least_one, help="of a video (default: the pipeline's own)")
     parser.add_argument("--input-image", type=Path, help="picture to begin with, to edit or to animate")
 

@@ -77,9 +77,9 @@ def random_flux(
     return model.eval().requires_grad_(False)
 
 
-def only_heads(model: FluxTransformer2DModel) -> FluxTransformer2DModel:
-    """The same weights without all blocks but the first of each stage."""
-    config = dict(model.config, num_layers=1, num_single_layers=1)
+def only_heads(model: FluxTransformer2DModel, single: int = 1) -> FluxTransformer2DModel:
+    """The same weights with the first block of each stage only; single: 0 leaves the second one out."""
+    config = dict(model.config, num_layers=1, num_single_layers=single)
     with torch.device("meta"):
         heads = FluxTransformer2DModel.from_config(config)
     state = {k: v for k, v in model.state_dict().items() if k in heads.state_dict()}

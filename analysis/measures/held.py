@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import gc
-from collections import Counter
+import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -19,8 +20,7 @@ from analysis.records.compare import as_table
 from analysis.settings import config_of
 from analysis.tiny_families import FAMILIES
 from h2cache import MethodConfig
-from h2cache.api import denoisers_of
-from h2cache.engines import engines, whole_engine
+from h2cache.engines import engines
 from h2cache.method import Shape
 
 SLACK = 64  # bytes: single numbers, such as timesteps
@@ -29,7 +29,7 @@ MODELS = {  # by size: the class that has it, and its hidden states in bfloat16
     "FLUX.2 dev 1024": ("Flux2Transformer2DModel", Shape((8, 48), 4096, 512, 6144, 128)),
     "Qwen-Image 1328": (
         "QwenImageTransformer2DModel",
-        Shape((20, 40), 6889, 512, 3072, 64, text_compared=False),
+        Shape((60, 0), 6889, 512, 3072, 64, text_compared=False),
     ),
     "HunyuanImage 2048": (
         "HunyuanImageTransformer2DModel",
@@ -39,9 +39,9 @@ MODELS = {  # by size: the class that has it, and its hidden states in bfloat16
         "HunyuanVideoTransformer3DModel",
         Shape((20, 40), 118800, 256, 3072, 64, text_compared=False),
     ),
-    "Wan 14B 720p": ("WanTransformer3DModel", Shape((13, 27), 75600, 0, 5120, 64)),
-    "DiT-XL/2 256": ("DiTTransformer2DModel", Shape((9, 19), 256, 0, 1152, 32, batch=2)),
-    "Inf-DiT 2048": ("BaseTransformer", Shape((9, 19), 262144, 0, 1280, 48)),
+    "Wan 14B 720p": ("WanTransformer3DModel", Shape((40, 0), 75600, 0, 5120, 64)),
+    "DiT-XL/2 256": ("DiTTransformer2DModel", Shape((28, 0), 256, 0, 1152, 32, batch=2)),
+    "Inf-DiT 2048": ("BaseTransformer", Shape((28, 0), 262144, 0, 1280, 48)),
 }
 
 
@@ -66,22 +66,25 @@ def alive() -> int:
     return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
 
 
-def course_of(pipeline: DiffusionPipeline, call: dict) -> dict[tuple, int]:
-    """`alive` after each call of a denoiser, by denoiser, timestep and how often it came."""
-    found: dict[tuple, int] = {}
-    times: Counter = Counter()
+def course_of(pipeline: DiffusionPipeline, call: dict) -> list[int]:
+    """`alive` after each step of a call, when all guidance branches have given their outputs."""
+    found: list[int] = []
+    scheduler, own = pipeline.scheduler, pipeline.scheduler.step
 
-    def note(model: Any, args: tuple, kwargs: dict, output: Any) -> None:
-        timestep = float(whole_engine(model).inputs(args, kwargs).timestep.reshape(-1)[0])
-        key = (id(model), timestep)
-        times[key] += 1
-        found[(*key, times[key])] = alive()
+    @wraps(own)  # pipelines look at its signature
+    def step(*args: Any, **kwargs: Any) -> Any:
+        stepped = own(*args, **kwargs)
+        # Who has looked at a frame's variables keeps them as they were (Python to 3.12): look again.
+        sys._getframe(1).f_locals  # noqa: B018
+        found.append(alive())
+        return stepped
 
     gc.collect()  # of what other runs left
-    with ExitStack() as stack:
-        for model in denoisers_of(pipeline):
-            stack.callback(model.register_forward_hook(note, with_kwargs=True).remove)
+    scheduler.step = step
+    try:
         pipeline(**call, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
+    finally:
+        del scheduler.step
     return found
 
 
@@ -96,9 +99,7 @@ def only_new() -> Iterator[None]:
         gc.unfreeze()
 
 
-def held(
-    pipeline: DiffusionPipeline, call: dict, config: MethodConfig, plain: dict[tuple, int]
-) -> Held | str:
+def held(pipeline: DiffusionPipeline, call: dict, config: MethodConfig, plain: list[int]) -> Held | str:
     """What one call under `config` keeps, or why it is refused; plain: `course_of` without a cache."""
     stand_ins = {f.name: STAND_IN[f.name] for f in fields(config) if f.name in STAND_IN}
     try:
@@ -109,7 +110,7 @@ def held(
         return str(error)
     finally:
         h2cache.disable(pipeline)
-    most = max(found[key] - plain[key] for key in found)
+    most = max(now - before for now, before in zip(found, plain, strict=False))  # fewer_steps takes fewer
     return Held(summary.bytes_needed, summary.bytes_held, max(0, most))
 
 

@@ -116,6 +116,9 @@ METRICS = {  # field: axis label, higher is better
 ALONE = ("words_read", "clip_iqa")  # the uncached picture has a value too: shown is the paired difference
 
 
+WINDOWS = ("window1=", "window2=")  # numbers that make another summary, not another speed
+
+
 def lines_of(labels: list[str]) -> dict[str, str]:
     """The line that each contestant is a point of: its method, and what of its settings is a word.
 
@@ -124,7 +127,8 @@ def lines_of(labels: list[str]) -> dict[str, str]:
 
     def words(label: str) -> str:
         method, *settings = _spelt_out(label).split(" ")
-        return " ".join([method, *sorted(s for s in settings if not _is_number(s.partition("=")[2]))])
+        told = [s for s in settings if s.startswith(WINDOWS) or not _is_number(s.partition("=")[2])]
+        return " ".join([method, *sorted(told)])
 
     lines = {label: words(label) for label in labels}
     several = Counter(line.split(" ")[0] for line in set(lines.values()))

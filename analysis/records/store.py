@@ -74,7 +74,9 @@ def locked(path: Path, patience: float = PATIENCE) -> Iterator[None]:
     lock, until = path.with_name(f".{path.name}.lock"), time.monotonic() + patience
     while (file := _take(lock)) is None:
         if time.monotonic() > until:
-            holder = lock.read_text(encoding="utf-8") if lock.is_file() else "another process"
+            holder = "another process"
+            with suppress(OSError):  # which may let go of it just now
+                holder = lock.read_text(encoding="utf-8") or holder
             raise TimeoutError(f"{path.parent}: {holder} writes there: end it or wait, or give another --out")
         time.sleep(0.02)
     try:
@@ -140,6 +142,41 @@ def save_png(path: Path, image: Image.Image) -> None:
 def run_key(**settings: Any) -> str:
     """A short hash of everything that decides how an image looks and what it costs."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"
+
+
+def has_end(path: Path) -> bool:
+    """Whether a PNG has its last bytes; quick, where `whole_picture` reads all of it."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-len(PNG_END), os.SEEK_END)
+            return file.read() == PNG_END
+    except OSError:
+        return False
+
+
+def read_new(path: Path, known: tuple[int, int]) -> tuple[dict[str, dict], tuple[int, int]]:
+    """The rows added to a file of records since it was read up to `known`, and up to where it is now.
+
+    known: which file it was (another one is read from its beginning), and how many bytes; (0, 0): none.
+    """
+    rows: dict[str, dict] = {}
+    try:
+        with open(path, "rb") as file:
+            number = os.fstat(file.fileno()).st_ino
+            begin = known[1] if number == known[0] else 0
+            file.seek(begin)
+            new = file.read()
+    except FileNotFoundError:
+        return {}, (0, 0)
+    end = new.rfind(b"\n") + 1  # another process may be in the middle of a line
+    for line in new[:end].splitlines():
+        with suppress(ValueError):
+            row = row_of(line, {"key": str})
+            rows[row["key"]] = row
+    return rows, (number, begin + end)
 
 
 def whole_picture(path: Path) -> Image.Image | None:

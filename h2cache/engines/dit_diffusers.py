@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from h2cache.engines.base import Engine, Inputs, one_stack, same_halves
+from h2cache.engines.base import Engine, Inputs, Modules, one_stack, same_halves
 from h2cache.engines.forms import OneStream, argument
 
 
@@ -21,7 +21,7 @@ class DiTDiffusers(Engine):
     name = "DiTTransformer2DModel (diffusers)"
     serves = ("DiTTransformer2DModel",)
     cuts = one_stack("transformer_blocks", OneStream())
-    offers = frozenset({"modulated input"})
+    offers = frozenset({"modulated input", "modules", "output"})
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         latents = argument(args, kwargs, 0, "hidden_states")  # (B, C, H, W)
@@ -37,3 +37,14 @@ class DiTDiffusers(Engine):
     def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         x = argument(args, kwargs, 0, "hidden_states")
         return block.norm1(x, kwargs["timestep"], kwargs["class_labels"], hidden_dtype=x.dtype)[0]
+
+    def modules(self, block: Any) -> Modules:
+        if getattr(block, "_chunk_size", None) is not None:
+            raise ValueError(
+                "the mlp of this model runs in chunks of tokens, so its output never comes in one: undo "
+                "set_chunk_feed_forward"
+            )
+        return Modules({"attn": block.attn1, "ff": block.ff})
+
+    def output_layer(self, transformer: Any) -> nn.Module:
+        return transformer.proj_out_2

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from h2cache.engines.base import Cut, Engine, Inputs
 from h2cache.engines.divided import DividedBlocks
@@ -27,7 +27,7 @@ class HunyuanDiffusers(DividedBlocks, Engine):
         Cut("structure", "transformer_blocks", BLOCKS),
         Cut("detail", "single_transformer_blocks", BLOCKS),
     )
-    offers = frozenset({"modulated input", "modules"})
+    offers = frozenset({"modulated input", "modules", "output"})
     joined_text = "last"
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
@@ -45,3 +45,6 @@ class HunyuanDiffusers(DividedBlocks, Engine):
         if first_frame and first_frame[0] is not None:
             return block.norm1(img, temb, *first_frame)[0]
         return block.norm1(img, emb=temb)[0]
+
+    def output_layer(self, transformer: Any) -> nn.Module:
+        return transformer.proj_out

@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from h2cache.engines.base import Engine, Inputs, one_stack
+from h2cache.engines.base import Engine, Inputs, Modules, one_stack
+from h2cache.engines.divided import double_block
 from h2cache.engines.forms import TwoStreams, argument
 
 
@@ -22,7 +23,7 @@ class QwenImageDiffusers(Engine):
     name = "QwenImageTransformer2DModel (diffusers)"
     serves = ("QwenImageTransformer2DModel",)
     cuts = one_stack("transformer_blocks", TwoStreams(text_first=True))
-    offers = frozenset({"modulated input"})
+    offers = frozenset({"modulated input", "modules", "output"})
 
     def inputs(self, args: tuple, kwargs: dict[str, Any]) -> Inputs:
         controlled = argument(args, kwargs, 7, "controlnet_block_samples") is not None
@@ -44,6 +45,12 @@ class QwenImageDiffusers(Engine):
         return block._modulate(block.img_norm1(img), modulation, argument(args, kwargs, 6, "modulate_index"))[
             0
         ]
+
+    def modules(self, block: Any) -> Modules:
+        return double_block(block.attn, block.img_mlp, block.txt_mlp)
+
+    def output_layer(self, transformer: Any) -> nn.Module:
+        return transformer.proj_out
 
 
 def _drawn(shapes: list) -> slice | None:

@@ -23,6 +23,7 @@ from analysis import (
     calibrate,
     experiment,
     family_table,
+    fit_budcache,
     fit_magcache,
     fit_teacache,
     overhead,
@@ -52,6 +53,7 @@ SIZES = [*COUNTS, "15", "256", "1000000000"]
 FILES = ["none", "README.md/x"]
 BAD = {  # option: values that it cannot take
     "--batch": COUNTS,
+    "--budgets": COUNTS,
     "--burst": COUNTS,
     "--check": ["", "nope"],
     "--checkpoint": ["", "x.bin", "x.safetensors"],
@@ -96,6 +98,7 @@ BAD = {  # option: values that it cannot take
     "--psnr": ["nan", "x"],
     "--records": FILES,
     "--rounds": COUNTS,
+    "--sampler": ["nope", "", "ddim"],
     "--seed": ["nan", "1.5", "x", "", "-99999999999999999999", "99999999999999999999"],
     "--set": ["tau1", "=", "colour=red", "tau1=nan", "tau1=x", "tau1=-1", "pool1=x"],
     "--shard": ["2/2", "x", "-1/2", "1/0"],
@@ -118,6 +121,7 @@ ANY = {"--id", "--pictured", "--save"}  # names, which may be of nothing
 OUT = ["--out", "OUT"]
 COMMANDS = {  # and what is given besides
     run: OUT, calibrate: OUT, experiment: OUT, fit_teacache: OUT, fit_magcache: [], tune: [], bench_step: [],
+    fit_budcache: [],
     overhead: ["--width", "48"], cache_memory: [], family_table: OUT, table: [], words: [],
     pareto: [*OUT, "--run"], pfs: [*OUT, "--run"], quality: [*OUT, "--run"], report: [*OUT, "--run"],
     schematic: OUT, separation: [*OUT, "--run"], solvers: [*OUT, "--run"], thresholds: [*OUT, "--run"],

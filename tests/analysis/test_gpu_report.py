@@ -79,6 +79,12 @@ def test_waits_are_counted_of_every_method(rows):
     assert all(row["waits at each step"] == str([0] * 6) for row in found)  # a CPU waits for nothing
 
 
+def test_compiled_blocks_are_compared_with_a_picture_that_repeats(rows):
+    found = {row["what"]: row for row in rows["compiled"] if row.get("model") == "blocks" and "what" in row}
+    assert found["uncached again"]["equal twice"]
+    assert found["misses"]["equal to the compiled uncached picture"]
+
+
 def test_memory_stated_and_counted_agree(rows):
     found = [row for row in rows["memory"] if "method" in row]
     assert [row["method"] for row in found] == SKIPPING

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from analysis import trace
+from analysis.records import store
 from analysis.sharing import shared
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="there is no flock, and no fork")
@@ -53,3 +55,24 @@ def test_what_a_process_had_taken_when_it_died_is_done_by_another(tmp_path):
 
 def test_what_fails_is_not_given_twice(tmp_path):
     assert list(shared([1, 2, 3], tmp_path, str, lambda n: n == 2)) == [1, 3]
+
+
+def hold(folder: Path) -> None:
+    with store.held(folder), store.locked(folder / "records.jsonl"):
+        (folder / "held").touch()
+        time.sleep(60)
+
+
+def test_a_killed_process_holds_no_lock(tmp_path, capsys):
+    process = get_context("fork").Process(target=hold, args=(tmp_path,))
+    process.start()
+    while not (tmp_path / "held").exists():
+        time.sleep(0.01)
+    assert trace.main(["--run", "--limit", "1", "--steps", "2", "--out", str(tmp_path)]) == 2
+    assert f"process {process.pid}" in capsys.readouterr().err
+    process.kill()
+    process.join(60)
+    assert (tmp_path / ".run.lock").exists()  # nobody has put it away
+    with store.held(tmp_path):
+        store.add_records(tmp_path / "records.jsonl", {"a": {"key": "a"}})
+    assert list(store.read_records(tmp_path / "records.jsonl")) == ["a"]

@@ -3,7 +3,10 @@
 import numpy as np
 import pytest
 
-from analysis import three_models as three
+from analysis import three_models
+from analysis.measures import strips
+from analysis.records import claims as three
+from analysis.records.models import RECORDS
 
 
 def rows(line: str, psnr: dict[int, float], pictures: int = 8) -> list[dict]:
@@ -43,20 +46,39 @@ def test_a_verdict_needs_an_interval_beside_the_limit():
     assert three.above(three.gain(both, "a", "c"))[0] == three.NONE
 
 
+def test_a_claim_falls_back_to_the_ratio_that_was_measured():
+    slow = NONE + rows("a", {30: 42.0}) + rows("b", {30: 40.0})
+    assert three.better(slow, "a", "b") == (three.NONE, "")
+    slow = NONE + rows("a", {33: 42.0}) + rows("b", {33: 40.0})
+    verdict, text = three.better(slow, "a", "b")
+    assert verdict == three.YES
+    assert text.endswith("dB at 3x")
+
+
+def test_stages_differ_where_freezing_the_second_spoils_more_of_the_high_frequencies():
+    def frozen(stage: str, high: float) -> list[dict]:
+        span = {"first": 1, "last": 10, "steps": 50}
+        return [{"id": str(n), "stage": stage, "low": 1.0, "high": high * (n + 1), **span} for n in range(8)]
+
+    assert three.stages_differ(frozen("structure", 1.0) + frozen("detail", 2.0))[0] == three.YES
+    assert three.stages_differ(frozen("structure", 2.0) + frozen("detail", 1.0))[0] == three.NO
+    assert three.stages_differ([]) == (three.NONE, "")
+
+
 def test_flicker_is_the_error_of_changes_not_of_brightness():
     clip = np.random.default_rng(0).integers(0, 200, (5, 8, 8, 3)).astype(np.uint8)
-    assert three.flicker(clip + np.uint8(3), clip) == 0
-    assert three.psnr(clip + np.uint8(3), clip) == pytest.approx(10 * np.log10(255**2 / 9))
+    assert strips.flicker(clip + np.uint8(3), clip) == 0
+    assert strips.psnr(clip + np.uint8(3), clip) == pytest.approx(10 * np.log10(255**2 / 9))
     blinking = clip.copy()
     blinking[::2] += 3
-    assert three.flicker(blinking, clip) == 3
+    assert strips.flicker(blinking, clip) == 3
 
 
 def test_the_page_answers_every_claim_on_every_model(tmp_path):
-    assert three.main(["--out", str(tmp_path)]) == 0
+    assert three_models.main(["--out", str(tmp_path)]) == 0
     page = (tmp_path / "three_models.md").read_text()
-    for claim in three.CLAIMS:
+    for claim in [*three.CLAIMS, three.SEPARATION]:
         line = next(line for line in page.splitlines() if line.startswith(f"| {claim} |"))
         verdicts = [cell.split("**")[1] for cell in line.split("|")[2:-1]]
-        assert len(verdicts) == len(three.RECORDS)
+        assert len(verdicts) == len(RECORDS)
         assert set(verdicts) <= {three.YES, three.NO, three.OPEN, three.NONE}

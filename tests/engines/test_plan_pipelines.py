@@ -238,6 +238,19 @@ def test_a_flux_controlnet_that_ends_is_met_by_an_evaluation():
     assert switch in h2cache.summary(pipeline).evaluated
 
 
+def test_latents_that_a_callback_puts_in_are_evaluated_at_once():
+    pipeline, call = FAMILIES["flux"]()
+
+    def edit(pipe, step, t, given):
+        return {"latents": given["latents"] * 1.5} if step == 3 else {}
+
+    h2cache.enable(pipeline, h2cache.PlanConfig(steps=(0, 1, STEPS - 1)))
+    run(pipeline, call | {"callback_on_step_end": edit})
+    assert h2cache.summary(pipeline).evaluated == (0, 1, 4, STEPS - 1)
+    run(pipeline, call | {"callback_on_step_end": lambda pipe, step, t, given: given})
+    assert h2cache.summary(pipeline).evaluated == (0, 1, STEPS - 1)
+
+
 def test_a_prompt_switched_by_a_callback():
     pipeline, call = FAMILIES["flux"]()
     other = pipeline.encode_prompt("zebra zebra", "zebra zebra", max_sequence_length=32)[0]

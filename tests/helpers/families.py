@@ -50,13 +50,9 @@ REFUSED = {  # by model: the methods that it refuses with their default settings
     "embedded": SCHEDULER,
     "nunchaku V1": SCHEDULER | MODULES,
     "nunchaku V2": SCHEDULER | MODULES,
-    "hunyuan_image": OUTPUT,
-    "hunyuan_video": OUTPUT,
     "z_image": MODULES | OUTPUT | LOOK,
-} | dict.fromkeys(
-    ("flux2", "flux2_klein_kv", "qwen_image_edit", "dit", "sd3", "wan22", "wan_vace", "inf_dit"),
-    MODULES | OUTPUT,
-)
+}
+REFUSED |= dict.fromkeys(("flux2", "flux2_klein_kv", "sd3", "wan22", "wan_vace", "inf_dit"), MODULES | OUTPUT)
 
 
 def refused_by(case: str) -> frozenset[str]:

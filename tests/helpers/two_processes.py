@@ -35,6 +35,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 import h2cache
 from analysis.tiny_families import FAMILIES
 from h2cache import H2Config, PlanConfig, step_records
+from h2cache.engines import find_engine
 from h2cache.parallel import Group, Tokens
 from h2cache.similarity import magnitude, pooled_summary
 from tests.helpers.toys import make_flux, make_inputs
@@ -73,6 +74,7 @@ FAMILY_METHODS = {
         threshold=0.25, coefficients=LINE
     ),  # skips the first block too, and looks at it
     "plan": PlanConfig(speedup=2),
+    "taylorseer": TaylorSeerConfig(interval=3, order=1, warmup_steps=2),
 }
 WITH_TENSORS = ("h2cache", "h2cache, DMD", "teacache", "taylorseer", "speca", "h2cache at 0")
 STEPS, WORLD = 8, 2
@@ -324,7 +326,9 @@ def families() -> dict:
         pipe, call = FAMILIES[family]()
         one, many = pipe.transformer, deepcopy(pipe.transformer)
         divide(many)
-        for name, config in FAMILY_METHODS.items():
+        offered = find_engine(one).offers | {"whole"}
+        served = {name: config for name, config in FAMILY_METHODS.items() if config.requires <= offered}
+        for name, config in served.items():
             seen = []
             for model in (one, many):
                 pipe.transformer = model

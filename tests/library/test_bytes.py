@@ -95,7 +95,7 @@ def test_bytes_at_full_size_without_the_memory(img, txt, width, joint, mib):
     for stage, pool, both in (("structure", 2048, False), ("detail", 384, joint)):
         residual = Stream(x, text)
         slot = memory.slot(stage, LastResidual)
-        slot.refer(pooled_summary(residual.joint if both else x, pool), kept=[False])
+        slot.refer(pooled_summary(residual.joint if both else x.clone(), pool), kept=[False])
         slot.predictor.learn(residual.map(torch.clone), kept=[False])
     assert memory.bytes_held == 2 * elements(img, txt, width, joint)
     assert memory.bytes_held / MIB == pytest.approx(mib, rel=0.03)

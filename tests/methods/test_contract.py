@@ -33,6 +33,7 @@ VARIANTS = {  # further settings of a method that must hold what every method mu
     "hicache of stages": ("hicache", {"granularity": "stage", "interval": 3}),
     "hicache with its own sigma": ("hicache", {"adaptive": True, "interval": 3}),
     "speca of stages": ("speca", {"granularity": "stage"}),
+    "speca by Hermite": ("speca", {"basis": "hermite", "min_drafts": 1}),
     "easycache of the output": ("easycache", {"reuse": "output", "warmup_steps": 2}),
     "dicache by the excess": ("dicache", {"error": "excess", "retention": 0.0}),
     "clusca by Hermite": ("clusca", {"basis": "hermite", "exact_fresh": True, "interval": 3}),

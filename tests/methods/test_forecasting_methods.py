@@ -17,7 +17,7 @@ from h2cache.baselines.teacache import TeaCacheConfig
 
 import h2cache
 from h2cache import H2Config, weights
-from h2cache.engines.divided import DividedBlocks
+from h2cache.engines import find_engine
 from h2cache.forecasting import ModuleForecast
 from h2cache.method import Shape
 from h2cache.policies import interval_due
@@ -216,15 +216,18 @@ CONFIGS = (
 )
 
 
-@pytest.mark.parametrize("family", ["flux_kontext", "flux_controlnet", "hunyuan_image", "hunyuan_video"])
+@pytest.mark.parametrize(
+    "family", ["flux_kontext", "flux_controlnet", "hunyuan_image", "hunyuan_video", "qwen_image_edit"]
+)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
 def test_text_that_nobody_reads_changes_no_picture(config, family, monkeypatch):
     """Where the engine does not say where text is, it is forecast as the authors do."""
     case = recorded(family)
     h2cache.enable(case.target, config)
     without, held = case.run(), h2cache.summary(case.target).bytes_held
-    own = DividedBlocks.modules
-    monkeypatch.setattr(DividedBlocks, "modules", lambda self, block: replace(own(self, block), text={}))
+    engine = type(find_engine(case.transformers[0]))
+    own = engine.modules
+    monkeypatch.setattr(engine, "modules", lambda self, block: replace(own(self, block), text={}))
     h2cache.enable(case.target, replace(config))
     assert all(map(torch.equal, without, case.run()))
     assert held < h2cache.summary(case.target).bytes_held

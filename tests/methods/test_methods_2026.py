@@ -1,5 +1,6 @@
 """The methods of 2026 do what their papers say: schedules, weights, measures; bad settings are refused."""
 
+import json
 import math
 import random
 
@@ -16,6 +17,7 @@ from h2cache.baselines.sencache import SenCacheConfig
 from h2cache.baselines.spectrum import Fit, SpectrumConfig
 
 import h2cache
+from analysis import fit_budcache
 from tests.helpers.toys import denoise, generate, make_flux
 
 INF = math.inf
@@ -130,6 +132,25 @@ def test_easycache_in_a_batch_keeps_what_each_picture_would_have_alone(tiny):
             hits.append(10 - len(computed(tiny)))
             assert (both[n] - alone).norm() <= 1e-4 * alone.norm()
     assert any(hits)
+
+
+# BudCache.
+
+
+def test_the_search_is_a_command_and_its_result_is_taken(monkeypatch, tmp_path, capsys):
+    table = tmp_path / "budcache.json"
+    table.write_text("{}")
+    monkeypatch.setattr(fit_budcache, "CONSTANTS", table)
+    asked = ["--budgets", "3", "--trials", "4", "--steps", "8", "--limit", "1", "--save"]
+    assert fit_budcache.main(asked) == 0
+    found = json.loads(table.read_text())["tiny_flux"]
+    assert json.loads(capsys.readouterr().out) == found
+    assert found["steps"] == 8
+    assert found["computed"]["3"][0] == 0
+    assert len({*found["computed"]["3"]}) == 3
+    assert "after 4 trials" in found["source"]
+    assert fit_budcache.main([*asked, "--budgets", "8"]) == 2
+    assert "--budgets 8" in capsys.readouterr().err
 
 
 # MeanCache.
