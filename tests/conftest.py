@@ -1,39 +1,51 @@
-"""What any test may ask for."""
+"""What any test may ask for.
+
+Nothing of weight is imported at the top: the process that only hands out the tests would load it too.
+"""
 
 import copy
-from collections.abc import Iterator
+import gc
 
 import pytest
-import torch
-from diffusers import FluxPipeline, FluxTransformer2DModel
 
-import h2cache
-from analysis.drawing.draw import load_pipeline
 from tests.helpers.nunchaku_env import checkpoint, nunchaku  # noqa: F401  fixtures
-from tests.helpers.toys import TINY, make_flux
 
-torch.set_num_threads(1)  # two threads starve each other on a busy machine
+
+def pytest_collection_finish() -> None:
+    """Everything is loaded by now; no collection of garbage need look through its million objects again."""
+    import torch
+
+    torch.set_num_threads(1)  # two threads starve each other on a busy machine
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture
-def flux() -> FluxTransformer2DModel:
+def flux():
+    """A FLUX transformer of random weights."""
+    from tests.helpers.toys import make_flux
+
     return make_flux()
 
 
 @pytest.fixture(scope="session")
-def _tiny_pipeline() -> FluxPipeline:
+def _tiny_pipeline():
+    from analysis.drawing.draw import load_pipeline
+    from tests.helpers.toys import TINY
+
     pipeline = load_pipeline(TINY, "cpu", None)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
 @pytest.fixture
-def tiny(_tiny_pipeline) -> Iterator[FluxPipeline]:
+def tiny(_tiny_pipeline):
     """The embedded model; components are shared, the pipeline and its scheduler are the test's own."""
+    import h2cache
+
     parts = dict(_tiny_pipeline.components, scheduler=copy.deepcopy(_tiny_pipeline.scheduler))
-    pipeline = FluxPipeline(
-        **{k: v for k, v in parts.items() if k not in ("image_encoder", "feature_extractor")}
-    )
+    del parts["image_encoder"], parts["feature_extractor"]
+    pipeline = type(_tiny_pipeline)(**parts)
     pipeline.set_progress_bar_config(disable=True)
     yield pipeline
     h2cache.disable(pipeline)

@@ -12,11 +12,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 CLIP = "openai/clip-vit-large-patch14"
 MS_SSIM_SIDE = 176  # five scales of an 11-pixel window need more than 175 pixels
@@ -29,6 +24,9 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 def fidelity(image: Image.Image, uncached: Image.Image) -> dict[str, float | bool | None]:
     """PSNR in dB and SSIM of `image` against `uncached`; identical images have no PSNR (null), SSIM 1."""
+    # here, because it loads matplotlib: a second at the start of every command
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     x, y = to_tensor(image), to_tensor(uncached)
     if torch.equal(x, y):
         return {"psnr": None, "ssim": 1.0, "identical": True}
@@ -41,6 +39,8 @@ def fidelity(image: Image.Image, uncached: Image.Image) -> dict[str, float | boo
 
 def more_fidelity(image: Image.Image, uncached: Image.Image) -> dict[str, float | None]:
     """MS-SSIM (null below 176 pixels), GMSD and, where the package `lpips` is installed, LPIPS."""
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
+
     x, y = to_tensor(image), to_tensor(uncached)
     large = min(image.size) >= MS_SSIM_SIDE
     lpips = lpips_model()

@@ -33,7 +33,7 @@ from tests.helpers.served import ended, started
 METHODS = ["h2cache:tau1=0.3:tau2=0.3,inf", "block_cache:threshold=0.2"]
 
 
-def arguments(out, *more, steps: int = 6, limit: int = 3) -> list[str]:
+def arguments(out, *more, steps: int = 6, limit: int = 2) -> list[str]:
     return ["--out", str(out), "--steps", str(steps), "--limit", str(limit), "--methods", *METHODS, *more]
 
 
@@ -58,7 +58,7 @@ def test_the_experiment_makes_its_table(tmp_path, capsys):
         "h2cache tau1=0.3 tau2=inf",
         "block_cache threshold=0.2",
     ]
-    assert none["identical"] == none["prompts"] == 3
+    assert none["identical"] == none["prompts"] == 2
     assert none["psnr"] is None
     assert none["bytes_held"] == 0
     assert 1 <= tight["blocks_ratio"] <= loose["blocks_ratio"]
@@ -69,7 +69,7 @@ def test_the_experiment_makes_its_table(tmp_path, capsys):
     with open(tmp_path / "table.csv", newline="") as file:
         assert [line["label"] for line in csv.DictReader(file)] == [x["label"] for x in table["rows"]]
     rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 12
+    assert len(rows) == 8
     assert all(0 < row["seconds_steps"] < row["seconds"] for row in rows)
     assert Image.open(tmp_path / "compare.png").width > 3 * 192
 
@@ -143,9 +143,9 @@ def test_what_fails_is_told_and_the_rest_is_kept(tmp_path, capsys, monkeypatch):
     command = arguments(tmp_path, "--no-words", steps=2)
     assert main(command) == 1
     assert "out of memory" in capsys.readouterr().err
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 11
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 7
     assert main(command) == 0
-    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 12
+    assert len((tmp_path / "rows.jsonl").read_text().splitlines()) == 8
 
 
 @pytest.mark.parametrize(

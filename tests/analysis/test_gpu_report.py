@@ -5,21 +5,29 @@ import json
 import pytest
 
 from analysis.gpu_report import __main__ as script
-from analysis.gpu_report import steps
+from analysis.gpu_report import costs, steps
 from analysis.gpu_report.models import SKIPPING
 from analysis.gpu_report.report import markdown
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """A report in a hurry: one round of times, and the profiler is for the uncached model only."""
     out, of_batch = tmp_path_factory.mktemp("report"), steps.of_batch
 
     def one_round(ctx, *batch):
         ctx.ends = 0.0  # no time for a second
         yield from of_batch(ctx, *batch)
 
+    def waits(ctx):
+        found = costs.waits(ctx)
+        yield next(found)
+        ctx.ends = 0.0
+        yield from found
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(steps, "of_batch", one_round)
+        patch.setitem(script.SECTIONS, "waits", (waits, script.SECTIONS["waits"][1]))
         script.main(["--device", "cpu", "--small", "--minutes", "3", "--out", str(out)])
     return out
 
@@ -62,6 +70,13 @@ def test_a_goal_is_reached_by_its_value_alone(rows):
     assert {row["section"] for row in goals} >= {"exact", "steps", "contract"}
     assert all(row["reached"] == (row["value"] <= row["limit"]) for row in goals)
     assert all(row["reached"] for row in goals if row["section"] in ("exact", "contract"))
+
+
+def test_waits_are_counted_of_every_method(rows):
+    uncached, *found = (row for row in rows["waits"] if "method" in row)
+    assert "-1" not in uncached["of a request, profiler"]
+    assert [row["method"] for row in found] == SKIPPING
+    assert all(row["waits at each step"] == str([0] * 6) for row in found)  # a CPU waits for nothing
 
 
 def test_compiled_blocks_are_compared_with_a_picture_that_repeats(rows):

@@ -53,13 +53,13 @@ def test_letters_stay_inside_their_shape(shape, curved):
 
 
 def test_checker_accepts_true_renderings():
-    found = [evaluate.check(picture, spec) for spec, _, picture in signs_of(7, 34)]
+    found = [evaluate.check(picture, spec) for spec, _, picture in signs_of(7, 20)]
     for name in ("sign_ok", "background_ok", "shape_ok", "texture_ok"):
-        assert np.mean([row[name] for row in found]) >= 0.97, name
+        assert sum(not row[name] for row in found) <= 1, name
 
 
 def test_checker_rejects_another_sign():
-    pictures = signs_of(8, 12)
+    pictures = signs_of(8, 6)
     for (spec, _, _), (other, _, picture) in pairwise(pictures):
         found = evaluate.check(picture, spec)
         assert found["background_ok"] == (spec.background == other.background)
@@ -86,11 +86,16 @@ def work(tmp_path_factory) -> Path:
     tokenizers[0].save_pretrained(folder / "tokenizer_2")
     tokenizers[1].save_pretrained(folder / "tokenizer")
     build_vae().save_pretrained(folder / "vae")
-    train.main(["--work", str(folder), "--device", "cpu", "--max-steps", "3", "--no-compile", *TINY])
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # here: loading everything in a process of its own takes seconds
+        patch.setattr(train.mp, "spawn", lambda work, given, count: work(0, *given))
+        train.main(["--work", str(folder), "--device", "cpu", "--max-steps", "3", "--no-compile", *TINY])
     return folder
 
 
 def test_training_goes_on_where_it_was_stopped(work):
+    """In a process of its own."""
     before = torch.load(work / "checkpoint.pt")
     assert before["step"] == 3
     assert before["seen"] == 24

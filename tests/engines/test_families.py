@@ -1,5 +1,8 @@
 """Real pipelines of every family, of tiny random weights: whole calls, and what is particular to each."""
 
+import importlib
+
+import diffusers.pipelines.qwenimage
 import pytest
 import torch
 from diffusers.hooks import apply_group_offloading
@@ -36,7 +39,20 @@ def other_request(call: dict) -> dict:
     return call | {"prompt_embeds": call["prompt_embeds"].flip(1) * 0.5}
 
 
+@pytest.fixture
+def small_references(monkeypatch) -> None:
+    """Qwen brings references to a megapixel, whose encoding takes longer than all that is tried here."""
+    pipelines = diffusers.pipelines.qwenimage
+    for name in ("pipeline_qwenimage_edit", "pipeline_qwenimage_edit_plus"):
+        module = importlib.import_module(f"{pipelines.__name__}.{name}")
+        own = module.calculate_dimensions
+        monkeypatch.setattr(
+            module, "calculate_dimensions", lambda area, ratio, own=own: own(area / 16, ratio)
+        )
+
+
 @pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("small_references")
 def test_a_pipeline_of_each_family(family):
     pipeline, call = FAMILIES[family]()
     expected = draw(pipeline, call)
@@ -236,7 +252,7 @@ METHODS = [ALL_HIT, BlockCacheConfig(threshold=INF), TeaCacheConfig(threshold=IN
 
 
 @pytest.mark.parametrize("config", METHODS, ids=lambda c: c.name)
-@pytest.mark.parametrize(("family", "blocks"), [("wan", 1), ("wan", 4), ("flux2", 3), ("hunyuan_video", 2)])
+@pytest.mark.parametrize(("family", "blocks"), [("wan", 1), ("wan", 4), ("flux2", 3)])
 def test_group_offloading_brings_the_blocks_that_run(tmp_path, config, family, blocks):
     """On disk, so that a block that nobody brought back would compute with memory that was never written."""
     pipeline, call = FAMILIES[family]()
@@ -264,12 +280,12 @@ def test_layerwise_casting(config, family):
     pipeline, call = FAMILIES[family]()
     for transformer in transformers_of(pipeline):
         transformer.enable_layerwise_casting(torch.bfloat16, torch.float32)
-    expected = draw(pipeline, call, steps=8)
+    expected = draw(pipeline, call, steps=6)
     h2cache.enable(pipeline, config)
-    assert draw(pipeline, call, steps=8).isfinite().all()
+    assert draw(pipeline, call, steps=6).isfinite().all()
     assert h2cache.summary(pipeline).block_ratio > 1.2
     h2cache.disable(pipeline)
-    assert torch.equal(draw(pipeline, call, steps=8), expected)
+    assert torch.equal(draw(pipeline, call, steps=6), expected)
 
 
 @pytest.mark.parametrize("family", ["flux2", "wan"])

@@ -201,6 +201,9 @@ def recorded(family: str) -> Recorded:
     pipeline, call = FAMILIES[family]()
     if family == "hunyuan_image":  # what it has for glyphs is 2048 wide whatever the configuration says
         pipeline.tokenizer_2_max_length = 8  # 128 otherwise
+    if family == "qwen_image_edit":  # one token a byte makes its instructions 300 tokens long
+        pipeline.prompt_template_encode_start_idx = 0
+        pipeline.prompt_template_encode = "<|vision_start|><|image_pad|><|vision_end|>{}"
     return Recorded(pipeline, call)
 
 

@@ -20,21 +20,33 @@ ROOT = Path(h2cache.__file__).resolve().parents[1]
 PARTS = ("h2cache", "baselines", "pyproject.toml", "README.md", "LICENSE", *ROOT.glob("requirements*.txt"))
 OPTIONAL = {"nunchaku", "PIL"}  # imported where they are used: an engine of its own; ComfyUI has Pillow
 
-# What a user runs: from a folder with a `baselines/` of their own, which comes first on their path.
+# What a user runs, from each place in turn: from a folder with a `baselines/` of their own, which comes first
+# on their path. The packages below the library are loaded once.
 CHILD = """
-import json, site, sys
-site.addsitedir(sys.argv[1])
-import baselines.mine
-import h2cache, h2cache.baselines.teacache
-from h2cache.registry import fitted_constants
-print(json.dumps({
-    "file": h2cache.__file__, "version": h2cache.__version__, "methods": h2cache.method_names(),
-    "there": [h2cache.find_method(name).__module__ for name in h2cache.method_names()],
-    "constants": len(fitted_constants("teacache", "tiny_flux")), "below": h2cache.baselines.__name__,
-    "mine": baselines.mine.__file__,
-}))
+import json, os, site, sys
+import diffusers, torch
+
+def look(place):
+    sys.path.insert(1, place)  # as PYTHONPATH would
+    site.addsitedir(place)
+    import baselines.mine
+    import h2cache, h2cache.baselines.teacache
+    from h2cache.registry import fitted_constants
+    return {
+        "file": h2cache.__file__, "version": h2cache.__version__, "methods": h2cache.method_names(),
+        "there": [h2cache.find_method(name).__module__ for name in h2cache.method_names()],
+        "constants": len(fitted_constants("teacache", "tiny_flux")), "below": h2cache.baselines.__name__,
+        "mine": baselines.mine.__file__,
+    }
+
+assert not {"h2cache", "baselines"} & {*sys.modules}
+for place in sys.argv[1:]:
+    if not os.fork():
+        print(json.dumps(look(place)), flush=True)
+        os._exit(0)
+    os.wait()
 """
-BUILD_EDITABLE = "import setuptools.build_meta as b, sys; b.build_editable(sys.argv[1])"
+BUILD = "import setuptools.build_meta as b, sys; b.build_{}(sys.argv[1])"
 
 
 def in_child(*arguments: str, at: Path, **environment: str) -> str:
@@ -55,41 +67,51 @@ def source(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def wheel(source, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("wheel")
-    quick = ["--no-deps", "--no-index", "--no-build-isolation", "-qqw", str(folder)]
-    in_child("-m", "pip", "wheel", *quick, str(source), at=folder)
+def built(form: str, source: Path, folder: Path) -> Path:
+    """The file that pip would be given, as pip asks for it."""
+    in_child("-c", BUILD.format(form), str(folder), at=source)
     return next(folder.glob("*.whl"))
 
 
 @pytest.fixture(scope="module")
+def wheel(source, tmp_path_factory) -> Path:
+    return built("wheel", source, tmp_path_factory.mktemp("wheel"))
+
+
+@pytest.fixture(scope="module")
 def target(wheel, tmp_path_factory) -> Path:
+    """Where the wheel is installed: pip does no more to a package without scripts (.ci/run has pip)."""
     folder = tmp_path_factory.mktemp("target")
-    quick = ["--no-deps", "--no-index", "--no-compile", "-qq", "--target", str(folder)]
-    in_child("-m", "pip", "install", *quick, str(wheel), at=folder)
+    zipfile.ZipFile(wheel).extractall(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def editable(source, tmp_path_factory) -> Path:
-    built, folder = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("editable")
-    in_child("-c", BUILD_EDITABLE, str(built), at=source)
-    zipfile.ZipFile(next(built.glob("*.whl"))).extractall(folder)
+    folder = tmp_path_factory.mktemp("editable")
+    zipfile.ZipFile(built("editable", source, tmp_path_factory.mktemp("built"))).extractall(folder)
     return folder
 
 
-@pytest.mark.parametrize("form", ["target", "editable", "checkout"])
-def test_every_method_is_found_beside_a_folder_of_the_users_own(form, request, tmp_path):
-    place = ROOT if form == "checkout" else request.getfixturevalue(form)
-    (tmp_path / "baselines").mkdir()
+@pytest.fixture(scope="module")
+def seen(target, editable, tmp_path_factory) -> dict[str, dict]:
+    """What a user sees of the library in each of its forms, and the user's own folder."""
+    folder = tmp_path_factory.mktemp("user")
+    (folder / "baselines").mkdir()
     for file in ("__init__.py", "mine.py"):
-        (tmp_path / "baselines" / file).write_text("")
-    (tmp_path / "child.py").write_text(CHILD)
-    found = json.loads(in_child("child.py", str(place), at=tmp_path, PYTHONPATH=str(place)))
-    home = request.getfixturevalue("source") if form == "editable" else place
+        (folder / "baselines" / file).write_text("")
+    (folder / "child.py").write_text(CHILD)
+    lines = in_child("child.py", *map(str, (target, editable, ROOT)), at=folder).splitlines()
+    return dict(zip(("target", "editable", "checkout"), map(json.loads, lines), strict=True))
+
+
+@pytest.mark.parametrize("form", ["target", "editable", "checkout"])
+def test_every_method_is_found_beside_a_folder_of_the_users_own(form, seen, request):
+    found = seen[form]
+    home = ROOT if form == "checkout" else request.getfixturevalue({"editable": "source"}.get(form, form))
     assert Path(found["file"]).is_relative_to(home)
-    assert Path(found["mine"]).is_relative_to(tmp_path)
+    assert Path(found["mine"]).parts[-2:] == ("baselines", "mine.py")
+    assert not Path(found["mine"]).is_relative_to(home)
     assert found["version"] == h2cache.__version__
     assert found["methods"] == h2cache.method_names()
     assert {"h2cache", "none", "teacache"} <= set(found["methods"])
@@ -98,11 +120,16 @@ def test_every_method_is_found_beside_a_folder_of_the_users_own(form, request, t
     assert found["below"] == "h2cache.baselines"
 
 
-def test_the_pages_python_lines_run_from_the_wheel(target, tmp_path):
+def test_the_pages_python_lines_run(tmp_path, monkeypatch, capsys):
+    """From the wheel, .ci/run runs them."""
+    monkeypatch.syspath_prepend(str(ROOT / ".ci"))
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "assets").symlink_to(ROOT / "assets")
-    pages = [str(ROOT / "README.md"), str(ROOT / "assets/tiny_flux/README.md")]
-    out = in_child(str(ROOT / ".ci/readme_lines.py"), *pages, at=tmp_path, PYTHONPATH=str(target))
-    assert len(re.findall(r"[1-9]\d* of \d+ Python blocks ran", out)) == len(pages)
+    import readme_lines
+
+    for page in ("README.md", "assets/tiny_flux/README.md"):
+        readme_lines.run(str(ROOT / page))
+        assert re.search(r"[1-9]\d* of \d+ Python blocks ran", capsys.readouterr().out)
 
 
 def test_the_wheel_has_every_file_of_the_library_and_no_other(wheel):

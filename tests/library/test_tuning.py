@@ -2,15 +2,19 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 
 import pytest
 import torch
+from diffusers import FluxPipeline
 
 import h2cache
+from analysis.drawing.draw import load_pipeline
+from analysis.tiny_families import FAMILIES
 from h2cache import PlanConfig, tuned, tuning
 from h2cache.tuned import Estimate, Quality, Tuned, TunedPlan
 
-CALL = {"height": 64, "width": 64, "max_sequence_length": 24, "num_inference_steps": 10}
+CALL = {"height": 16, "width": 16, "max_sequence_length": 64, "num_inference_steps": 10}
 PROMPTS = [
     {"prompt": 'a red round sign that says "CAFE" on a striped green background', "seed": 3},
     {"prompt": 'a blue oval badge that says "OPEN" on a dotted pink background', "seed": 4},
@@ -31,16 +35,30 @@ def draw(pipe, **further):
 
 
 @pytest.fixture(scope="module")
-def searched(tmp_path_factory, _tiny_pipeline):
+def tiny(tmp_path_factory) -> FluxPipeline:
+    """FLUX of random weights, in a folder that it can be known by: a search draws hundreds of pictures."""
+    folder = tmp_path_factory.mktemp("flux")
+    FAMILIES["flux"]()[0].save_pretrained(folder)
+    pipeline = load_pipeline(str(folder), "cpu", None)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(autouse=True)
+def _off(tiny) -> Iterator[None]:
+    yield
+    h2cache.disable(tiny)
+
+
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory, tiny):
     """One search, and the folder that it left its plans in."""
     folder = tmp_path_factory.mktemp("searched")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
         patch.setattr(tuned, "SHIPPED", folder / "shipped")
-        found = h2cache.tune(
-            _tiny_pipeline, PROMPTS, held_out=OTHER, speedups=(2, 3.3), progress=False, **CALL
-        )
-    h2cache.disable(_tiny_pipeline)
+        found = h2cache.tune(tiny, PROMPTS, held_out=OTHER, speedups=(2, 3.3), progress=False, **CALL)
+    h2cache.disable(tiny)
     return found, folder
 
 

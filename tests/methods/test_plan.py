@@ -30,7 +30,8 @@ def calls(pipe: Loop, *args, **kwargs) -> int:
 
 
 def held(pipe: Loop) -> int:
-    return vars(pipe.transformer)["_h2cache"].requests.bytes_held
+    """Bytes that are kept at this moment, of whatever request."""
+    return h2cache.summary(pipe).bytes_of_all
 
 
 # How many

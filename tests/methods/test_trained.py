@@ -4,16 +4,14 @@ import pytest
 import torch
 
 import h2cache
+from h2cache import method_names
 from h2cache.plan import PlanConfig
 from tests.helpers.families import STEPS, TRAINED, call_of, refused_by, trained
-from tests.methods.test_contract import METHODS, switched_off
+from tests.methods.test_contract import switched_off
 
 LIKE = {"tiny_dit": "dit", "tiny_wan": "wan22"}  # the random model of its class, whose refusals are its own
 PAIRS = [
-    (model, method)
-    for model in TRAINED
-    for method in METHODS
-    if switched_off(method).name not in refused_by(LIKE[model]) or " of " in method
+    (model, method) for model in TRAINED for method in method_names() if method not in refused_by(LIKE[model])
 ]
 
 
