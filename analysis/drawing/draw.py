@@ -255,7 +255,7 @@ def call_arguments(
     call = guidance_arguments(pipeline, guidance, negative, true_cfg)
     for name, asked, allowed in (("height", height, limits.height), ("width", width, limits.width)):
         if asked and not takes(pipeline, name):
-            raise ValueError(f"--{name}: {type(pipeline).__name__} takes no size: its pictures have one, or that of --input-image")
+            raise ValueError(f"--{name}: {type(pipeline).__name__} takes no size, its pictures have one")
         own = default_of(pipeline, name)
         if own is None and takes(pipeline, name) and hasattr(pipeline, "default_sample_size"):
             own = pipeline.default_sample_size * pipeline.vae_scale_factor

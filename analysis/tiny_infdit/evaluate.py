@@ -3,8 +3,8 @@
     python -m analysis.tiny_infdit.evaluate --out evaluation.json --sheet samples.png
 
 The prompts are the embedded model's held-out ones. For each of --count signs three small pictures are
-enlarged: the true sign scaled down ("scaled"), the same through the embedded model's VAE ("vae"), and what the
-embedded model draws of the prompt ("drawn", seed: the sign's number). The first two are compared with the
+enlarged: the true sign scaled down ("scaled"), the same through the embedded model's VAE ("vae"), and what
+the embedded model draws of the prompt ("drawn", seed: the sign's number). The first two are compared with the
 true large sign, the third has none. Beside each stands bicubic interpolation. What is read and seen: by the
 checks of `analysis.tiny_flux.evaluate`, words at 512 pixels, the rest at 128.
 
@@ -88,19 +88,23 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[np.ndarray]]:
         }
         for name, (picture, true) in pictures.items():
             drawn = enlarge(picture, number)
-            row = {"word": spec.word, "seconds": round(drawn.seconds, 2)}
-            row |= {"bicubic": seen(bicubic(picture), spec, true), "ours": seen(drawn.image, spec, true)}
-            row |= {"true": seen(truth, spec, None)}
-            rows[name].append(row)
+            row = {"bicubic": bicubic(picture), "ours": drawn.image}
+            row = {kind: seen(image, spec, true) for kind, image in row.items()}
+            rows[name].append({"prompt": prompt, **row, "true": seen(truth, spec, None)})
             sheet += [np.asarray(image) for image in (bicubic(picture), drawn.image, truth)]
         for name, config in CACHES.items():
             other = enlarge(pictures["drawn"][0], number, config)
-            costs = {"blocks_ratio": other.summary.blocks / other.summary.blocks_run}
-            cached[name].append(costs | {"psnr": fidelity(other.image, drawn.image)["psnr"]}
-                                | {"seconds": round(other.seconds, 2), "uncached": round(drawn.seconds, 2)})  # fmt: skip
-        print(number, prompt, rows["vae"][-1], {name: found[-1] for name, found in cached.items()}, flush=True)
-    kinds = ("bicubic", "ours", "true")
-    summary = {name: {kind: averages([r[kind] for r in found]) for kind in kinds} for name, found in rows.items()}
+            cached[name].append(
+                {
+                    "blocks_ratio": other.summary.blocks / other.summary.blocks_run,
+                    "psnr": fidelity(other.image, drawn.image)["psnr"],
+                }
+            )
+        print(number, prompt, {name: found[-1] for name, found in (rows | cached).items()}, flush=True)
+    summary = {
+        name: {kind: averages([row[kind] for row in found]) for kind in ("bicubic", "ours", "true")}
+        for name, found in rows.items()
+    }
     record = {**provenance("tiny_infdit.evaluate", "cpu"), "steps": args.steps, "signs": args.count}
     record |= {"enlarged": summary, "cached": {name: averages(found) for name, found in cached.items()}}
     return record | {"rows": rows, "cached_rows": cached}, sheet
@@ -111,7 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=Path("assets/tiny_infdit"))
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--sheet", type=Path, help="also write the first two signs, unpicked, to this PNG")
-    parser.add_argument("--count", type=int, default=12)
+    parser.add_argument("--count", type=int, default=8)
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -256,7 +255,12 @@ class DiffusionEngine(ModelMixin, ConfigMixin):
         return self.config.block * PATCH // SCALE
 
     def precond_forward(
-        self, images: Tensor, sigmas: Tensor, concat_lr_imgs: Tensor, lr_imgs: Tensor, rope_position_ids: Tensor
+        self,
+        images: Tensor,
+        sigmas: Tensor,
+        concat_lr_imgs: Tensor,
+        lr_imgs: Tensor,
+        rope_position_ids: Tensor,
     ) -> Tensor:
         """The denoised picture, D(x, sigma)."""
         sigma = sigmas[:, None, None, None]
@@ -265,7 +269,12 @@ class DiffusionEngine(ModelMixin, ConfigMixin):
         return out * sigma * SIGMA_DATA / root + images * SIGMA_DATA**2 / root**2
 
     def network(
-        self, images: Tensor, sigmas: Tensor, concat_lr_imgs: Tensor, lr_imgs: Tensor, rope_position_ids: Tensor
+        self,
+        images: Tensor,
+        sigmas: Tensor,
+        concat_lr_imgs: Tensor,
+        lr_imgs: Tensor,
+        rope_position_ids: Tensor,
     ) -> Tensor:
         """The transformer's own output, F, for pictures that are scaled already."""
         emb = F.silu(self.time_embed(sigmas.log() / 4))
@@ -300,7 +309,7 @@ class DiffusionEngine(ModelMixin, ConfigMixin):
         noise: Tensor | None = None,
         evaluated: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Heun's sampler; images: the enlarged low-resolution picture; evaluated: called after each evaluation."""
+        """Heun's sampler; images: the enlarged low-resolution picture; evaluated: called after each call."""
         ids = positions(shape[2] // PATCH, shape[3] // PATCH, len(images)).to(images.device)
         sigmas = self.sampler.discretization(num_steps or self.sampler.num_steps).to(images.device)
         x = images + sigmas[0] * (torch.randn_like(images) if noise is None else noise)

@@ -1,7 +1,7 @@
 """The small Inf-DiT as a diffusers pipeline: a picture in, the same four times as large out.
 
-    pipe = InfDiTPipeline.from_pretrained("assets/tiny_infdit")
-    large = pipe(Image.open("small.png")).images[0]
+pipe = InfDiTPipeline.from_pretrained("assets/tiny_infdit")
+large = pipe(Image.open("small.png")).images[0]
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class InfDiTPipeline(DiffusionPipeline):
         side, (width, height) = self.model.small_block, image.size
         if width % side or height % side or not SMALLEST <= min(image.size) <= max(image.size) <= LARGEST:
             raise ValueError(
-                f"the picture is {width}x{height}: this model enlarges sides of {SMALLEST} to {LARGEST} pixels "
-                f"that are multiples of {side}; crop or scale it"
+                f"the picture is {width}x{height}: this model enlarges sides of {SMALLEST} to {LARGEST} "
+                f"pixels that are multiples of {side}; crop or scale it"
             )
 
     def __call__(

@@ -1,4 +1,4 @@
-"""The small Inf-DiT: its pairs, its training, the shipped folder, and `run.py` enlarging a picture with it."""
+"""The small Inf-DiT: its pairs, its training, the shipped folder, and `run.py` enlarging a picture."""
 
 import json
 import random
