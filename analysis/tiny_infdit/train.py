@@ -21,7 +21,7 @@ from analysis.tiny_infdit.pairs import batch, load_vae
 
 # The small picture is scaled with the noisy one, so that of the authors' highest level, 40, nothing of it is
 # left to begin with; the enlarged picture is near enough to the goal to begin lower.
-HIGHEST, LOWEST = 4.0, 0.01
+HIGHEST, LOWEST = 4.0, 0.04
 LEVELS = (-0.6, 1.2)  # mean and deviation of ln(sigma) in training: 0.05 to 6 within two deviations
 
 
