@@ -41,6 +41,7 @@ CACHES: dict[str, MethodConfig] = {
     "plan, 5x": PlanConfig(speedup=5.0),
 }
 SEED = 1  # of the signs' shades
+MIDDLE = (64, 160, 448, 352)  # of a large picture, for the sheet
 
 
 def to_picture(levels: torch.Tensor) -> Image.Image:
@@ -91,7 +92,7 @@ def evaluate(args: argparse.Namespace) -> tuple[dict, list[np.ndarray]]:
             row = {"bicubic": bicubic(picture), "ours": drawn.image}
             row = {kind: seen(image, spec, true) for kind, image in row.items()}
             rows[name].append({"prompt": prompt, **row, "true": seen(truth, spec, None)})
-            sheet += [np.asarray(image) for image in (bicubic(picture), drawn.image, truth)]
+            sheet += [np.asarray(image.crop(MIDDLE)) for image in (bicubic(picture), drawn.image, truth)]
         for name, config in CACHES.items():
             other = enlarge(pictures["drawn"][0], number, config)
             cached[name].append(
@@ -122,7 +123,7 @@ def main(argv: list[str] | None = None) -> None:
     record, sheet = evaluate(args)
     write_atomically(args.out, (json.dumps(record, indent=1) + "\n").encode())
     if args.sheet:
-        signs.sheet(sheet[:18], columns=3).save(args.sheet, optimize=True)
+        signs.sheet(sheet[:18], columns=3).quantize(256).save(args.sheet, optimize=True)
     print(json.dumps({k: record[k] for k in ("enlarged", "cached")}, indent=1))
 
 
