@@ -5,6 +5,7 @@
     python run.py --speedup 8                              # ask for a speed, or --psnr 45 for a quality
     python run.py --prompts my.txt --method h2cache --tau1 0.2 --tau2 0.05
     python run.py --input-image assets/example.png --prompt "..."             # to begin with, edit or animate
+    python run.py --model assets/tiny_infdit --input-image assets/tiny_infdit/example.png   # 4 times as large
     python run.py --model black-forest-labs/FLUX.1-dev     # needs the weights and a GPU; 4 bits with nunchaku
     python run.py --prompts my.txt --processes 4           # on 4 GPUs, as torchrun --nproc-per-node 4 run.py
 
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     args.steps = args.steps or limits.call.get("num_inference_steps", 50)
     if args.steps == 1:
         warn("--steps 1: a cache reuses what earlier steps computed, so nothing can be skipped")
-    alone = Prompt("picture", args.prompt or limits.example or PROMPT)
+    alone = Prompt("picture", args.prompt or (PROMPT if limits.example is None else limits.example))
     prompts = read_prompts(args.prompts) if args.prompts else [alone]
     check_prompts(limits, prompts if speaks else [])
     args.out.mkdir(parents=True, exist_ok=True)

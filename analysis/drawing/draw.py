@@ -33,6 +33,7 @@ from analysis.drawing.peak import PeakMemory
 from analysis.drawing.prompts import check_text
 from analysis.drawing.samplers import other_sampler
 from analysis.records import store
+from analysis.tiny_infdit.pipeline import InfDiTPipeline
 from h2cache import MethodConfig, Summary
 from h2cache.room import free_bytes
 
@@ -40,6 +41,9 @@ from h2cache.room import free_bytes
 
 # diffusers 0.42 renames the argument; both names must work, without its warning.
 DTYPE = "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
+
+
+OWN = {"InfDiTPipeline": InfDiTPipeline}  # pipelines of ours, by the name in a folder's index
 
 
 def default_device() -> str:
@@ -74,14 +78,16 @@ def load_pipeline(
         raise FileNotFoundError(
             f"no model folder {model!r}, and it has not the form of a hub id (owner/name)"
         )
+    kind = DiffusionPipeline
     if folder.exists():
-        check_folder(folder, parts)
+        index = check_folder(folder, parts)
+        kind = OWN.get(index["_class_name"], kind)
     dtype = dtype or ("float32" if torch.device(device).type == "cpu" else "bfloat16")
     transformers.logging.disable_progress_bar()
     if folder.exists():
         diffusers.logging.disable_progress_bar()  # a download keeps its bars
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
+        pipeline = kind.from_pretrained(
             str(folder if folder.exists() else model),
             **{DTYPE: getattr(torch, dtype)},
             use_safetensors=True,  # a pickle runs what it holds when it is opened
@@ -113,8 +119,8 @@ def load_pipeline(
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
 
 
-def check_folder(folder: Path, given: Container[str] = ()) -> None:
-    """ValueError for a pipeline folder without a proper index, or with pickled weights only."""
+def check_folder(folder: Path, given: Container[str] = ()) -> dict[str, Any]:
+    """A pipeline folder's index; ValueError where it is none, or where weights are pickled only."""
     path = folder / "model_index.json"
     index = store.read_json(path)
     if index is None or "_class_name" not in index:
@@ -127,6 +133,7 @@ def check_folder(folder: Path, given: Container[str] = ()) -> None:
                 f"{pickled[0]}: pickled weights can run what they hold, and are not opened: get the model's "
                 ".safetensors, or convert them where they are trusted"
             )
+    return index
 
 
 def require_memory(height: int | None, width: int | None, frames: int | None = None) -> None:
@@ -249,7 +256,7 @@ def call_arguments(
     call = guidance_arguments(pipeline, guidance, negative, true_cfg)
     for name, asked, allowed in (("height", height, limits.height), ("width", width, limits.width)):
         if asked and not takes(pipeline, name):
-            raise ValueError(f"--{name}: {type(pipeline).__name__} draws one size only")
+            raise ValueError(f"--{name}: {type(pipeline).__name__} takes no size, its pictures have one")
         own = default_of(pipeline, name)
         if own is None and takes(pipeline, name) and hasattr(pipeline, "default_sample_size"):
             own = pipeline.default_sample_size * pipeline.vae_scale_factor

@@ -43,9 +43,16 @@ def default_of(pipeline: DiffusionPipeline, argument: str) -> Any:
 
 
 def with_prompt(pipeline: DiffusionPipeline, call: dict[str, Any]) -> dict[str, Any]:
-    """`call`, its prompt turned into the class that DiT takes: a number, or one of the model's labels."""
+    """`call`, its prompt turned into the class that DiT takes: a number, or one of the model's labels.
+
+    Where a pipeline takes neither, an empty prompt falls away, and ValueError for any other.
+    """
     if "prompt" not in call or takes(pipeline, "prompt"):
         return call
+    if not takes(pipeline, "class_labels"):
+        if call["prompt"]:
+            raise ValueError(f"{type(pipeline).__name__} takes no text: leave --prompt and --prompts out")
+        return {k: v for k, v in call.items() if k != "prompt"}
     prompt = call["prompt"].strip()
     labels = getattr(pipeline, "labels", None) or {}
     if prompt not in labels and not prompt.isdecimal():
@@ -77,7 +84,7 @@ def picture_argument(pipeline: DiffusionPipeline, path: Path | None) -> dict[str
     if takes(pipeline, "mask_image"):
         raise ValueError(f"{type(pipeline).__name__} needs a mask: call it in Python, with mask_image")
     if path is None:
-        needed = ("Edit", "Img2Img", "ImageToVideo", "Control", "VACE")
+        needed = ("Edit", "Img2Img", "ImageToVideo", "Control", "VACE", "InfDiT")
         if any(word in type(pipeline).__name__ for word in needed):
             raise ValueError(f"{type(pipeline).__name__} begins with a picture: give one with --input-image")
         return {}

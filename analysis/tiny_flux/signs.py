@@ -227,27 +227,31 @@ def letter_slots(shape: str, count: int, curved: bool) -> tuple[Slot, ...]:
 
 
 @lru_cache
-def glyph(letter: str) -> Image.Image:
+def glyph(letter: str, enlarged: int = 1) -> Image.Image:
     """A mask cropped to the letter's own width and to capital height (plus the tail of Q)."""
     import matplotlib
 
     fonts = Path(matplotlib.get_data_path()) / "fonts/ttf"
     # The plain I is a bare bar (read as L or 1), the plain J hangs below the line; the monospaced are better.
     name = "DejaVuSansMono-Bold.ttf" if letter in "IJ" else "DejaVuSans-Bold.ttf"
-    font = ImageFont.truetype(str(fonts / name), 96)
-    image = Image.new("L", (200, 200), 0)
+    font = ImageFont.truetype(str(fonts / name), 96 * enlarged)
+    image = Image.new("L", (200 * enlarged, 200 * enlarged), 0)
     draw = ImageDraw.Draw(image)
-    draw.text((40, 20), letter, font=font, fill=255)
+    draw.text((40 * enlarged, 20 * enlarged), letter, font=font, fill=255)
     left, _, right, bottom = image.getbbox()
-    capital = draw.textbbox((40, 20), "H", font=font)
+    capital = draw.textbbox((40 * enlarged, 20 * enlarged), "H", font=font)
     return image.crop((left, capital[1], right, bottom if letter == "Q" else capital[3]))
 
 
 def draw_texture(
-    draw: ImageDraw.ImageDraw, texture: str, colour: tuple[int, ...], shift: tuple[float, float]
+    draw: ImageDraw.ImageDraw,
+    texture: str,
+    colour: tuple[int, ...],
+    shift: tuple[float, float],
+    supersample: int = SUPERSAMPLE,
 ) -> None:
     """`shift` is the offset in periods."""
-    side, period = SIZE * SUPERSAMPLE, PERIOD * SUPERSAMPLE
+    side, period = SIZE * supersample, PERIOD * supersample
     across, down = (period * part for part in shift)
     cells = range(-2, SIZE // PERIOD + 2)
     if texture == "striped":
@@ -260,7 +264,7 @@ def draw_texture(
                     x, y = across + i * period, down + j * period
                     draw.rectangle((x, y, x + period - 1, y + period - 1), fill=colour)
     elif texture == "dotted":
-        radius = 4.2 * SUPERSAMPLE
+        radius = 4.2 * supersample
         for i in cells:
             for j in cells:
                 x, y = across + i * period, down + j * period
@@ -272,8 +276,14 @@ def texture_colour(background: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(int(v * 0.78) if luminance(background) > 60 else v + 38 for v in background)
 
 
-def render(spec: SignSpec, rng: random.Random | None = None, jitter: Jitter | None = None) -> np.ndarray:
-    """The picture, uint8 (128, 128, 3). Without `rng` it is the canonical one, with no jitter at all."""
+def render(
+    spec: SignSpec, rng: random.Random | None = None, jitter: Jitter | None = None, enlarged: int = 1
+) -> np.ndarray:
+    """The picture, uint8 (128, 128, 3), or so many times as large.
+
+    Without `rng` it is the canonical one, with no jitter at all.
+    """
+    supersample = SUPERSAMPLE * enlarged
     jitter = STILL if rng is None else jitter or Jitter()
     rng = rng or random.Random(0)
 
@@ -283,14 +293,14 @@ def render(spec: SignSpec, rng: random.Random | None = None, jitter: Jitter | No
         return tuple(int(min(255, max(0, v))) for v in levels)
 
     background, colour = jittered(spec.background), jittered(spec.colour)
-    side = SIZE * SUPERSAMPLE
+    side = SIZE * supersample
     image = Image.new("RGB", (side, side), background)
     draw = ImageDraw.Draw(image)
     shift = (jitter.phase * rng.random(), jitter.phase * rng.random())
-    draw_texture(draw, spec.texture, texture_colour(background), shift)
+    draw_texture(draw, spec.texture, texture_colour(background), shift, supersample)
 
-    cx, cy = (side / 2 + rng.uniform(-jitter.position, jitter.position) * SUPERSAMPLE for _ in range(2))
-    scale = rng.uniform(1 - jitter.position / 60, 1 + jitter.position / 60) * SUPERSAMPLE
+    cx, cy = (side / 2 + rng.uniform(-jitter.position, jitter.position) * supersample for _ in range(2))
+    scale = rng.uniform(1 - jitter.position / 60, 1 + jitter.position / 60) * supersample
     ink_colour = ink(spec)
 
     def fill(size: float, paint: tuple[int, ...]) -> None:
@@ -309,7 +319,7 @@ def render(spec: SignSpec, rng: random.Random | None = None, jitter: Jitter | No
     for letter, slot in zip(spec.word, letter_slots(spec.shape, len(spec.word), spec.curved), strict=True):
         width, height = slot.width * 0.84 * scale, slot.height * scale
         drawn = (int(width * (0.62 if letter == "I" else 1)), int(height * (1.16 if letter == "Q" else 1)))
-        mask = glyph(letter).resize(drawn, Image.Resampling.BILINEAR)
+        mask = glyph(letter, enlarged).resize(drawn, Image.Resampling.BILINEAR)
         drop = (drawn[1] - int(height)) / 2  # Q's tail hangs below the line
         if slot.turn:
             mask = mask.rotate(-math.degrees(slot.turn), Image.Resampling.BILINEAR, expand=True)
@@ -318,8 +328,9 @@ def render(spec: SignSpec, rng: random.Random | None = None, jitter: Jitter | No
         image.paste(ink_colour, (round(x), round(y)), mask)
 
     pixels = np.asarray(image.reduce(SUPERSAMPLE), dtype=np.float32)
+    wide = SIZE * enlarged
     angle, strength = rng.uniform(0, 2 * math.pi), rng.uniform(0, jitter.light)
-    down, across = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) / (SIZE - 1) - 0.5
+    down, across = np.mgrid[0:wide, 0:wide].astype(np.float32) / (wide - 1) - 0.5
     pixels = pixels * (1 + 2 * strength * (across * math.cos(angle) + down * math.sin(angle)))[..., None]
     return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
 

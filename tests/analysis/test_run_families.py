@@ -102,7 +102,7 @@ def test_a_picture_to_begin_with_where_the_pipeline_takes_none(tmp_path, picture
     ("family", "options", "message"),
     [
         ("dit", ["--prompt", "a cat"], "draws classes"),
-        ("dit", ["--prompt", "1", "--height", "64"], "draws one size only"),
+        ("dit", ["--prompt", "1", "--height", "64"], "takes no size"),
         ("dit", ["--prompt", "1", "--negative-prompt", "x"], "takes none"),
         ("dit", ["--prompt", "1", "--input-image", "PICTURE"], "takes no picture"),
         ("dit", ["--prompt", "1", "--frames", "5"], "draws pictures"),

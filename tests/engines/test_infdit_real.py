@@ -18,9 +18,10 @@ import pytest
 import torch
 
 import h2cache
+from analysis.tiny_infdit.model import attend
 from h2cache import H2Config, PlanConfig, find_method
 from h2cache.engines.infdit import Upscaler
-from tests.helpers.infdit import attend, make_infdit, picture
+from tests.helpers.infdit import make_infdit, picture
 
 AUTHORS = Path(os.environ.get("H2CACHE_AUTHORS", "/nowhere")) / "Inf-DiT"
 STEPS = 6  # 11 evaluations
