@@ -47,7 +47,7 @@ def scores(found: dict) -> list[str]:
         "",
         *enlarged_lines(found["enlarged"]),
         "",
-        "The same drawn ones with a cache:",
+        "The pictures drawn by the embedded model, enlarged with a cache:",
         "",
         *cached_lines(found["cached"]),
     ]
