@@ -1,10 +1,10 @@
-"""What each method will keep in memory, reckoned before anything runs.
+"""What each method will keep in memory, calculated before anything runs.
 
     python -m analysis.cache_memory                                     # FLUX.1-dev at 1024x1024, bfloat16
     python -m analysis.cache_memory --double 20 --single 40 --img 118800 --txt 256   # HunyuanVideo, 720p
     python -m analysis.cache_memory --set taylorseer:order=2 --free-gib 24
     python -m analysis.cache_memory --models        # a table of all families at their usual sizes
-    python -m analysis.cache_memory --check         # small models run: reckoned, counted, and in memory
+    python -m analysis.cache_memory --check         # small models run: calculated, counted, and in memory
 
 Bytes for each guidance branch beside the model and its activations, with the default settings or --set. With
 --free-gib, what cannot fit is marked. --check compares them with the storages of all tensors that are alive

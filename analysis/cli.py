@@ -108,9 +108,9 @@ def _flush() -> None:
 
 
 def guarded(work: Callable[[], int | None], kept: str) -> int:
-    """Exit code of `work()`; Ctrl-C and what a user can mend become one line on stderr, not a traceback.
+    """Exit code of `work()`; Ctrl-C and what a user can correct become one line on stderr, not a traceback.
 
-    kept: what becomes of the work done, told after Ctrl-C.
+    kept: what becomes of the work done, printed after Ctrl-C.
     """
     speak_anyhow()
     with warnings.catch_warnings(), _interruptible():

@@ -24,7 +24,7 @@ class BlockCacheConfig(MethodConfig):
     name = "block_cache"
 
     threshold: float = 0.08
-    """Relative change of the first block's residual, >= 0. Higher: faster, less alike. 0: always compute."""
+    """Relative change of the first block's residual, >= 0. Higher: faster, less faithful. 0: compute all."""
     warmup_steps: int = 0
     """First steps that are always computed, in steps."""
 

@@ -6,7 +6,7 @@ these mlps run for one random token of each cluster. The authors do so with text
 read on a skipped step.
 As the authors', the next difference is taken against the corrected feature; that is 2 dB better on the
 embedded model than differences between computed features alone (anchor=True). Hi-ClusCa (basis="hermite"):
-the released code clusters once, at the first skipped step; here every computed step clusters anew.
+the released code clusters once, at the first skipped step; here every computed step clusters again.
 Deviations: each request has its own generator, whose numbers serve all images of a batch, so that each
 comes out as it would alone; empty clusters take the token that lies farthest from its centre; clustering in
 float32 with a fixed number of rounds, so that it never waits for the device.
@@ -133,7 +133,7 @@ class Clusters:
         self._text_tokens = 0
 
     def update(self, stream: Stream, cfg: ClusCaConfig) -> None:
-        """Cluster the tokens anew, starting from the centres of the last time."""
+        """Cluster the tokens again, starting from the centres of the last time."""
         x = stream.img
         if self.centres is None:
             self.generator = torch.Generator(x.device).manual_seed(cfg.seed)

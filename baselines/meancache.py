@@ -1,4 +1,4 @@
-"""MeanCache: on a skipped step the interval's mean velocity stands in, on a schedule fixed beforehand.
+"""MeanCache: on a skipped step the interval's mean velocity stands in, on a schedule fixed before the run.
 
 Source: arXiv 2601.19961 (ICLR 2026) and the authors' code for Z-Image and Qwen-Image. With u the mean
 output over the last m steps, which begin with the output v' and cover the length L, a step of length d gets

@@ -66,7 +66,7 @@ def refuse_other_caches(denoiser: nn.Module) -> None:
         raise ValueError(
             "another library's cache is on the transformer (cache-dit, ParaAttention and nunchaku's "
             "first-block cache mark it so): undo it first, with cache_dit.disable_cache(pipe), or load the "
-            "model anew"
+            "model again"
         )
 
 
@@ -79,7 +79,7 @@ def refuse_hooked_caches(denoiser: nn.Module) -> None:
                 where = f"transformer.{name}".rstrip(".")
                 raise ValueError(
                     f"diffusers' own cache hooks into {where} ({hook}): remove it from all parts, with "
-                    f"_diffusers_hook.remove_hook({hook!r}), or load the model anew"
+                    f"_diffusers_hook.remove_hook({hook!r}), or load the model again"
                 )
 
 

@@ -103,7 +103,7 @@ class Call:
         return self.command is None
 
     def serve(self, blocks: DrivenBlocks) -> Iterator[Callable]:
-        """Yield what the model's own loop over `blocks` shall call."""
+        """Yield what the model's own loop over `blocks` should call."""
         index, jumps = blocks.first, not self.inputs.adds_between  # it need not see every index
         while index < blocks.last:
             if isinstance(self.command, Look):

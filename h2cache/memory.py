@@ -214,11 +214,11 @@ class Memory:
 
     @property
     def total_steps(self) -> int:
-        """Number of steps of the request; None when neither a pipeline nor the caller has told it."""
+        """Number of steps of the request; None when neither a pipeline nor the caller has given it."""
         if self._request.total_steps is None:
             raise RuntimeError(
                 "this method must know the number of steps of a request, and neither a pipeline nor the "
-                "caller has told it: pass enable(..., steps=N)"
+                "caller has given it: pass enable(..., steps=N)"
             )
         return self._request.total_steps
 
@@ -254,7 +254,7 @@ class Memory:
 
         That is so before the last `states` steps of the warm-up, as many as a predictor holds, and among the
         last steps. Answered without a wait, from the count of steps: where that is wrong another request has
-        begun, and its first step computes. Several processes always look: so they see if one starts afresh.
+        begun, and its first step computes. Several processes always look: so they see if one begins another.
         """
         if self.group is not None:
             return False
@@ -282,7 +282,7 @@ class Memory:
     def read(self, values: Tensor, marks: Tensor | None = None) -> list[float] | None:
         """`values` (n,) on the host, with the timestep in the same copy; None if that shows a new request.
 
-        marks: of all processes, see `Group.marks`. If they are not at the same step, all start afresh.
+        marks: of all processes, see `Group.marks`. If they are not at the same step, all begin a new request.
         """
         if self._guided and len(values) == self.batch:
             values = values.reshape(2, -1).amax(0).repeat(2)  # NaN stays NaN
@@ -408,7 +408,7 @@ class Request:
         self.said: list[str] = []  # by the method, what the user should know
         self.answers: Counter[str] = Counter()  # of the predictors, by the rule that gave them
         self.began = time.monotonic_ns()
-        self.reason = reason  # why it was started afresh, for the summary
+        self.reason = reason  # why it was begun, for the summary
         self.memories: dict[str, Memory] = {}
         self.signatures: dict[str, tuple] = {}
         self.texts: dict[str, Tensor | None] = {}  # held, so that no other prompt can take their address

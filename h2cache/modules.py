@@ -55,7 +55,7 @@ class ModuleDriver:
             self._put_in.append((module, own, module.forward))
 
     def follow(self, engine: Engine, transformer: nn.Module, required: frozenset[str]) -> None:
-        """Attach anew if modules were exchanged since: a LoRA was loaded or taken away."""
+        """Attach again if modules were exchanged since: a LoRA was loaded or taken away."""
         if "modules" in required:
             check_divisible(engine, transformer)
         wanted = [module for module, _ in self._wanted(engine, transformer, required)]

@@ -45,13 +45,13 @@ class PlanConfig(MethodConfig):
     evaluations: int | None = None
     """Evaluations of the model in each guidance branch, >= 1. As many as there are steps: nothing changes."""
     psnr: float | None = None
-    """Fidelity to the uncached picture that about nine pictures of ten shall reach, in dB; the fastest tuned
+    """Fidelity to the uncached picture that about nine pictures of ten should reach, in dB; the fastest tuned
     plan that does is taken. Needs tuned plans: see `tuning.py`."""
     steps: tuple[int, ...] = ()
     """The evaluated steps themselves, rising from 0."""
     target: str = "sampler"
-    """"sampler": as near as can be to the picture of all steps. "ode": to that of infinitely many steps; for
-    Euler samplers, whose own error at 50 steps is larger than the plan's."""
+    """"sampler": as near as possible to the picture of all steps. "ode": to that of infinitely many steps;
+    for Euler samplers, whose own error at 50 steps is larger than the plan's."""
     file: str = ""
     """Tuned plans to use, a JSON file; empty: those of the model, the sampler and the number of steps, from
     the user's cache or shipped with the package; "none": no tuned plan, always the default grid."""
@@ -79,7 +79,7 @@ class PlanConfig(MethodConfig):
         if self.evaluations is not None:
             check("evaluations", self.evaluations, 1, math.inf, "the first step is always evaluated")
         if self.psnr is not None:
-            check("psnr", self.psnr, 10.0, 100.0, "it is in dB; 30: alike, 50: hardly told apart")
+            check("psnr", self.psnr, 10.0, 100.0, "it is in dB; 30: similar, 50: differences are hard to see")
         if self.steps and (self.steps[0] != 0 or any(b <= a for a, b in pairwise(self.steps))):
             raise ValueError(f"steps={self.steps}: they must rise, and begin with step 0")
         if self.trust is not None:
@@ -98,7 +98,7 @@ class PlanConfig(MethodConfig):
         elif self.psnr is not None and not any(tuned.known(config.model)):
             raise ValueError(
                 f"psnr={self.psnr}: no tuned plans of {config.model or 'this model, which has no name'} are "
-                f"known, so nobody knows what a speed costs there. Make them with {tuned.COMMAND}, or "
+                f"known, so it is not known what a speed costs there. Make them with {tuned.COMMAND}, or "
                 "h2cache.tune(pipe, prompts); without them ask for a speed, as in speedup=4"
             )
         return config

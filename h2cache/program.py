@@ -40,7 +40,7 @@ class Stream:
         return Stream(self.img - other.img, text)
 
     def is_at(self, other: Stream) -> bool:
-        """Whether both are the same memory, if perhaps cut anew out of a joined tensor."""
+        """Whether both are the same memory, if perhaps cut again out of a joined tensor."""
         return _same_memory(self.img, other.img) and _same_memory(self.txt, other.txt)
 
     @property

@@ -94,7 +94,7 @@ class Summary:
         if self.steps < 2:
             return (
                 f"nothing was reused: every step began a new request (last reason: {self.started_because}); "
-                "is the text embedding made anew at each step?"
+                "is the text embedding made again at each step?"
             )
         if lost := sum(s.not_finite for s in self.stages):
             return f"nothing was reused: {lost} measures are not finite, so are the model's hidden states"

@@ -1,7 +1,7 @@
 """Whose state a forward call belongs to: which request, which guidance branch, which step.
 
 A request is one pipeline call. Nothing outlives it: a new call, a step that does not come after the last one,
-or inputs of another shape, dtype, device, batch or prompt start afresh, and so does anything that leaves a
+or inputs of another shape, dtype, device, batch or prompt begin a new one, and so does anything that leaves a
 doubt. Each thread has a request of its own. Where a pipeline runs the model, its scheduler says which step is
 at hand; in a loop of the user's own the timesteps must fall.
 """
@@ -30,7 +30,7 @@ class _Thread(threading.local):
     request: Request | None = None
     branch: str | None = None  # as the pipeline names it
     calls: tuple[Any, dict[str | None, int]] = (None, {})  # the step at hand, and its calls of each name
-    reason: str | None = None  # why the next request starts afresh
+    reason: str | None = None  # why the next call begins a new request
 
 
 class Requests:
@@ -103,7 +103,7 @@ class Requests:
         """Where a scheduler says which step this is; None if it does not know the timestep."""
         local, request, reason = self._local, self._local.request, None
         if request is not None and (request.schedule is None or request.schedule.token is not schedule.token):
-            request, reason = None, "the pipeline was called anew"
+            request, reason = None, "the pipeline was called again"
         if request is not None and request.schedule is not None:
             schedule = request.schedule
         last = None if request is None else request.position

@@ -68,7 +68,7 @@ class Course:
 
     levels: tuple[float, ...]  # at each step and after the last, falling within [0, 1]: sigma of a flow
     lengths: tuple[float, ...]  # what a step's output weighs in the final sample, up to a common factor
-    starts: tuple[int, ...]  # steps at which the history starts afresh: 0, and those where another denoiser
+    starts: tuple[int, ...]  # steps at which the history starts empty: 0, and those where another denoiser
     # begins or a ControlNet is switched on or off
     sampler: str = ""  # class of the scheduler
     stochastic: bool = False  # it draws fresh noise at its steps

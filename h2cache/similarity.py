@@ -1,4 +1,4 @@
-"""How alike two feature tensors are: pooled feature summaries (PFS) and the relative L1 change.
+"""How similar two feature tensors are: pooled feature summaries (PFS) and the relative L1 change.
 
 Source: specs of H2-Cache (arXiv 2510.27171) as in the authors' code, with one correction: the pooling window
 is at least 1, so that images of fewer than `target` tokens (512x512) work.

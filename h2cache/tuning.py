@@ -99,7 +99,7 @@ class Studio:
 class Share:
     """The processes of `group` that share prompts, each every so many of them; None: this one is alone.
 
-    All see all results, so all decide alike.
+    All see all results, so all make the same decisions.
     """
 
     def __init__(self, group: Any) -> None:

@@ -169,7 +169,7 @@ class Limits:
             return cls()
         facts = store.read_json(path)
         if facts is None:
-            raise ValueError(f"{path}: it is no JSON object; mend it or take it away")
+            raise ValueError(f"{path}: it is no JSON object; correct it or remove it")
         for name, value in facts.items():
             if name not in LIMITS:
                 raise ValueError(f"{path}: {name!r} is none of {', '.join(LIMITS)}")

@@ -13,7 +13,7 @@ class PeakMemory:
     """`start()` before the call, `bytes()` after it; `kind` says what is counted.
 
     "allocated": the accelerator's highest allocation by PyTorch. "resident": the highest resident set of this
-    process (Linux, CPU). "unknown": neither is told here, `bytes()` gives None.
+    process (Linux, CPU). "unknown": this machine gives neither, `bytes()` gives None.
     """
 
     def __init__(self, device: torch.device) -> None:

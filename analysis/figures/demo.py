@@ -33,7 +33,7 @@ def line_of_steps(drawn: Drawn) -> str:
 
 
 def numbers(uncached: Drawn, drawn: Drawn, mean: float | None) -> str:
-    """What both cost, and how alike they are."""
+    """What both cost, and how similar they are."""
     base, mine, alike = uncached.summary, drawn.summary, fidelity(drawn.image, uncached.image)
     expected = f"{mean:.1f} dB, mean at 50 steps" if mean else None
     if mine.expected_psnr:

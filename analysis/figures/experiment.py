@@ -65,7 +65,7 @@ def narrow(table: list[dict]) -> str:
 
 
 def markdown(table: list[dict], rows: list[dict]) -> str:
-    """The table of `rows`; a column that nobody could be measured in is left out and its reason told."""
+    """The table of `rows`; a column that nobody could be measured in is left out and its reason given."""
     cells = {head: [cell(line) for line in table] for head, cell in COLUMNS.items()}
     shown = [head for head in cells if head == "method" or set(cells[head]) != {"-"}]
     parts = as_table(shown, zip(*(cells[head] for head in shown), strict=True))

@@ -74,7 +74,7 @@ def _draw_published(axes, others: list[dict]) -> None:
         paint = {"color": look.colour, "marker": look.marker, "markerfacecolor": "none", "linestyle": "none"}
         axes.plot(row["speed_up"], row["clip_iqa"], label=f"paper: {look.name}", **paint)
     axes.legend(loc="center left")
-    axes.set(xlabel="time, times shorter (as printed)", ylabel="CLIP-IQA (variant not told)")
+    axes.set(xlabel="time, times shorter (as printed)", ylabel="CLIP-IQA (variant not given)")
     style.letter(axes, "d  published: FLUX.1-dev, CUTE80")
 
 

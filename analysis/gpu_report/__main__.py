@@ -1,6 +1,6 @@
 """Everything about this library that only a GPU can show, in one run that ends in a given time.
 
-    python -m analysis.gpu_report --out outputs/gpu                        # one H100 or alike, 6 minutes
+    python -m analysis.gpu_report --out outputs/gpu                        # one H100 or similar, 6 minutes
     python -m analysis.gpu_report --out /tmp/report --device cpu --small   # that it runs: under a minute
 
 Bits, times of every kind of step at FLUX.1-dev's shapes (random weights, 24 GB), memory, waits, compiled

@@ -43,7 +43,7 @@ def outcome(pipeline: DiffusionPipeline, call: dict, config: MethodConfig) -> tu
         try:
             pipeline(**call, num_inference_steps=STEPS, generator=torch.Generator().manual_seed(0))
             return (good, "") if h2cache.step_records(pipeline) else (FAILED, "no step was recorded")
-        except MemoryError as error:  # reckoned before the first block
+        except MemoryError as error:  # calculated before the first block
             reason = str(error)
         except Exception as error:  # a refusal names its method; what else is wrong with a call is a fault
             if not (isinstance(error, ValueError) and re.search(rf"\b{settings.name}\b", str(error))):

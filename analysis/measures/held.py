@@ -1,4 +1,4 @@
-"""Bytes that a method keeps from step to step: as reckoned, as it counts them, and as they are in memory."""
+"""Bytes that a method keeps from step to step: calculated, counted by the method, and in memory."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ MODELS = {  # by size: the class that has it, and its hidden states in bfloat16
 class Held:
     """The most in one call of a pipeline, over all guidance branches."""
 
-    needed: int  # reckoned before the first block
+    needed: int  # calculated before the first block
     counted: int  # by the library
     alive: int  # of all tensors' storages, more than without a cache
 
     @property
     def fits(self) -> bool:
-        """Whether no more is in memory than was counted, and no more counted than reckoned."""
+        """Whether no more is in memory than was counted, and no more counted than calculated."""
         return self.alive - SLACK <= self.counted <= self.needed + SLACK
 
 
@@ -141,4 +141,4 @@ def check(methods: list[str], families: list[str]) -> tuple[str, int]:
                     note = "" if found.fits else "more than it says"
                     wrong += not found.fits
                     rows.append([family, text, found.needed, found.counted, found.alive, note])
-    return "\n".join(as_table(["model", "method", "reckoned", "counted", "in memory", ""], rows)), wrong
+    return "\n".join(as_table(["model", "method", "calculated", "counted", "in memory", ""], rows)), wrong

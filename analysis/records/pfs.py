@@ -65,13 +65,13 @@ CHECKS = {"cost": _check_cost, "steadiness": _check_steadiness, "decisions": _ch
 
 
 def complete(saved: dict[str, Saved]) -> list[str]:
-    """The summaries that all three files tell of, in both stages; the others go, with a complaint.
+    """The summaries that are in all three files, in both stages; the others go, with a complaint.
 
     Of the steadiness, prompts without a row for each stage and summary go: comparisons are paired by prompt.
     """
     cost, steady, decided = (saved[name] for name in NEEDS)
     if not any(r["part"] == "block" for r in cost.rows):
-        raise ValueError("the cost of a block is missing: a check's share of a step cannot be told")
+        raise ValueError("the cost of a block is missing: a check's share of a step is unknown")
     told = [{(r.get("summary"), r.get("stage")) for r in rows} for rows in (cost.rows, steady.rows)]
     names = []
     for name in map(str, COMPARED):

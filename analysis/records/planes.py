@@ -126,5 +126,5 @@ def tables(folder: Path) -> str:
     found = by_setting(read(folder))
     if not found:
         raise FileNotFoundError(f"{folder} holds no records of a calibration (records-*.jsonl)")
-    heads = [f"Settings: {setting or 'not told'}\n\n" if len(found) > 1 else "" for setting in found]
+    heads = [f"Settings: {setting or 'unknown'}\n\n" if len(found) > 1 else "" for setting in found]
     return "\n\n".join(head + markdown(table(rows)) for head, rows in zip(heads, found.values(), strict=True))

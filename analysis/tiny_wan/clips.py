@@ -198,7 +198,7 @@ def opacity(action: str) -> np.ndarray:
 
 @cache
 def thing_cover(shape: str, action: str) -> np.ndarray:
-    """(17, 64, 64) uint8: cached, for drawing polygons anew would take longer than all the rest."""
+    """(17, 64, 64) uint8: cached, for drawing polygons again would take longer than all the rest."""
     frames = np.stack([mask(shape, *place(action, frame)) for frame in range(FRAMES)])
     return np.round(255 * frames * opacity(action)[:, None, None]).astype(np.uint8)
 

@@ -104,7 +104,7 @@ def find_edges(transformer: WanTransformer3DModel) -> None:
 
 
 class WanMuon(MuonAdamW):
-    """MuonAdamW told which parameters of a Wan are block matrices."""
+    """MuonAdamW that knows which parameters of a Wan are block matrices."""
 
     def __init__(self, transformer: torch.nn.Module, device: str = "cpu") -> None:
         super().__init__(transformer, device)  # finds no block matrix: tiny_flux's are called differently

@@ -32,7 +32,7 @@ def _refuse_nunchaku_cache(transformer: nn.Module) -> None:
     """ValueError if nunchaku's own cache has been applied: it replaces the forward and cannot be undone."""
     if "_original_forward" in vars(transformer) or getattr(transformer, "_is_cached", False):
         raise ValueError(
-            "nunchaku's own cache is applied to the transformer: load it anew, and call h2cache.enable, or "
+            "nunchaku's own cache is applied to the transformer: load it again, and call h2cache.enable, or "
             "h2cache.apply_cache_on_pipe with the same arguments, instead of nunchaku's apply_cache_on_pipe"
         )
 
@@ -176,7 +176,7 @@ class _Stack:
         self.handle, self.wrapper, self.temb = handle, wrapper, temb
         self.double, self.single = double, single  # numbered through the whole model
         self.rotary, self.control = rotary, control
-        self.pulid = getattr(wrapper, "id_embeddings", None) is not None  # its forward has just been told
+        self.pulid = getattr(wrapper, "id_embeddings", None) is not None  # its forward has just set it
         self._newest: tuple[Stream, Tensor] | None = None  # a stream, and the joined tensor that it views
 
     def run(self, x: Stream, blocks: range) -> Stream:

@@ -3,7 +3,7 @@
 Facts (commit e710c3f on SwissArmyTransformer 0.4.12): the transformer does not call its layers. It counts
 through them and calls its hook `layer_forward`, which takes the hidden states and the layer's number. The
 model refills the hooks before each call. There is no guidance: one branch. Heun's sampler evaluates each
-inner noise level twice in a row; `Upscaler` says which evaluation is at hand. Layer 0 looks at the
+inner noise level twice in a row; `Upscaler` says which evaluation it is. Layer 0 looks at the
 low-resolution picture; it heads the structure stage, so H2-Cache runs it at each evaluation.
 """
 
@@ -34,7 +34,7 @@ class InfDiT(Engine):
     def check_request(self, pipeline: Any) -> None:
         if getattr(pipeline, "scheduler", None) is None:
             raise ValueError(
-                "Inf-DiT evaluates each noise level twice, so a cache must be told which evaluation it sees: "
+                "Inf-DiT evaluates each noise level twice, so a cache must know which evaluation it sees: "
                 "enable it on h2cache.engines.infdit.Upscaler(model), and call that"
             )
 
