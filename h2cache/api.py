@@ -227,7 +227,7 @@ def records_of(requests: list[Request]) -> list[StepRecord]:
 
 
 def checkpoint_name(loaded: Any) -> str | None:
-    """Last part of the folder or hub id that a pipeline or transformer was loaded from; None if it was not."""
+    """Last part of the folder or hub id that a pipeline or transformer was loaded from; None if new."""
     config = getattr(loaded, "config", None)
     path = config.get("_name_or_path") if isinstance(config, Mapping) else None
     parts = [part for part in re.split(r"[/\\]", path or "") if part not in ("", *DENOISERS)]

@@ -1,7 +1,8 @@
 """Which steps are evaluated, without any calibration.
 
 Of a flow: equal distances in a mix of noise and log-SNR. Of other samplers (DDIM and similar ones, whose
-timesteps are already spread as the noise asks): equal numbers of steps, which is far better on `assets/tiny_dit`.
+timesteps are already spread as the noise asks): equal numbers of steps, which is far better on
+`assets/tiny_dit`.
 """
 
 from __future__ import annotations
