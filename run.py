@@ -50,7 +50,7 @@ def arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", choices=method_names(), help="default: h2cache and plan")
     parser.add_argument("--speedup", help="the plan, with this many times fewer evaluations")
     parser.add_argument("--evaluations", help="the plan, with this many evaluations")
-    parser.add_argument("--psnr", help="the plan, the fastest that keeps this many dB to the uncached picture")
+    parser.add_argument("--psnr", help="the plan, the fastest with this PSNR in dB to the uncached picture")
     parser.add_argument("--preset", choices=PRESETS, help="settings by name (default: the model's)")
     parser.add_argument("--tau1", help="structure threshold, >= 0")
     parser.add_argument("--tau2", help="detail threshold, >= 0")

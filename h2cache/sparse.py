@@ -7,8 +7,8 @@ Source: arXiv 2506.03275 and the authors' code (64d197c). It is no step cache: e
 block, each block by fewer keys and fewer neurons. At full steps a group of neighbouring tokens chooses its
 columns and keeps what the others gave; at sparse steps the chosen ones are computed again. So it is a
 property of the model, and methods lie on top: steps are counted in each module, so a skipped one keeps its
-base. In plain tensors it shows the method and its work; where gathering costs more than multiplying it is slower
-than the dense model. Ours: the mlp chooses again right after a full step, random columns are the same on
+base. In plain tensors it shows the method and its work; where gathering costs more than multiplying it is
+slower than the dense model. Ours: the mlp chooses again right after a full step, random columns are the same on
 every device, the bias of the fused projection is added once. Under the plan, whose last step need not run,
 what is kept is freed with the next request or by `dense`.
 """
