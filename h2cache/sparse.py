@@ -8,8 +8,8 @@ block, each block by fewer keys and fewer neurons. At full steps a group of neig
 columns and keeps what the others gave; at sparse steps the chosen ones are computed again. So it is a
 property of the model, and methods lie on top: steps are counted in each module, so a skipped one keeps its
 base. In plain tensors it shows the method and its work; where gathering costs more than multiplying it is
-slower than the dense model. Ours: the mlp chooses again right after a full step, random columns are the same on
-every device, the bias of the fused projection is added once. Under the plan, whose last step need not run,
+slower than the dense model. Ours: the mlp chooses again right after a full step, random columns are the same
+on every device, the bias of the fused projection is added once. Under the plan, whose last step need not run,
 what is kept is freed with the next request or by `dense`.
 """
 
