@@ -65,9 +65,12 @@ def steps_tables() -> list[str]:
     """What the models' own evaluations say about numbers of steps, uncached."""
     lines = []
     if flux := store.read_json(Path("assets/tiny_flux/steps.json")):
-        cells = [[s, f"{r['words']:.1%}", f"{r['texture']:.1%}"] for s, r in flux["by_steps"].items()]
+        cells = [
+            [s, f"{r['words']:.1%}", f"{r['texture']:.1%}", f"{r['fine']:.2f}"]
+            for s, r in flux["by_steps"].items()
+        ]
         lines += ["", f"tiny_flux, {flux['summary']['images']} signs:", ""]
-        lines += as_table(("steps", "words read", "texture"), cells)
+        lines += as_table(("steps", "words read", "texture", "finest power, of true signs"), cells)
     wan = store.read_json(Path("assets/tiny_wan/evaluation.json")) or {"summaries": {}}
     cells = [[s, f"{r['all']:.1%}", f"{r['flicker_levels']:.2f}"] for s, r in wan["summaries"].items()]
     lines += ["", "tiny_wan, 64 clips:", ""]
