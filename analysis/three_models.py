@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 from analysis.cli import guarded
-from analysis.figures.models import claims_table, methods_table, samplers_table, steps_tables
+from analysis.figures.models import claims_table, methods_table, right_table, samplers_table, steps_tables
 from analysis.options import Parser
 from analysis.records import store
 from analysis.records.models import FURTHER, RECORDS, collect, frozen_rows, read, sampler_rows
@@ -38,7 +38,7 @@ def write(out: Path) -> int:
     if rows := sampler_rows():
         pictures = len({row["id"] for row in rows})
         lines += ["", f"## tiny_flux under other samplers: {pictures} pictures, PSNR in dB", ""]
-        lines += samplers_table(rows)
+        lines += [*samplers_table(rows), "", *right_table(rows)]
     lines += ["", "## Few steps, uncached", *steps_tables(), ""]
     out.mkdir(parents=True, exist_ok=True)
     store.write_atomically(out / "three_models.md", "\n".join(lines).encode())

@@ -18,7 +18,7 @@ from analysis.records.claims import (
     stages_differ,
     values,
 )
-from analysis.records.compare import as_table, bootstrap, groups, mean, number
+from analysis.records.compare import as_table, bootstrap, groups, mean, number, times_fewer
 from analysis.records.models import Rows
 
 RIGHT = {"tiny_flux": "words read", "tiny_wan": "everything right", "tiny_dit": "class right"}
@@ -65,9 +65,12 @@ def steps_tables() -> list[str]:
     """What the models' own evaluations say about numbers of steps, uncached."""
     lines = []
     if flux := store.read_json(Path("assets/tiny_flux/steps.json")):
-        cells = [[s, f"{r['words']:.1%}", f"{r['texture']:.1%}"] for s, r in flux["by_steps"].items()]
+        cells = [
+            [s, f"{r['words']:.1%}", f"{r['texture']:.1%}", f"{r['fine']:.2f}"]
+            for s, r in flux["by_steps"].items()
+        ]
         lines += ["", f"tiny_flux, {flux['summary']['images']} signs:", ""]
-        lines += as_table(("steps", "words read", "texture"), cells)
+        lines += as_table(("steps", "words read", "texture", "finest power, of true signs"), cells)
     wan = store.read_json(Path("assets/tiny_wan/evaluation.json")) or {"summaries": {}}
     cells = [[s, f"{r['all']:.1%}", f"{r['flicker_levels']:.2f}"] for s, r in wan["summaries"].items()]
     lines += ["", "tiny_wan, 64 clips:", ""]
@@ -78,16 +81,27 @@ def steps_tables() -> list[str]:
 
 
 def samplers_table(rows: Rows) -> list[str]:
-    """The plan's default grid on one model under other samplers and numbers of steps."""
+    """The plan's default grid under other samplers and numbers of steps, at each of its speeds."""
     heads = ["sampler, steps", "at", "plan, default grid", "plan, tuned", "next method", "fewer steps"]
     cells = []
     for (sampler, steps), mine in groups(rows, ("sampler", "steps")).items():
+        base = {row["id"]: row for row in mine if row["method"] == "none"}
         others = sorted({r["line"] for r in mine if r["method"] not in ("none", "plan", FEWER)})
-        for ratio in RATIOS:
+        for own in groups([r for r in mine if r["line"] == GRID], "label").values():
+            ratio = times_fewer(own, [base[r["id"]] for r in own])
             known = {line: found for line in others if (found := values(mine, line, ratio))}
             best = max(known, key=lambda line: fmean(known[line].values()), default=None)
-            row = [f"{sampler}, {steps}", f"{ratio:g}x"]
+            row = [f"{sampler}, {steps}", f"{ratio:.3g}x"]
             row += [mean_of(values(mine, line, ratio), ".1f") for line in (GRID, TUNED)]
             row.append(best and f"{mean_of(known[best], '.1f')} {name(best)}")
             cells.append([*row, mean_of(values(mine, FEWER, ratio), ".1f")])
     return as_table(heads, cells)
+
+
+def right_table(rows: Rows) -> list[str]:
+    """Of the contestants whose words were read: the share that is right."""
+    cells = []
+    for (sampler, steps), mine in groups(rows, ("sampler", "steps")).items():
+        read = groups([r for r in mine if r["right"] is not None], "label")
+        cells += [[f"{sampler}, {steps}", label, f"{mean(own, 'right'):.1%}"] for label, own in read.items()]
+    return as_table(["sampler, steps", "contestant", "words read"], cells)

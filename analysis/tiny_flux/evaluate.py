@@ -4,8 +4,8 @@
     python -m analysis.tiny_flux.evaluate --renderings --out ceiling.json     # true pictures: the ceiling
 
 Prompts come from a seed the training never uses. Colours and textures are measured where the geometry says
-sign and
-background are; the shape is the one whose canonical silhouette the picture's own colours match best.
+sign and background are; the shape is the one whose canonical silhouette the picture's own colours match best.
+`fine` is the power at the finest half of the frequencies over that of the true rendering: too few steps blur.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
+from analysis.measures.spectrum import BANDS, grey, power
 from analysis.measures.words import read_words, word_recall
 from analysis.records.provenance import provenance
 from analysis.records.store import write_atomically
@@ -136,6 +137,14 @@ def check(picture: np.ndarray, spec: SignSpec) -> dict:
     }
 
 
+def fine(picture: np.ndarray, spec: SignSpec) -> float:
+    """Power of a picture at the upper half of the frequencies, over that of the true rendering."""
+    found, right = (
+        power(grey(Image.fromarray(p)))[BANDS // 2 :].sum() for p in (picture, signs.render(spec))
+    )
+    return round(float(found / right), 4)
+
+
 def share(values: Iterable[bool]) -> float:
     values = list(values)
     return round(sum(values) / len(values), 4) if values else float("nan")
@@ -152,6 +161,7 @@ def summarise(rows: list[dict]) -> dict:
     found["words_by_layout"] = {name: share(ok) for name, ok in sorted(layouts.items())}
     for name in ("sign", "background", "shape", "texture"):
         found[name] = share(row[f"{name}_ok"] for row in rows)
+    found["fine"] = round(median(row["fine"] for row in rows), 4)
     seconds = [row["seconds"] for row in rows if row["seconds"] is not None]
     found["median_seconds"] = round(median(seconds), 3) if seconds else None
     return found
@@ -199,7 +209,7 @@ def main() -> None:
             pixels = np.asarray(picture)
             pictures.append(pixels)
             row = asdict(spec) | {"prompt": prompt, "seed": i, "read": read, "word_ok": spec.word in read}
-            rows.append(row | check(pixels, spec) | {"seconds": seconds})
+            rows.append(row | check(pixels, spec) | {"fine": fine(pixels, spec), "seconds": seconds})
         by_steps[str(steps)] = summarise(rows)
         print(steps, json.dumps(by_steps[str(steps)]), flush=True)
 

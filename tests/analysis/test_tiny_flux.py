@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
 from analysis.tiny_flux import assemble, evaluate, signs, train
@@ -146,3 +147,10 @@ def test_shipped_folder_is_small_and_says_24():
     assert sum(file.stat().st_size for file in SHIPPED.rglob("*") if file.is_file()) <= 16_000_000
     for name in ("tokenizer", "tokenizer_2"):
         assert PreTrainedTokenizerFast.from_pretrained(SHIPPED / name).model_max_length == MAX_TOKENS
+
+
+def test_a_blurred_sign_lacks_the_finest_power():
+    for spec, _, picture in signs_of(3, 4):
+        blurred = Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1))
+        assert evaluate.fine(np.asarray(blurred), spec) < 0.5 * evaluate.fine(picture, spec)
+        assert evaluate.fine(signs.render(spec), spec) == 1.0
