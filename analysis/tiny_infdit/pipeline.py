@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from analysis.drawing.families import in_colour
 from analysis.tiny_infdit.model import DiffusionEngine, enlarge
 from h2cache.engines.infdit import Evaluations, Upscaler
 
@@ -69,7 +70,7 @@ class InfDiTPipeline(DiffusionPipeline):
         """
         self.check_picture(image)
         device = self._execution_device
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device)
+        pixels = torch.from_numpy(np.array(in_colour(image))).to(device)
         small = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
         large, numbers = enlarge(small), count()
 
