@@ -87,7 +87,7 @@ def test_what_it_cannot_enlarge_is_refused(tmp_path, picture, capsys, options, m
     bomb = tmp_path / "bomb.png"  # its header says 60000x60000
     size = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13)
-    bomb.write_bytes(start + size + struct.pack(">I", zlib.crc32(size)))
+    bomb.write_bytes(start + size + struct.pack(">I", zlib.crc32(size)) + b"\0\0\0\0IDAT")
     options = [
         {"PICTURE": str(picture), "ODD": str(odd), "BOMB": str(bomb)}.get(option, option)
         for option in options
