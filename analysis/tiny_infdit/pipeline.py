@@ -69,6 +69,8 @@ class InfDiTPipeline(DiffusionPipeline):
         pipeline, its number, its time and {}. output_type: "pil", or a tensor in [-1, 1] for anything else.
         """
         self.check_picture(image)
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}: one at least is needed")
         device = self._execution_device
         pixels = torch.from_numpy(np.array(in_colour(image))).to(device)
         small = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1

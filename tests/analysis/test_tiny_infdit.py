@@ -98,6 +98,12 @@ def test_what_it_cannot_enlarge_is_refused(tmp_path, picture, capsys, options, m
     assert not list(out.glob("*.png"))
 
 
+@pytest.mark.parametrize("steps", [0, -1])
+def test_it_takes_one_step_at_least(pipe, picture, steps):
+    with pytest.raises(ValueError, match="one at least"):
+        pipe(Image.open(picture), steps)
+
+
 def test_grey_of_16_bits_is_enlarged_as_that_of_8(pipe, picture):
     grey = Image.open(picture).convert("L")
     fine = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
