@@ -113,6 +113,8 @@ def _on_cores(count: int) -> Iterator[None]:
 
 
 def run(args: argparse.Namespace) -> None:
+    if own := {"--out", "--prompts", "--processes"} & {text.partition("=")[0] for text in args.further}:
+        raise ValueError(f"-- {min(own)}: that is set here, and cannot be an option of run.py")
     lines = args.prompts.read_text(encoding="utf-8").splitlines()[: args.limit]
     with tempfile.TemporaryDirectory() as folder:
         prompts = Path(folder) / args.prompts.name

@@ -36,15 +36,20 @@ class Enough(Exception):
     """All trials are used up."""
 
 
-def latents(trial: Trial, config: MethodConfig) -> torch.Tensor:
-    """The finished latents of all prompts."""
-    drawn = [trial.draw(prompt, config, output_type="latent").image for prompt in trial.prompts]
-    return torch.stack([torch.as_tensor(image).float() for image in drawn])
+def latents(trial: Trial, config: MethodConfig) -> tuple[torch.Tensor, int]:
+    """The finished latents of all prompts, and how many evaluations a picture takes."""
+    drawn = [trial.draw(prompt, config, output_type="latent") for prompt in trial.prompts]
+    return torch.stack([torch.as_tensor(d.image).float() for d in drawn]), drawn[0].summary.steps
 
 
-def find(trial: Trial, budget: int, trials: int, seed: int) -> tuple[Steps, float, int]:
-    """The best steps of so many trials, their loss, and how many trials it took."""
-    right, asked = latents(trial, find_method("none")()), 0
+def find(
+    trial: Trial, right: torch.Tensor, total: int, budget: int, trials: int, seed: int
+) -> tuple[Steps, float, int]:
+    """The best `budget` of `total` steps in so many trials, their loss, and how many trials it took.
+
+    right: the uncached latents.
+    """
+    asked = 0
 
     def loss(steps: Steps) -> float:
         nonlocal asked
@@ -52,12 +57,12 @@ def find(trial: Trial, budget: int, trials: int, seed: int) -> tuple[Steps, floa
             raise Enough
         asked += 1
         bar.update()
-        return float((latents(trial, BudCacheConfig(steps=steps)) - right).square().mean())
+        return float((latents(trial, BudCacheConfig(steps=steps))[0] - right).square().mean())
 
     best, least = tuple(range(budget)), math.inf
     bar = tqdm(total=trials, unit="trial", desc=f"{budget} steps", disable=None)
     try:
-        for found in search(loss, trial.call["num_inference_steps"], budget, random.Random(seed)):
+        for found in search(loss, total, budget, random.Random(seed)):
             best, least = found
             bar.set_postfix_str(f"{least:.3g}")
     except (Enough, KeyboardInterrupt):
@@ -70,13 +75,14 @@ def find(trial: Trial, budget: int, trials: int, seed: int) -> tuple[Steps, floa
 
 def run(args: argparse.Namespace, argv: Sequence[str] | None) -> None:
     """Search for each budget, and save what was found if asked."""
-    if too_many := [b for b in args.budgets if b >= args.steps]:
-        raise ValueError(f"--budgets {too_many[0]}: of {args.steps} steps, fewer must be computed")
     trial = Trial.of(args)
-    found = {budget: find(trial, budget, args.trials, args.seed) for budget in args.budgets}
+    right, total = latents(trial, find_method("none")())
+    if too_many := [b for b in args.budgets if b >= total]:
+        raise ValueError(f"--budgets {too_many[0]}: of {total} steps, fewer must be computed")
+    found = {budget: find(trial, right, total, budget, args.trials, args.seed) for budget in args.budgets}
     losses = ", ".join(f"{b} steps: {loss:.3g} after {n} trials" for b, (_, loss, n) in found.items())
     result = source("fit_budcache", args, argv, f"{len(trial.prompts)} prompts; squared error, {losses}")
-    result |= {"steps": args.steps, "computed": {str(b): list(best) for b, (best, *_) in found.items()}}
+    result |= {"steps": total, "computed": {str(b): list(best) for b, (best, *_) in found.items()}}
     if args.save:
         save_constants(CONSTANTS, trial, result)
     print(json.dumps(result))

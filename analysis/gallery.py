@@ -37,7 +37,7 @@ def _complete(row: dict) -> bool:
         check_fields(row, NEEDS)
     except ValueError:
         return False
-    return True
+    return all(isinstance(step, dict) and "stage" in step for step in row["trace"])
 
 
 @dataclass

@@ -54,6 +54,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     if bool(args.collect) != bool(args.model):
         parser.error("--collect and --model go together")
+    if args.beside and not args.collect:
+        parser.error("--beside goes with --collect")
     if args.model == "tiny_flux" and not args.beside:
         parser.error("--model tiny_flux: its records are those of analysis.pareto, add to them with --beside")
     if args.collect:

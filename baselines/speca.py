@@ -103,7 +103,8 @@ class SpeCaConfig(MethodConfig):
         return max(self.base * self.decay ** (step / total), self.floor)
 
     def bytes_needed(self, shape: Shape) -> int:
-        return forecast_bytes(shape, self.granularity, self.order + 1, stages=3, text=True)
+        errors = 4 * shape.batch  # of the newest check, read at the next step
+        return forecast_bytes(shape, self.granularity, self.order + 1, stages=3, text=True) + errors
 
     def build(self) -> SpeCa:
         return SpeCa(self)

@@ -207,7 +207,8 @@ def _tune_plan(
     course = last_course(pipe)
     tuned = Tuned(model or "", course.sampler, course.levels, (), None, size)
     path = Path(save) if save else user_folder() / tuned.file_name
-    log = _Log(path, f"{prompts}{sorted(call.items(), key=str)}{seed}{course}", share)
+    dtype = getattr(pipe, "dtype", None)
+    log = _Log(path, f"{model}{dtype}{_in_words([list(prompts), call])}{seed}{course}", share)
     plans: list[TunedPlan] = []
     groups: list[list[tuple[float, float]]] = []  # of each plan (own error, PSNR) of its pictures
     counts = sorted({max(2, round(course.steps / s)) for s in speedups if s > 1})
@@ -362,6 +363,20 @@ def _made(prompts: Sequence[Prompt], held_out: Sequence[Prompt], call: dict[str,
 
 
 _Key = tuple[tuple[int, ...], float | None]  # evaluated steps, trust
+
+
+def _in_words(given: Any) -> str:
+    """`given` as text that is the same in every process: pictures and tensors by what is in them."""
+    if isinstance(given, dict):
+        return f"{{{', '.join(f'{key}: {_in_words(given[key])}' for key in sorted(given))}}}"
+    if isinstance(given, (list, tuple)):
+        return f"[{', '.join(map(_in_words, given))}]"
+    if isinstance(given, torch.Tensor):
+        given = given.detach().cpu().float().numpy()
+    if isinstance(given, np.ndarray) or hasattr(given, "__array_interface__"):
+        pixels = np.asarray(given)
+        return f"{pixels.shape} {hashlib.sha256(pixels.tobytes()).hexdigest()}"
+    return repr(given)
 
 
 class _Log:

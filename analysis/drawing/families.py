@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import inspect
+import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from diffusers import AutoPipelineForImage2Image, DiffusionPipeline
 from diffusers.utils import export_to_video
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from analysis.drawing.samplers import SAMPLERS
@@ -75,6 +76,18 @@ def for_picture(pipeline: DiffusionPipeline) -> DiffusionPipeline:
         raise ValueError(f"--input-image: {type(pipeline).__name__} takes no picture") from None
 
 
+# What Pillow raises for a file that is no picture, is damaged, or is too large to open.
+BROKEN = OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError
+
+
+def in_colour(picture: Image.Image) -> Image.Image:
+    """`picture` as RGB, 8 bits a channel. Pillow alone cuts grey of 16 bits off at 255: white."""
+    if picture.mode.startswith("I"):
+        levels = np.asarray(picture).astype(np.int64).clip(0, 65535)
+        picture = Image.fromarray((levels / 257).round().astype(np.uint8))
+    return picture.convert("RGB")
+
+
 def picture_argument(pipeline: DiffusionPipeline, path: Path | None) -> dict[str, Any]:
     """The picture in file `path` as an argument of `pipeline`'s call.
 
@@ -89,8 +102,8 @@ def picture_argument(pipeline: DiffusionPipeline, path: Path | None) -> dict[str
             raise ValueError(f"{type(pipeline).__name__} begins with a picture: give one with --input-image")
         return {}
     try:
-        picture = Image.open(path).convert("RGB")
-    except (OSError, UnidentifiedImageError) as error:
+        picture = in_colour(Image.open(path))
+    except BROKEN as error:
         raise ValueError(f"--input-image {path}: {error}") from None
     name = next(name for name in PICTURE if takes(pipeline, name))
     return {name: [picture] if name == "reference_images" else picture}

@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
+import diffusers
+import numpy as np
 from diffusers import (
     DDIMScheduler,
     DiffusionPipeline,
-    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
-    UniPCMultistepScheduler,
+    SchedulerMixin,
 )
 
 FLOW = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}  # of those that serve noise models too
+
+
+def _shift_of(scheduler: SchedulerMixin, mu: float | None) -> float | None:
+    """The shift of the noise levels that a pipeline asks for; None: the configured one is meant.
+
+    Pipelines of FLUX and Z-Image always give mu; a model of a fixed shift does not take it.
+    """
+    if mu is None or not scheduler.config.get("use_dynamic_shifting"):
+        return None
+    return mu if scheduler.config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
 class FlowMatchHeun(FlowMatchHeunDiscreteScheduler):
@@ -28,9 +40,40 @@ class FlowMatchHeun(FlowMatchHeunDiscreteScheduler):
         mu: float | None = None,
     ) -> None:
         """`num_inference_steps`, else as many as `sigmas`; 2 N - 1 evaluations."""
-        if mu is not None:
-            self.register_to_config(shift=math.exp(mu))
+        if (shift := _shift_of(self, mu)) is not None:
+            self.register_to_config(shift=shift)
         super().set_timesteps(len(sigmas) if num_inference_steps is None else num_inference_steps, device)
+
+
+class DPMSolverMultistepScheduler(diffusers.DPMSolverMultistepScheduler):
+    """diffusers', for pipelines that give sigmas, which are not used, or a shift."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        """`num_inference_steps`, else as many as `sigmas`."""
+        if (shift := _shift_of(self, mu)) is not None:
+            self.register_to_config(flow_shift=shift)
+        super().set_timesteps(len(sigmas) if num_inference_steps is None else num_inference_steps, device)
+
+
+class UniPCMultistepScheduler(diffusers.UniPCMultistepScheduler):
+    """diffusers', for pipelines that give sigmas in a list, which it cannot shift."""
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: Any = None,
+        sigmas: Any = None,
+        mu: float | None = None,
+    ) -> None:
+        """As diffusers'."""
+        sigmas = None if sigmas is None else np.asarray(sigmas, dtype=np.float64)
+        super().set_timesteps(num_inference_steps, device, sigmas, mu)
 
 
 OF_FLOWS = {
@@ -49,14 +92,25 @@ def is_flow(scheduler: Any) -> bool:
 
 
 def other_sampler(pipeline: DiffusionPipeline, name: str) -> Any:
-    """A new scheduler for `pipeline`; ValueError where its model has none of this name."""
+    """A new scheduler for `pipeline`; ValueError where its model has none of this name.
+
+    Image-to-image of a flow takes Euler's only: it asks the scheduler for the noisy picture, which the others
+    do not give, and FLUX's counts the steps of Heun twice, so that too few of them are left.
+    """
     own = pipeline.scheduler
+    if not isinstance(own, SchedulerMixin):
+        raise ValueError(f"--sampler {name}: {type(pipeline).__name__} has one of its own only")
     flow = is_flow(own)
     kinds = OF_FLOWS if flow else OF_NOISE
     if name not in kinds:
         raise ValueError(
             f"--sampler {name}: the model of {type(own).__name__} predicts {'a flow' if flow else 'noise'}: "
             f"choose from {', '.join(sorted(kinds))}"
+        )
+    if flow and name != "euler" and "strength" in inspect.signature(pipeline.__call__).parameters:
+        raise ValueError(
+            f"--sampler {name}: {type(pipeline).__name__} begins in the middle of the steps, which it does "
+            "with the Euler sampler only: leave --sampler or --input-image out"
         )
     shift = own.config.get("flow_shift", own.config.get("shift", 1.0))
     further = {"shift": shift, "flow_shift": shift} if flow else {}

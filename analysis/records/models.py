@@ -68,9 +68,13 @@ def collect(runs: list[Path], model: str, what: str | None = None) -> None:
     found, about = [], {}
     for run in runs:
         rows = [row for path in sorted(run.glob("runs/*/rows/*.json")) if (row := store.read_json(path))]
+        if not any(row["method"] == "none" for row in rows):
+            raise ValueError(f"{run}: no uncached picture to compare with: give the --out of an experiment")
         labels = {row["label"] for row in rows}
         drawn = Counter(row["id"] for row in rows)
         rows = [row for row in rows if drawn[row["id"]] == len(labels)]  # of a stopped run, whole prompts
+        if not rows:
+            raise ValueError(f"{run}: no prompt was drawn by all methods: let the experiment go on first")
         rows.sort(key=lambda row: (row["label"], row["id"]))
         found += list(checked(rows, {path.stem: path for path in run.glob("runs/*/images/*.png")}, model))
         table = store.read_json(run / "table.json") or {}

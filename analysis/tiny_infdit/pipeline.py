@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 
+from analysis.drawing.families import in_colour
 from analysis.tiny_infdit.model import DiffusionEngine, enlarge
 from h2cache.engines.infdit import Evaluations, Upscaler
 
@@ -68,8 +69,10 @@ class InfDiTPipeline(DiffusionPipeline):
         pipeline, its number, its time and {}. output_type: "pil", or a tensor in [-1, 1] for anything else.
         """
         self.check_picture(image)
+        if num_inference_steps < 1:
+            raise ValueError(f"num_inference_steps={num_inference_steps}: one at least is needed")
         device = self._execution_device
-        pixels = torch.from_numpy(np.array(image.convert("RGB"))).to(device)
+        pixels = torch.from_numpy(np.array(in_colour(image))).to(device)
         small = pixels.permute(2, 0, 1)[None].float() / 127.5 - 1
         large, numbers = enlarge(small), count()
 

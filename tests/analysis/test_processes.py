@@ -12,7 +12,7 @@ from contextlib import suppress
 import pytest
 
 import run as script
-from analysis import tune
+from analysis import efficiency, tune
 from analysis.efficiency import Timed
 from analysis.records import store
 from tests.helpers.served import ended, started
@@ -116,6 +116,11 @@ def test_a_search_that_lost_a_process_ends_and_goes_on_later(tmp_path, alone, ca
     assert list(tmp_path.glob(".plans-*.jsonl"))
     assert tune.main(command) == 0
     assert json.loads(path.read_text()) == alone
+
+
+def test_efficiency_keeps_its_own_options(capsys):
+    assert efficiency.main(["--", "--steps", "4", "--out", "elsewhere"]) == 2
+    assert "--out: that is set here" in capsys.readouterr().err
 
 
 def test_efficiency_is_over_the_first_and_loading_stands_apart():

@@ -85,6 +85,19 @@ def test_a_prompt_file_is_drawn_and_a_second_run_resumes(tmp_path, capsys):
     assert len(rows(out)) == 8  # another seed never reuses
 
 
+def test_a_record_of_another_form_is_drawn_again(tmp_path):
+    prompts = tmp_path / "p.txt"
+    prompts.write_text('a red round sign that says "GO" on a plain white background')
+    command = ["--prompts", str(prompts), "--out", str(tmp_path), "--no-compare", *FAST]
+    assert script.main(command) == 0
+    (before,) = rows(tmp_path)
+    for trace in (None, [{}], ["miss"]):
+        (tmp_path / "records.jsonl").write_text(json.dumps(before | {"trace": trace}) + "\n")
+        assert script.main(command) == 0
+        (after,) = rows(tmp_path)
+        assert [step["outcome"] for step in after["trace"]] == [step["outcome"] for step in before["trace"]]
+
+
 def test_one_method_alone(tmp_path, capsys):
     assert script.main(["--method", "none", "--out", str(tmp_path), "--steps", "2"]) == 0
     assert script.main(["--no-compare", "--out", str(tmp_path), *FAST]) == 0

@@ -1,5 +1,7 @@
 """The comparison over three models: values at a ratio, verdicts, and the page of the shipped records."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -36,6 +38,16 @@ def test_a_setting_near_the_ratio_is_taken_as_it_is():
 
 def test_beyond_what_was_measured_there_is_no_value():
     assert three.values(NONE + rows("a", {50: 60.0, 25: 40.0}), "a", 5.0) == {}
+
+
+@pytest.mark.parametrize("method", [None, "plan"])
+def test_a_run_without_uncached_pictures_is_not_collected(tmp_path, capsys, method):
+    if method:
+        row = tmp_path / "runs/plan/rows/1.json"
+        row.parent.mkdir(parents=True)
+        row.write_text(json.dumps({"id": "1", "label": method, "method": method}))
+    assert three_models.main(["--collect", str(tmp_path), "--model", "tiny_dit", "--beside", "tuned"]) == 2
+    assert "no uncached picture" in capsys.readouterr().err
 
 
 def test_a_verdict_needs_an_interval_beside_the_limit():

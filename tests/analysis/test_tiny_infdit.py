@@ -2,6 +2,8 @@
 
 import json
 import random
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -75,16 +77,39 @@ def test_run_enlarges_a_picture(tmp_path, picture):
         (["--input-image", "ODD"], "the picture is 30x32"),
         (["--input-image", "PICTURE", "--prompt", "a sign"], "takes no text"),
         (["--input-image", "PICTURE", "--height", "128"], "takes no size"),
+        (["--input-image", "PICTURE", "--sampler", "ddim"], "has one of its own only"),
+        (["--input-image", "BOMB"], "exceeds limit"),
     ],
 )
 def test_what_it_cannot_enlarge_is_refused(tmp_path, picture, capsys, options, message):
     odd = tmp_path / "odd.png"
     Image.open(picture).crop((0, 0, 30, 32)).save(odd)
-    options = [{"PICTURE": str(picture), "ODD": str(odd)}.get(option, option) for option in options]
+    bomb = tmp_path / "bomb.png"  # its header says 60000x60000
+    size = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13)
+    bomb.write_bytes(start + size + struct.pack(">I", zlib.crc32(size)) + b"\0\0\0\0IDAT")
+    options = [
+        {"PICTURE": str(picture), "ODD": str(odd), "BOMB": str(bomb)}.get(option, option)
+        for option in options
+    ]
     out = tmp_path / "out"
     assert run.main(["--model", str(SHIPPED), *options, "--steps", "2", "--out", str(out)]) == 2
     assert message in capsys.readouterr().err
     assert not list(out.glob("*.png"))
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_it_takes_one_step_at_least(pipe, picture, steps):
+    with pytest.raises(ValueError, match="one at least"):
+        pipe(Image.open(picture), steps)
+
+
+def test_grey_of_16_bits_is_enlarged_as_that_of_8(pipe, picture):
+    grey = Image.open(picture).convert("L")
+    fine = Image.fromarray(np.asarray(grey).astype(np.uint16) * 257)
+    assert fine.mode == "I;16"
+    one, other = (pipe(p, 2, torch.Generator().manual_seed(0), "pt").images for p in (grey, fine))
+    assert torch.equal(one, other)
 
 
 def test_an_enlarged_sign_is_the_same_sign():

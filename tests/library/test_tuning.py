@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from diffusers import FluxPipeline
+from PIL import Image
 
 import h2cache
 from analysis.drawing.draw import load_pipeline
@@ -151,6 +152,39 @@ def test_a_stopped_search_goes_on(tiny, tmp_path, monkeypatch):
     path.unlink()
     h2cache.tune(tiny, PROMPTS, **search, **CALL)
     assert again - 4 < len(drawn)  # the second search found what the first had measured
+
+
+def test_a_stopped_search_goes_on_with_the_same_picture_and_model_only(tmp_path, monkeypatch):
+    """Where a picture is given, a new process has it at another address; a file may be asked for twice."""
+    drawn = []
+
+    def stopping(self, number, config, saved=False):
+        drawn.append(config)
+        if len(drawn) == 2:
+            raise KeyboardInterrupt
+        return own(self, number, config, saved)
+
+    def unfinished(shade: int, name: str) -> set:
+        drawn.clear()
+        pipe, call = FAMILIES["flux_img2img"]()
+        pipe.set_progress_bar_config(disable=True)
+        pipe.register_to_config(_name_or_path=name)
+        own_call = {k: v for k, v in call.items() if k not in ("image", "prompt", "output_type", "generator")}
+        own_call["num_inference_steps"] = 8
+        picture = Image.new("RGB", call["image"].size, (shade, 0, 0))
+        with pytest.raises(KeyboardInterrupt):
+            h2cache.tune(
+                pipe, ["a"], speedups=[2], save=tmp_path / "a.json", progress=False, image=picture, **own_call
+            )
+        return {*tmp_path.glob(".a-*.jsonl")}
+
+    own = tuning.Studio.fidelity
+    monkeypatch.setattr(tuning.Studio, "fidelity", stopping)
+    first = unfinished(9, "one")
+    assert len(first) == 1
+    assert unfinished(9, "one") == first
+    assert len(unfinished(10, "one")) == 2
+    assert len(unfinished(9, "two")) == 3
 
 
 def test_a_file_is_passed_on(tiny, found, tmp_path):

