@@ -65,7 +65,7 @@ def collect(runs: list[Path], model: str, what: str | None = None) -> None:
 
     what: a file of their own, see `further_rows`.
     """
-    found, about = [], {}
+    found, commands = [], []
     for run in runs:
         rows = [row for path in sorted(run.glob("runs/*/rows/*.json")) if (row := store.read_json(path))]
         if not any(row["method"] == "none" for row in rows):
@@ -78,12 +78,15 @@ def collect(runs: list[Path], model: str, what: str | None = None) -> None:
         rows.sort(key=lambda row: (row["label"], row["id"]))
         found += list(checked(rows, {path.stem: path for path in run.glob("runs/*/images/*.png")}, model))
         table = store.read_json(run / "table.json") or {}
-        about = {"command": table.get("command"), "machine": rows[0]["machine"], "date": rows[0]["date"]}
+        commands.append(table.get("command"))
+        about = {"machine": rows[0]["machine"], "date": rows[0]["date"]}
     FOLDER.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row) + "\n" for row in found)
     path = further_rows(model)[what] if what else RECORDS[model]
     store.write_atomically(path, gzip.compress(text.encode(), mtime=0))
-    all_of = (store.read_json(FOLDER / "about.json") or {}) | {path.name.split(".")[0]: about}
+    all_of = (store.read_json(FOLDER / "about.json") or {}) | {
+        path.name.split(".")[0]: {"command": commands[0] if len(commands) == 1 else commands} | about
+    }
     store.write_atomically(FOLDER / "about.json", (json.dumps(all_of, indent=1) + "\n").encode())
 
 
