@@ -11,6 +11,7 @@ from analysis import pareto
 from analysis.figures.experiment import narrow
 from analysis.figures.pareto import at_once, by_speed
 from analysis.records.compare import points
+from h2cache.tuned import SHIPPED, Tuned
 
 README = Path("README.md").read_text(encoding="utf-8")
 PAGES = [
@@ -50,6 +51,17 @@ def test_the_methods_tables_are_those_of_the_shipped_rows():
             assert [at_5x, *others] == flux[name]
             for value, table in ((on_wan, wan), (on_dit, dit)):
                 assert value == table.get(name, ["-"])[0].split(" ")[0], name
+
+
+def test_the_table_of_prompts_is_that_of_the_searches():
+    shipped = SHIPPED / "tiny_flux-FlowMatchEulerDiscreteScheduler-50.json"
+    searches = [*(Path(f"assets/results/tune_prompts/{n}.json") for n in (1, 2, 4)), shipped]
+    page = Path("h2cache/README.md").read_text(encoding="utf-8")
+    given = cells(page[page.index("| prompts searched on") :].splitlines())
+    for name, count in (("5x", 10), ("8x", 6)):
+        plans = [Tuned.load(path).plan(count) for path in searches]
+        assert given[name] == [f"{plan.held_out.mean + 1e-9:.1f}" for plan in plans]
+        assert all(plan.held_out.pictures == 24 for plan in plans)
 
 
 def test_the_readme_is_short():
