@@ -65,12 +65,19 @@ def nearest_colour(pixels: np.ndarray) -> str:
     return min(COLOURS, key=lambda name: float(np.abs(middle - np.array(COLOURS[name])).sum()))
 
 
-def sign_pixels(picture: np.ndarray, spec: SignSpec) -> np.ndarray:
-    """Pixels inside the rim that no letter cell covers."""
-    mask = silhouettes()[SHAPES.index(spec.shape)].copy()
+@lru_cache
+def within_rim(shape: str) -> np.ndarray:
+    """(128, 128): True inside the rim of a sign."""
+    mask = silhouettes()[SHAPES.index(shape)].copy()
     shrunk = signs.RADIUS * (signs.INNER_RIM - 0.05)
     for y, x in np.argwhere(mask):
-        mask[y, x] = signs.inside(spec.shape, (x - 63.5) / shrunk, (y - 63.5) / shrunk)
+        mask[y, x] = signs.inside(shape, (x - 63.5) / shrunk, (y - 63.5) / shrunk)
+    return mask
+
+
+def sign_pixels(picture: np.ndarray, spec: SignSpec) -> np.ndarray:
+    """Pixels inside the rim that no letter cell covers."""
+    mask = within_rim(spec.shape).copy()
     for slot in signs.letter_slots(spec.shape, len(spec.word), spec.curved):
         top, left = int(slot.y - slot.height / 2 - 3), int(slot.x - slot.width / 2 - 3)
         mask[
