@@ -29,24 +29,10 @@ def _shift_of(scheduler: SchedulerMixin, mu: float | None) -> float | None:
     return mu if scheduler.config.get("time_shift_type") == "linear" else math.exp(mu)
 
 
-class FlowMatchHeun(FlowMatchHeunDiscreteScheduler):
-    """diffusers' Heun, for FLUX's pipelines too: they give sigmas, which are not used, and a shift."""
+class _Shifted:
+    """`set_timesteps` for pipelines that give sigmas, which are not used, or a shift by size."""
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-    ) -> None:
-        """`num_inference_steps`, else as many as `sigmas`; 2 N - 1 evaluations."""
-        if (shift := _shift_of(self, mu)) is not None:
-            self.register_to_config(shift=shift)
-        super().set_timesteps(len(sigmas) if num_inference_steps is None else num_inference_steps, device)
-
-
-class DPMSolverMultistepScheduler(diffusers.DPMSolverMultistepScheduler):
-    """diffusers', for pipelines that give sigmas, which are not used, or a shift."""
+    shift_field = "shift"  # of the configuration
 
     def set_timesteps(
         self,
@@ -57,8 +43,18 @@ class DPMSolverMultistepScheduler(diffusers.DPMSolverMultistepScheduler):
     ) -> None:
         """`num_inference_steps`, else as many as `sigmas`."""
         if (shift := _shift_of(self, mu)) is not None:
-            self.register_to_config(flow_shift=shift)
+            self.register_to_config(**{self.shift_field: shift})
         super().set_timesteps(len(sigmas) if num_inference_steps is None else num_inference_steps, device)
+
+
+class FlowMatchHeun(_Shifted, FlowMatchHeunDiscreteScheduler):
+    """diffusers' Heun; 2 N - 1 evaluations."""
+
+
+class DPMSolverMultistepScheduler(_Shifted, diffusers.DPMSolverMultistepScheduler):
+    """diffusers' DPM++."""
+
+    shift_field = "flow_shift"
 
 
 class UniPCMultistepScheduler(diffusers.UniPCMultistepScheduler):

@@ -21,6 +21,13 @@ def line(*cells: object) -> str:
     return f"| {' | '.join(str(cell) for cell in cells)} |"
 
 
+def fill(card: Path, mark: str, text: str) -> None:
+    """Put `text` into a card, between `mark` and the end of scores."""
+    before, rest = card.read_text(encoding="utf-8").split(mark)
+    after = rest.split(TO)[1]
+    card.write_text(f"{before}{mark}\n{text}\n{TO}{after}", encoding="utf-8")
+
+
 def cells(row: dict, frechet: str = "frechet") -> list[str]:
     found = [percent(row["right"]), f"{row[frechet]:.2f}", f"{row['nearest_percentiles']['50']:.3f}"]
     return [*found, percent(row["near_enough"]), percent(row["too_near"])]
@@ -75,13 +82,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path("assets/tiny_dit"))
     args = parser.parse_args()
-    card = args.model / "README.md"
-    before, rest = card.read_text(encoding="utf-8").split(FROM)
-    after = rest.split(TO)[1]
     found = json.loads((args.model / "evaluation.json").read_text(encoding="utf-8"))
     judge = json.loads((args.model / "judge/judge.json").read_text(encoding="utf-8"))
-    text = "\n".join(scores(found, judge))
-    card.write_text(f"{before}{FROM}\n{text}\n{TO}{after}", encoding="utf-8")
+    fill(args.model / "README.md", FROM, "\n".join(scores(found, judge)))
 
 
 if __name__ == "__main__":

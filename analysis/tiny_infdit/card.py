@@ -7,9 +7,9 @@ import argparse
 import json
 from pathlib import Path
 
-from analysis.tiny_dit.card import line, percent
+from analysis.tiny_dit.card import fill, line, percent
 
-FROM, TO = "<!-- scores: analysis.tiny_infdit.card -->\n", "<!-- end of scores -->\n"
+FROM = "<!-- scores: analysis.tiny_infdit.card -->\n"
 SMALL = {
     "scaled": "true sign, scaled down",
     "vae": "the same, through the VAE",
@@ -58,12 +58,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--model", type=Path, default=Path("assets/tiny_infdit"))
     args = parser.parse_args()
-    card = args.model / "README.md"
-    before, rest = card.read_text(encoding="utf-8").split(FROM)
-    after = rest.split(TO)[1]
     found = json.loads((args.model / "evaluation.json").read_text(encoding="utf-8"))
-    text = "\n".join(scores(found))
-    card.write_text(f"{before}{FROM}\n{text}\n\n{TO}{after}", encoding="utf-8")
+    fill(args.model / "README.md", FROM, "\n".join(scores(found)) + "\n")
 
 
 if __name__ == "__main__":
