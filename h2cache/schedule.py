@@ -73,6 +73,7 @@ class Course:
     sampler: str = ""  # class of the scheduler
     stochastic: bool = False  # it draws fresh noise at its steps
     flow: bool = True  # the model predicts a flow's velocity
+    multistep: bool = False  # the sampler looks back at outputs itself (UniPC, DPM++)
 
     @property
     def steps(self) -> int:
@@ -174,6 +175,7 @@ class Schedule:
             type(self.scheduler).__name__,
             self.is_stochastic,
             self.is_flow,
+            "solver_order" in self.scheduler.config,
         )
 
     def position(self, timestep: Tensor, last: int | None, counted: bool) -> int | None:
