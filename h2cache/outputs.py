@@ -196,7 +196,8 @@ def cosine(outputs: Sequence[Parts]) -> Tensor:
 def first_trust(before: Parts, after: Parts, way: float) -> Tensor:
     """How far the line through the first two outputs of a flow is followed, 0 to 1: (B,).
 
-    way: between their noise levels. 1 / (1 + r^2) at the pace r, in sizes of the output over all noise levels.
+    way: between their noise levels. It is 1 / (1 + r^2), with r the change over all levels at that pace, as a
+    multiple of the output.
     """
     change = [a.float() - b.float() for b, a in zip(before, after, strict=True)]
     size = root_mean_square(after) * abs(way)
