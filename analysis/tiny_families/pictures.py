@@ -8,20 +8,14 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import (
-    AdaptiveProjectedMixGuidance,
     AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLHunyuanImage,
     AutoencoderKLQwenImage,
     DDIMScheduler,
     DiffusionPipeline,
     DiTTransformer2DModel,
-    Flux2Transformer2DModel,
     FluxTransformer2DModel,
-    HunyuanImageTransformer2DModel,
     QwenImageTransformer2DModel,
     SD3Transformer2DModel,
-    ZImageTransformer2DModel,
 )
 from diffusers import FlowMatchEulerDiscreteScheduler as FlowMatch
 from transformers import (
@@ -39,9 +33,20 @@ PROMPT = "a red sign"
 GUIDED = {"negative_prompt": "blurred", "true_cfg_scale": 2.0}
 
 
+class MissingFamily(ImportError):
+    """The installed diffusers is too old for a family."""
+
+
+def newer(name: str) -> type:
+    """A class of diffusers that its oldest supported version has not."""
+    if not hasattr(diffusers, name):
+        raise MissingFamily(f"diffusers {diffusers.__version__} has no {name}: pip install -U diffusers")
+    return getattr(diffusers, name)
+
+
 def made(kind: str, call: dict[str, Any], **components: Any) -> Family:
     """The pipeline class `kind` of diffusers in evaluation mode, and the arguments of a small call."""
-    pipeline = getattr(diffusers, kind)(**components)
+    pipeline = newer(kind)(**components)
     for part in components.values():
         if isinstance(part, torch.nn.Module):
             part.eval()
@@ -144,7 +149,7 @@ def flux_redux() -> Family:
 def _flux2_components(joint: int) -> dict[str, Any]:
     parts.random_weights()
     return {
-        "transformer": Flux2Transformer2DModel(
+        "transformer": newer("Flux2Transformer2DModel")(
             patch_size=1,
             in_channels=16,
             num_layers=2,
@@ -155,7 +160,7 @@ def _flux2_components(joint: int) -> dict[str, Any]:
             axes_dims_rope=(4, 4, 4, 4),
             guidance_embeds=joint == 32,
         ),
-        "vae": AutoencoderKLFlux2(
+        "vae": newer("AutoencoderKLFlux2")(
             down_block_types=("DownEncoderBlock2D",) * 2,
             up_block_types=("UpDecoderBlock2D",) * 2,
             block_out_channels=(8, 8),
@@ -250,7 +255,7 @@ def hunyuan_image() -> Family:
     """HunyuanImage-2.1: a guider asks for two named calls a step."""
     parts.random_weights()
     components = {
-        "transformer": HunyuanImageTransformer2DModel(
+        "transformer": newer("HunyuanImageTransformer2DModel")(
             in_channels=4,
             out_channels=4,
             num_attention_heads=4,
@@ -263,7 +268,7 @@ def hunyuan_image() -> Family:
             text_embed_2_dim=32,
             rope_axes_dim=(4, 4),
         ),
-        "vae": AutoencoderKLHunyuanImage(
+        "vae": newer("AutoencoderKLHunyuanImage")(
             in_channels=3,
             out_channels=3,
             latent_channels=4,
@@ -278,8 +283,8 @@ def hunyuan_image() -> Family:
         "tokenizer": parts.tokenizer(2048),
         "text_encoder_2": parts.t5(384),
         "tokenizer_2": ByT5Tokenizer(),
-        "guider": AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
-        "ocr_guider": AdaptiveProjectedMixGuidance(adaptive_projected_guidance_start_step=1),
+        "guider": newer("AdaptiveProjectedMixGuidance")(adaptive_projected_guidance_start_step=1),
+        "ocr_guider": newer("AdaptiveProjectedMixGuidance")(adaptive_projected_guidance_start_step=1),
     }
     pipeline, call = made("HunyuanImagePipeline", {"prompt": PROMPT, "height": 32, "width": 32}, **components)
     pipeline.tokenizer_max_length = 48  # it pads: 1000 tokens otherwise
@@ -336,7 +341,7 @@ def sd3() -> Family:
 def z_image() -> Family:
     """Z-Image: lists of samples, guidance by one batch, time rises."""
     parts.random_weights()
-    transformer = ZImageTransformer2DModel(
+    transformer = newer("ZImageTransformer2DModel")(
         in_channels=4,
         dim=32,
         n_layers=6,

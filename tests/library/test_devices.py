@@ -7,7 +7,14 @@ they run in a process of their own.
 import subprocess
 import sys
 
+import pytest
+from torch.utils import backend_registration
 
+
+@pytest.mark.skipif(
+    not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
+    reason="this PyTorch makes no device of Python alone",
+)
 def test_every_method_on_another_device():
     asked = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
     ended = subprocess.run([*asked, "tests/helpers/other_device.py"], capture_output=True, text=True)

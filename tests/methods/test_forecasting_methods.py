@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import TaylorSeerCacheConfig as DiffusersConfig
 from h2cache.baselines.clusca import ClusCaConfig
 from h2cache.baselines.hicache import PRESETS, AdaptiveForecast, HiCacheConfig
 from h2cache.baselines.magcache import MagCacheConfig
@@ -73,12 +72,13 @@ def test_the_schedule_of_diffusers_is_shifted():
 
 def test_modules_are_forecast_as_diffusers_does(tiny):
     """The same images as diffusers' TaylorSeer with the same modules on its own schedule."""
+    theirs_of = pytest.importorskip("diffusers.hooks.taylorseer_cache").TaylorSeerCacheConfig
     patterns = [
         r"transformer_blocks\.\d+\.(attn|ff|ff_context)",
         r"single_transformer_blocks\.\d+\.proj_out",
     ]
     for order in (1, 2):
-        settings = DiffusersConfig(
+        settings = theirs_of(
             cache_interval=4,
             disable_cache_before_step=2,
             max_order=order,
@@ -96,10 +96,9 @@ def test_modules_are_forecast_as_diffusers_does(tiny):
 
 
 def test_forecasts_of_recorded_outputs_are_those_of_diffusers():
-    from diffusers.hooks.taylorseer_cache import TaylorSeerState
-
+    state_of = pytest.importorskip("diffusers.hooks.taylorseer_cache").TaylorSeerState
     rule = lambda times, x: weights.taylor(times, x, 2)  # noqa: E731
-    ours, theirs = ModuleForecast(rule, 3), TaylorSeerState(torch.float32, max_order=2)
+    ours, theirs = ModuleForecast(rule, 3), state_of(torch.float32, max_order=2)
     for step in range(12):
         theirs.current_step = step
         if step in (0, 1, 2, 4, 9):
