@@ -12,6 +12,7 @@ from diffusers import FluxTransformer2DModel
 
 from analysis.drawing.draw import DTYPE
 from analysis.drawing.load import check_loading, load_quantized
+from h2cache.room import free_bytes
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -75,6 +76,27 @@ def random_flux(
     finally:
         torch.set_default_dtype(before)
     return model.eval().requires_grad_(False)
+
+
+def sized_flux(
+    width: int, heads: int, double: int, single: int, tokens: int, device: str, dtype: torch.dtype
+) -> FluxTransformer2DModel:
+    """FLUX.1-dev's transformer with these dimensions and random weights; MemoryError where it has no room.
+
+    tokens: of image and text together, for what its blocks compute.
+    """
+    numbers = (36 * double + 15 * single) * width**2 + tokens * width * 12
+    needed, free = numbers * dtype.itemsize, free_bytes(torch.device(device))
+    if needed > free:
+        raise MemoryError(
+            f"--width {width}: the model takes {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB "
+            "are free: lower --width, --double, --single or --tokens"
+        )
+    head = width // heads
+    side = head * 7 // 32 * 2  # FLUX.1-dev: (16, 56, 56) of 128
+    axes = (head - 2 * side, side, side)
+    shape = {"attention_head_dim": head, "num_attention_heads": heads, "axes_dims_rope": axes}
+    return random_flux(double, single, device, dtype, **shape)
 
 
 def only_heads(model: FluxTransformer2DModel, single: int = 1) -> FluxTransformer2DModel:

@@ -1,14 +1,18 @@
-"""Times of kinds of steps that take turns, by torch.utils.benchmark."""
+"""Times of kinds of steps that take turns, by torch.utils.benchmark, and what they carry out."""
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 from collections.abc import Callable, Mapping
 
 import torch
+from diffusers import FirstBlockCacheConfig
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.benchmark import Measurement, Timer
 
 import h2cache
-from h2cache import H2Config
+from h2cache import H2Config, MethodConfig
 
 Step = Callable[[], torch.Tensor]
 UNTIMED = 2  # calls that a Timer makes before it counts; one in a hundred where those are more
@@ -42,9 +46,20 @@ def request(transformer: torch.nn.Module, inputs: dict, burst: int) -> Step:
     return step
 
 
-def begun(transformer: torch.nn.Module, inputs: dict, config: H2Config | None, burst: int) -> Step:
+def begun(
+    transformer: torch.nn.Module,
+    inputs: dict,
+    config: MethodConfig | FirstBlockCacheConfig | None,
+    burst: int,
+) -> Step:
     """The steps of a request after its first one, under the cache of one kind of step."""
-    h2cache.disable(transformer) if config is None else h2cache.enable(transformer, config)
+    h2cache.disable(transformer)
+    if getattr(transformer, "is_cache_enabled", False):
+        transformer.disable_cache()
+    if isinstance(config, FirstBlockCacheConfig):
+        transformer.enable_cache(config)
+    elif config is not None:
+        h2cache.enable(transformer, config)
     step = request(transformer, inputs, burst)
     step()
     return step
@@ -58,3 +73,23 @@ def is_exact(transformer: torch.nn.Module, inputs: dict) -> bool:
     h2cache.enable(transformer, H2Config(tau1=0, tau2=0))
     cached = request(transformer, inputs, 1)
     return all(torch.equal(picture, cached()) for picture in wanted)
+
+
+class _Operations(TorchDispatchMode):
+    """Counts what PyTorch carries out."""
+
+    count = 0
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        self.count += 1
+        return operation(*args, **(kwargs or {}))
+
+
+def counted(ready: Callable[[], Step]) -> tuple[int, int]:
+    """Tensor operations of a step, and calls from Python."""
+    step, profile = ready(), cProfile.Profile()
+    step()  # the first after a computed one measures the reference once
+    with _Operations() as operations:
+        step()
+    profile.runcall(step)
+    return operations.count, pstats.Stats(profile).total_calls

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from analysis.demo import QUALITY, SPEED, arguments, asked, serve
+from analysis.demo import arguments, serve
 from analysis.drawing.draw import Limits, draw
+from analysis.drawing.studio import QUALITY, SPEED, asked
 from analysis.measures.fidelity import fidelity
 from h2cache import H2Config, PlanConfig, method_names
 from h2cache.presets import find_preset

@@ -13,7 +13,7 @@ import pytest
 
 import run as script
 from analysis import efficiency, tune
-from analysis.efficiency import Timed
+from analysis.measures.processes import Timed
 from analysis.records import store
 from tests.helpers.served import ended, started
 
