@@ -21,8 +21,11 @@ LAST_GAP = 0.2  # what is left after the last evaluation, of the usual gap: time
 SHARE = 0.2  # of log-SNR in the distance; 0 to 0.3 were best on every model that was tried
 
 
-def default_steps(course: Course, count: int) -> tuple[int, ...]:
-    """`count` steps of a request, from the first to about the last, the first of each denoiser among them."""
+def default_steps(course: Course, count: int, to_end: bool = False) -> tuple[int, ...]:
+    """`count` steps of a request, from the first to about the last, the first of each denoiser among them.
+
+    to_end: to the very last, as with samplers that look back.
+    """
     wanted = min(count, course.steps)
     if wanted <= len(course.starts):
         return tuple(course.starts)
@@ -35,7 +38,7 @@ def default_steps(course: Course, count: int) -> tuple[int, ...]:
     usable = [n for n in range(course.steps) if n == 0 or levels[n] != levels[n - 1]]
     if len(usable) < wanted:
         usable = [*range(course.steps)]
-    left = 0.0 if course.multistep or wanted == 1 else LAST_GAP / (wanted - 1)
+    left = 0.0 if to_end or course.multistep or wanted == 1 else LAST_GAP / (wanted - 1)
     where, order = [places[n] for n in usable], np.arange(len(usable))
     last = round(float(np.interp(where[-1] / (1 + left), where, order)))
     nearest = np.interp(np.linspace(where[0], where[last], wanted), where, order)

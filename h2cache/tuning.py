@@ -24,6 +24,7 @@ import torch.distributed as dist
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
 from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_course, step_records, summary
+from h2cache.grid import default_steps
 from h2cache.h2 import H2Config
 from h2cache.method import MethodConfig
 from h2cache.plan import PlanConfig
@@ -215,9 +216,14 @@ def _tune_plan(
     bar = tqdm(total=len(counts), disable=not progress, unit="speed")
     try:
         for count in counts:
-            start = PlanConfig(evaluations=count, file="none").choose(course).steps
-            search = _Search(studio, course, log, bar, math.inf if trials is None else trials)
-            config = search.better(search.best_trust(start))
+            # From either it does not find to the other: the last step evaluated, or standing in.
+            starts = sorted({default_steps(course, count, to_end) for to_end in (False, True)})
+            if trials is not None and trials < 2 * len(TRUSTS):
+                starts = starts[:1]
+            left = math.inf if trials is None else trials // len(starts)
+            searches = [_Search(studio, course, log, bar, left) for _ in starts]
+            tried = [s.better(s.best_trust(start)) for s, start in zip(searches, starts, strict=True)]
+            config, _ = max(tried, key=lambda found: found[1])
             seen, unseen = _measure(studio, config), _measure(others, config) if held_out else None
             more = unseen or seen
             held = Quality.of(unseen.values) if unseen else None
@@ -274,8 +280,8 @@ class _Search:
         plans = [PlanConfig(steps=steps, trust=trust) for trust in TRUSTS]
         return max(plans if self.trials > len(plans) else plans[:1], key=self.loss)
 
-    def better(self, start: PlanConfig) -> PlanConfig:
-        """Move each evaluated step by one or two as long as the mean gains."""
+    def better(self, start: PlanConfig) -> tuple[PlanConfig, float]:
+        """Move each evaluated step by one or two as long as the mean gains; the plan, and its mean."""
         self.best, value, moved = start, self.loss(start), True
         while moved:
             moved = False
@@ -290,11 +296,11 @@ class _Search:
                         continue
                     plan = replace(start, steps=tuple(steps))
                     if self.trials <= 0:
-                        return self.best
+                        return self.best, value
                     if (tried := self.loss(plan)) > value + GAIN:
                         self.best, value, moved = plan, tried, True
                     self.bar.set_postfix_str(f"{len(steps)} evaluations: {value:.2f} dB")
-        return self.best
+        return self.best, value
 
 
 @dataclass

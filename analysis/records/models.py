@@ -30,7 +30,7 @@ KEPT = (
     "steps_recorded", "bytes_held",
 )  # fmt: skip
 NEEDS = {"id": str, "label": str, "method": str, "seconds": NUMBER, "blocks_run": int, "psnr": MAYBE}
-FURTHER = ("tuned", "claims", "modules", "samplers")  # drawn later: the tuned plan; what a claim needs; ...
+FURTHER = ("tuned", "claims", "modules", "samplers")  # drawn later: the plan; what a claim needs; ...
 Rows = list[dict[str, Any]]
 
 
@@ -122,10 +122,15 @@ def read(model: str) -> Saved:
         saved.rows += [r | {"label": f"{r['label']} speedup=5"} for r in plans]
     for what, path in further_rows(model).items():
         if what != "samplers" and path.is_file():
-            more, drawn = of_file(path), {row["label"] for row in saved.rows}
+            more = of_file(path)
             saved.complaints += more.complaints
-            new = [r for r in more.rows if r["label"] not in drawn and r["method"] != "none"]
-            saved.rows += [r for r in more.rows if r["method"] == "plan"] if what == "tuned" else new
+            new = [row for row in more.rows if row["method"] != "none"]
+            if what == "tuned":  # the plan: drawn again whenever it changes
+                drawn = {row["label"] for row in new}
+                saved.rows = [row for row in saved.rows if row["label"] not in drawn] + new
+            else:
+                drawn = {row["label"] for row in saved.rows}
+                saved.rows += [row for row in new if row["label"] not in drawn]
     lines = lines_of(list(groups(saved.rows, "label")))
     for row in saved.rows:
         row |= {"line": lines[row["label"]], "right": row.get("right", row.get("words_read"))}
