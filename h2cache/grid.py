@@ -34,21 +34,26 @@ def default_steps(course: Course, count: int, to_end: bool = False) -> tuple[int
         if course.flow
         else [n / course.steps for n in range(course.steps)]
     )
-    levels = course.levels
-    usable = [n for n in range(course.steps) if n == 0 or levels[n] != levels[n - 1]]
-    if len(usable) < wanted:
-        usable = [*range(course.steps)]
-    left = 0.0 if to_end or course.multistep or wanted == 1 else LAST_GAP / (wanted - 1)
-    where, order = [places[n] for n in usable], np.arange(len(usable))
-    last = round(float(np.interp(where[-1] / (1 + left), where, order)))
-    nearest = np.interp(np.linspace(where[0], where[last], wanted), where, order)
-    steps = {usable[round(n)] for n in nearest} | set(course.starts)
+    steps = _spread(course, places, wanted, to_end or course.multistep) | set(course.starts)
     while len(steps) > wanted:  # a denoiser's first step came in: the nearest neighbours become one
         free = sorted(steps - set(course.starts))
         steps.discard(min(free, key=lambda s: _room(s, steps, places)))
     while len(steps) < wanted:
         steps.add(_widest(sorted(steps), places, course.steps))
     return tuple(sorted(steps))
+
+
+def _spread(course: Course, places: Sequence[float], count: int, to_end: bool) -> set[int]:
+    """`count` steps at equal distances from the first on, or fewer where they fall together."""
+    levels = course.levels
+    steps = [n for n in range(course.steps) if n == 0 or levels[n] != levels[n - 1]]
+    if len(steps) < count:
+        steps = [*range(course.steps)]
+    left = 0.0 if to_end or count == 1 else LAST_GAP / (count - 1)
+    where, numbers = [places[n] for n in steps], np.arange(len(steps))
+    last = round(float(np.interp(where[-1] / (1 + left), where, numbers)))
+    nearest = np.interp(np.linspace(where[0], where[last], count), where, numbers)
+    return {steps[round(n)] for n in nearest}
 
 
 def distances(levels: Sequence[float]) -> list[float]:
