@@ -31,6 +31,9 @@ def pytest_runtest_call():
         pytest.skip(str(error))
 
 
+pytest_runtest_setup = pytest_runtest_call  # a fixture may make it
+
+
 @pytest.fixture
 def flux():
     """A FLUX transformer of random weights."""
