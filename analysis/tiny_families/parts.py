@@ -130,7 +130,7 @@ class PictureProcessor(Qwen2VLProcessor):
     def __init__(self) -> None:
         self.image_processor = Qwen2VLImageProcessor(min_pixels=56 * 56, max_pixels=56 * 56)
         self.tokenizer = tokenizer()
-        self.image_token = "<|image_pad|>"
+        self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
 
 

@@ -148,6 +148,7 @@ def flux_redux() -> Family:
 
 def _flux2_components(joint: int) -> dict[str, Any]:
     parts.random_weights()
+    newer("Flux2KleinPipeline")  # with which guidance_embeds came
     return {
         "transformer": newer("Flux2Transformer2DModel")(
             patch_size=1,

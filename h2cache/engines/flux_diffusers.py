@@ -1,6 +1,6 @@
 """FLUX.1 in diffusers: double-stream blocks are the structure stage, single-stream blocks the detail stage.
 
-Facts (diffusers 0.35 to 0.42, models/transformers/transformer_flux.py): both kinds of block take
+Facts (diffusers 0.36 to 0.42, models/transformers/transformer_flux.py): both kinds of block take
 (hidden_states=img, encoder_hidden_states=txt, ...) and return (txt, img). ControlNet residuals are added to
 img by the model's own loop after each block, so they pass through a cache untouched.
 """

@@ -42,9 +42,11 @@ class QwenImageDiffusers(Engine):
     def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         img, temb = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 3, "temb")
         modulation, _ = block.img_mod(temb).chunk(2, dim=-1)  # of attention and of the mlp
-        return block._modulate(block.img_norm1(img), modulation, argument(args, kwargs, 6, "modulate_index"))[
-            0
-        ]
+        index = argument(
+            args, kwargs, 6, "modulate_index"
+        )  # of Edit's pictures; before diffusers 0.37 unknown
+        further = () if index is None else (index,)
+        return block._modulate(block.img_norm1(img), modulation, *further)[0]
 
     def modules(self, block: Any) -> Modules:
         return double_block(block.attn, block.img_mlp, block.txt_mlp)
