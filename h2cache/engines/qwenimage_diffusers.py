@@ -44,7 +44,7 @@ class QwenImageDiffusers(Engine):
         modulation, _ = block.img_mod(temb).chunk(2, dim=-1)  # of attention and of the mlp
         index = argument(
             args, kwargs, 6, "modulate_index"
-        )  # of Edit's pictures; before diffusers 0.37 unknown
+        )  # none before diffusers 0.37
         further = () if index is None else (index,)
         return block._modulate(block.img_norm1(img), modulation, *further)[0]
 
