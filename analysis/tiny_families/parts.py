@@ -132,6 +132,7 @@ class PictureProcessor(Qwen2VLProcessor):
         self.tokenizer = tokenizer()
         self.image_token, self.video_token = "<|image_pad|>", "<|video_pad|>"
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.image_token)
+        self.video_token_id = self.tokenizer.convert_tokens_to_ids(self.video_token)
 
 
 def picture(size: int = 64) -> Image.Image:
