@@ -42,9 +42,7 @@ class QwenImageDiffusers(Engine):
     def modulated_input(self, block: Any, args: tuple, kwargs: dict[str, Any]) -> Tensor:
         img, temb = argument(args, kwargs, 0, "hidden_states"), argument(args, kwargs, 3, "temb")
         modulation, _ = block.img_mod(temb).chunk(2, dim=-1)  # of attention and of the mlp
-        index = argument(
-            args, kwargs, 6, "modulate_index"
-        )  # none before diffusers 0.37
+        index = argument(args, kwargs, 6, "modulate_index")  # none before diffusers 0.37
         further = () if index is None else (index,)
         return block._modulate(block.img_norm1(img), modulation, *further)[0]
 

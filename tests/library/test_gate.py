@@ -326,6 +326,7 @@ def test_wrapped_after_as_one_graph_is_refused_with_what_to_do(graphs):
     assert torch.allclose(loop(), cached, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.8", reason="cannot trace diffusers' attention as one graph")
 def test_compiled_blocks_beneath_the_gate(graphs):
     cached = h2cache.enable(flux_loop(make_flux(1, 1)), evaluations=COUNT)()
     loop = flux_loop(make_flux(1, 1))
