@@ -4,10 +4,11 @@ Of a flow: equal distances in a mix of noise and log-SNR. Of other samplers (DDI
 timesteps are already spread as the noise asks): equal numbers of steps, which is far better on
 `assets/tiny_dit`.
 
-Of Heun's two steps at one noise level of a flow the first is evaluated, so that the second, above all the last
-of a run, is forecast from its own level. With few evaluations the last steps of a run are forecast too, so that
-what the gap before got wrong can be paid. Not with samplers that look back at outputs (UniPC, DPM++), where this
-cost `tiny_wan` 5 dB, nor with Heun's where the model predicts no flow: there it cost `tiny_infdit` 9 dB.
+Of Heun's two steps at one noise level of a flow the first is evaluated, so that the second, above all the
+last of a run, is forecast from its own level. With few evaluations the last steps of a run are forecast too,
+so that what the gap before got wrong can be paid. Not with samplers that look back at outputs (UniPC, DPM++),
+where this cost `tiny_wan` 5 dB, nor with Heun's where the model predicts no flow: there it cost `tiny_infdit`
+9 dB.
 """
 
 from __future__ import annotations
