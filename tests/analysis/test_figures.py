@@ -5,9 +5,9 @@ import contextlib
 import csv
 import gzip
 import importlib
-import io
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,7 @@ from analysis.tiny_flux import signs
 from h2cache import H2Config, enable, method_names, step_records
 from tests.helpers.toys import generate
 
+FIGURES = Path("assets/figures")
 ROWS = Path("assets/results/tiny_flux_report/rows.jsonl.gz")
 SCRIPTS = ("thresholds", "pfs", "separation", "trace", "pareto", "report", "schematic")
 
@@ -49,14 +50,9 @@ def script(name: str):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_every_figure_comes_from_the_shipped_records_twice_the_same(name, tmp_path, monkeypatch):
-    more, own, painted = ["--metric", "psnr"] if name == "pareto" else [], Figure.savefig, []
-
-    def paint(figure: Figure, file: io.BytesIO, **how) -> None:
-        own(figure, file, **how)
-        painted.append(file.getvalue())
-
-    monkeypatch.setattr(Figure, "savefig", paint)
+def test_every_figure_comes_from_the_shipped_records(name, tmp_path):
+    """The shipped numbers come out again; where none are shipped, the same twice."""
+    more = ["--metric", "psnr"] if name == "pareto" else []
     assert script(name)(["--out", str(tmp_path / "a"), *more]) == 0
     first = {p.name: p.read_bytes() for p in (tmp_path / "a").iterdir()}
     figures = {Path(n).stem for n in first if n.endswith(".png")}
@@ -66,10 +62,27 @@ def test_every_figure_comes_from_the_shipped_records_twice_the_same(name, tmp_pa
         assert b"/Type3" not in first[f"{figure}.pdf"]
         width = Image.open(tmp_path / "a" / f"{figure}.png").width
         assert abs(width / 300 - style.PAGE) < 0.1
-    if name != "schematic":  # of the others, the same numbers and words are enough
-        monkeypatch.setattr(Figure, "savefig", lambda _, file, **__: file.write(painted.pop(0)))
-    assert script(name)(["--out", str(tmp_path / "b"), *more]) == 0
-    assert first.items() <= {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}.items()
+    if name in ("report", "schematic"):
+        assert script(name)(["--out", str(tmp_path / "b"), *more]) == 0
+        assert first == {p.name: p.read_bytes() for p in (tmp_path / "b").iterdir()}
+        return
+    for file in first:
+        if Path(file).suffix in (".csv", ".md") and file != "pareto.md":  # which has all metrics
+            drawn, shipped = (parts(at / file) for at in (tmp_path / "a", FIGURES))
+            # another processor may round the last digits another way
+            near = [pytest.approx(p, 1e-5, 1e-9, nan_ok=True) if isinstance(p, float) else p for p in shipped]
+            assert drawn == near, file
+
+
+def parts(file: Path) -> list[str | float]:
+    """The words and numbers of a table."""
+    found: list[str | float] = []
+    for text in re.split(r"([,|\s\[\]]+)", file.read_text(encoding="utf-8")):
+        try:
+            found.append(float(text))
+        except ValueError:
+            found.append(text)
+    return found
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
