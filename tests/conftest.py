@@ -10,6 +10,13 @@ import pytest
 
 from tests.helpers.nunchaku_env import checkpoint, nunchaku  # noqa: F401  fixtures
 
+LONG = ("test_parallel", "test_gpu_report", "test_devices", "test_processes")  # seconds in one piece
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long ones first: at the end no process waits for one that another has just begun."""
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
 
 def pytest_collection_finish() -> None:
     """Everything is loaded by now; no collection of garbage need look through its million objects again."""

@@ -78,7 +78,8 @@ class Loop:
         return_dict: bool = True,
         seed: int = 0,
     ) -> Tensor:
-        g = torch.manual_seed(seed)  # torch's own: before 0.37 the stochastic flow sampler asks for no other
+        g = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)  # before 0.37 the stochastic flow sampler of diffusers asks for no other
         dynamic = {"mu": 1.0} if self.scheduler.config.get("use_dynamic_shifting") else {}
         self.scheduler.set_timesteps(steps, **dynamic)
         order = getattr(self.scheduler, "order", 1)

@@ -18,7 +18,7 @@ from h2cache.plan import PlanConfig
 from h2cache.schedule import Course, Schedule
 from tests.helpers.plans import SAMPLERS, STOCHASTIC, Loop, Toy, sampler
 
-FEW = settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @cache
