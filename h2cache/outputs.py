@@ -7,8 +7,8 @@ of what is missing is owed to the next gap.
 
 The trust t, 0 to 1, is measured: the cosine of the last two differences, from 0.8 on in full, 0 where they
 point apart. (The square of a cosine is the share of a change that a line explains.) With t = 1 this is a
-two-step Adams method. On `tiny_wan`, whose first outputs turn, that is 20 to 25 dB worse; on the other small
-models up to 1.5 dB better: `tune` tries both.
+two-step Adams method. On `tiny_wan`, whose first outputs turn, that is 22 dB worse; on the other small models
+from 5 dB worse to 1.7 dB better: `tune` tries both.
 
 The first difference has no other to be compared with. Of a flow its size says how far to follow it: one that
 would, if it went on so, turn the output into another one long before the end is not the slope of a line.

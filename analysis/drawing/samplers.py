@@ -60,16 +60,10 @@ class DPMSolverMultistepScheduler(_Shifted, diffusers.DPMSolverMultistepSchedule
 class UniPCMultistepScheduler(diffusers.UniPCMultistepScheduler):
     """diffusers', for pipelines that give sigmas in a list, which it cannot shift."""
 
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: Any = None,
-        sigmas: Any = None,
-        mu: float | None = None,
-    ) -> None:
-        """As diffusers'."""
+    def set_timesteps(self, *args: Any, sigmas: Any = None, mu: float | None = None, **further: Any) -> None:
+        """As diffusers'; pipelines look for `sigmas` and `mu` by name."""
         sigmas = None if sigmas is None else np.asarray(sigmas, dtype=np.float64)
-        super().set_timesteps(num_inference_steps, device, sigmas, mu)
+        super().set_timesteps(*args, sigmas=sigmas, mu=mu, **further)
 
 
 OF_FLOWS = {

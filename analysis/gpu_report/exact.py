@@ -15,6 +15,7 @@ from analysis.drawing.draw import load_pipeline
 from analysis.drawing.families import takes
 from analysis.gpu_report.context import Context, goal
 from analysis.gpu_report.models import OFF, SKIPPING, settings
+from analysis.tiny_families import FAMILIES
 
 STEPS = 5  # the fewest in which the plan skips any
 ONE_OF_EACH_ENGINE = ("flux", "flux2", "qwen_image", "sd3", "wan", "hunyuan_video", "z_image", "dit")
@@ -76,8 +77,6 @@ def exact(ctx: Context) -> Iterator[dict]:
                 pipeline, call = load_pipeline(TINY, ctx.device, dtype), SIGN
                 pipeline.set_progress_bar_config(disable=True)
             else:
-                from analysis.tiny_families import FAMILIES  # not all of it may import everywhere
-
                 pipeline, call = FAMILIES[name]()
                 pipeline.to(ctx.device, getattr(torch, dtype))
             for row in compare(pipeline, call):
