@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import nn
 
 from h2cache.attachment import (
@@ -26,6 +25,7 @@ from h2cache.attachment import (
 )
 from h2cache.engines import find_engine, whole_engine
 from h2cache.engines.base import class_names
+from h2cache.expected import Gap, gaps_of
 from h2cache.gate import Gate
 from h2cache.h2 import H2Config
 from h2cache.memory import Request
@@ -183,14 +183,23 @@ def sum_up(config: MethodConfig, requests: list[Request], bytes_of_all: int = 0)
 
 
 def _expectation(requests: list[Request]) -> dict[str, Any]:
-    """The fidelity that the forecast errors of a pipeline call mean, for each picture."""
-    estimate = requests[0].estimate
-    known = [pair for request in requests for pair in request.errors]
-    errors = [error for branch, error in known if branch == known[0][0] and len(error) == len(known[0][1])]
-    if estimate is None or not errors:
+    """The fidelity of each picture of a pipeline call, as its gaps let one expect."""
+    estimate, pictures = requests[0].estimate, _gaps(requests)  # a wait, when somebody asks
+    if estimate is None or not pictures:
         return {}
-    sums = torch.stack(errors).sum(0).tolist()  # a wait, when somebody asks
-    return {"expected_psnr": tuple(map(estimate.psnr, sums)), "expected_error": estimate.error}
+    return {"expected_psnr": tuple(map(estimate.psnr, pictures)), "expected_error": estimate.error}
+
+
+def _gaps(requests: list[Request]) -> list[tuple[Gap, ...]]:
+    """The gaps of each picture of a pipeline call, in its first guidance branch."""
+    known = [one for request in requests for one in request.seen]
+    own = [(step, seen) for branch, step, seen in known if branch == known[0][0]]
+    return gaps_of([(step, seen) for step, seen in own if len(seen.change) == len(own[0][1].change)])
+
+
+def last_gaps(target: Any) -> tuple[Gap, ...]:
+    """The gaps between evaluations of the newest picture, the first of a batch; empty: none was seen."""
+    return next(iter(_gaps(_newest_requests(target))), ())
 
 
 def last_course(target: Any) -> Course:

@@ -89,10 +89,12 @@ def refuse_other_forward(denoiser: nn.Module) -> None:
     Hooks of accelerate and diffusers (offload, casting, parallelism) do too, and call the model's own.
     """
     forward: Any = vars(denoiser).get("forward")
+    if forward is None:
+        return
     while isinstance(forward, partial):
         forward = forward.func
     maker = getattr(forward, "__module__", None) or "?"
-    if forward is not None and maker.partition(".")[0] not in ("accelerate", "diffusers"):
+    if maker.partition(".")[0] not in ("accelerate", "diffusers"):
         name = getattr(forward, "__qualname__", forward)
         raise ValueError(
             f"transformer.forward has been replaced, by {name} of {maker}: another cache, or inputs that "

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from h2cache.expected import Seen
 from h2cache.parallel import Group, Tokens
 from h2cache.predictors import Predictor
 from h2cache.program import Stage, Stream
@@ -356,18 +357,23 @@ class Memory:
             )
         )
 
-    def record_whole(self, outcome: str, error: Tensor | None = None) -> None:
+    def record_whole(self, outcome: str, seen: Seen | None = None) -> None:
         """Append the record of a step at which a method answered for the whole model, without a wait.
 
-        error: of the forecasts since the last computed step, (B,), as is known now: `step_records` reads it.
+        seen: what an evaluation shows of the forecasts before it, of each picture; `step_records` and
+        `summary` read it.
         """
-        measure = None if error is None else error.amax()
-        if error is not None:
-            self._request.errors.append((self.branch, error))
+        measure = None if seen is None or seen.error is None else seen.error.amax()
+        if seen is not None:
+            self._request.seen.append((self.branch, self.course_step, seen))
         run = (self.blocks * (outcome == "miss"), self.blocks)
         record = StepRecord(self._step, self.timestep, self.branch, "model", None, None, outcome, *run)
         record.measure = measure  # type: ignore[assignment]  # a tensor until `step_records` reads it
         self._request.records.append(record)
+
+    def by_picture(self, seen: Seen | None) -> Seen | None:
+        """What was seen of each sample of the batch, as that of each picture."""
+        return seen.halved() if seen is not None and self._guided else seen
 
     def record_uncached(self, stages: tuple[Stage, ...]) -> None:
         """Append the records of a step about which nothing is decided: without a wait, for fair baselines."""
@@ -403,8 +409,8 @@ class Request:
         self.controls: tuple[str, ...] = ()  # how far a pipeline's ControlNets act, at each step of `course`
         self.restarts = 0  # how often the user asked for a step from an empty history
         self.edited: int | None = None  # newest position before which a callback put in other latents
-        self.errors: list[tuple[str, Tensor]] = []  # of forecasts by branch, (B,) each, on the device
-        self.estimate: Any = None  # of the fidelity that these errors mean
+        self.seen: list[tuple[str, int, Seen]] = []  # of forecasts: branch, step, and what it showed
+        self.estimate: Any = None  # of the fidelity that this means
         self.said: list[str] = []  # by the method, what the user should know
         self.answers: Counter[str] = Counter()  # of the predictors, by the rule that gave them
         self.began = time.monotonic_ns()

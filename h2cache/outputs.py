@@ -23,6 +23,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from h2cache.expected import Seen
 from h2cache.predictors import combine
 from h2cache.schedule import Course
 from h2cache.weights import newton
@@ -79,9 +80,13 @@ class Outputs:
             sums = [s.add_(part, alpha=1 / room) for s, part in zip(sums, self.owed, strict=True)]
         return [s.to(part.dtype) for s, part in zip(sums, newest, strict=True)]
 
-    def learn(self, step: int, output: Parts) -> Tensor | None:
-        """Keep what was evaluated. Returns how wrong a line was over the gap before: (B,); None: no gap."""
-        error = self._settle(step, output) if self.kept else None
+    def learn(self, step: int, output: Parts) -> Seen | None:
+        """Keep what was evaluated; returns what it shows of the gap before. None: it is the first."""
+        seen = None
+        if self.kept:
+            here = max(self.kept)
+            change = root_mean_square(difference(self.kept[here], output))
+            seen = Seen(here, change, self._settle(step, output))
         self.kept[step] = output
         while len(self.kept) >= HELD:
             del self.kept[min(self.kept)]
@@ -90,7 +95,7 @@ class Outputs:
             nodes = [*self.kept]
             missing = total((1.0, self._integral(nodes, ahead)), (-1.0, self._sum(nodes, ahead)))
             self._owe(self.kept, missing, self.followed)
-        return error
+        return seen
 
     def replan(self, step: int, steps: Sequence[int], trust: float | None) -> None:
         """Evaluate other steps after `step`."""
@@ -188,7 +193,7 @@ def total(*parts: tuple[float, Weights]) -> Weights:
 
 def cosine(outputs: Sequence[Parts]) -> Tensor:
     """Of the last two changes of three outputs, 0 where they point apart: (B,)."""
-    first, second = ([b.float() - a.float() for a, b in zip(x, y, strict=True)] for x, y in pairwise(outputs))
+    first, second = (difference(x, y) for x, y in pairwise(outputs))
     norms = dot(first, first) * dot(second, second)
     return (dot(first, second) / norms.clamp(min=TINY).sqrt()).clamp(0.0, 1.0)
 
@@ -199,9 +204,13 @@ def first_trust(before: Parts, after: Parts, way: float) -> Tensor:
     way: between their noise levels. It is 1 / (1 + r^2), with r the change over all levels at that pace, as a
     multiple of the output.
     """
-    change = [a.float() - b.float() for b, a in zip(before, after, strict=True)]
     size = root_mean_square(after) * abs(way)
-    return 1 / (1 + (root_mean_square(change) / size.clamp(min=TINY)) ** 2)
+    return 1 / (1 + (root_mean_square(difference(before, after)) / size.clamp(min=TINY)) ** 2)
+
+
+def difference(before: Parts, after: Parts) -> Parts:
+    """What must be added to `before` to have `after`, in float32."""
+    return [a.float() - b.float() for b, a in zip(before, after, strict=True)]
 
 
 def root_mean_square(parts: Parts) -> Tensor:

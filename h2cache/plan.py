@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import math
 import warnings
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
 from torch import Tensor
 
 from h2cache import tuned
+from h2cache.expected import Estimate, Gap, Seen, gaps_of
 from h2cache.grid import default_steps
 from h2cache.memory import Memory
 from h2cache.method import Method, MethodConfig, Shape, check
@@ -120,8 +121,9 @@ class PlanConfig(MethodConfig):
             if best is None:
                 return Choice(tuple(range(course.steps)), estimate, f"no tuned plan keeps {self.psnr} dB")
             if table.fits(course) and len(course.starts) == 1:
-                chase = Chase(table, best, self.psnr)
-                return Choice(best.steps, table.expectation(best), trust=self.trust_of(best), chase=chase)
+                known, trust = table.expectation(best), self.trust_of(best)
+                chase = None if known is None else Chase(table, known, self.psnr)
+                return Choice(best.steps, known or estimate, trust=trust, chase=chase)
             count = best.evaluations
         elif self.evaluations is not None:
             count = self.evaluations
@@ -135,7 +137,7 @@ class PlanConfig(MethodConfig):
             return Choice(default_steps(course, count), estimate, trust=self.trust)
         trust = self.trust_of(plan)
         if table.fits(course):
-            return Choice(plan.steps, table.expectation(plan), trust=trust)
+            return Choice(plan.steps, table.expectation(plan) or estimate, trust=trust)
         steps = table.transfer(plan, course)
         if steps is None or not {*course.starts} <= {*steps}:
             return Choice(default_steps(course, count), estimate, trust=self.trust)
@@ -159,7 +161,7 @@ class Choice:
     """The evaluated steps of a request."""
 
     steps: tuple[int, ...]
-    estimate: tuned.Estimate | None = None  # of the picture's fidelity
+    estimate: Estimate | tuned.Expectation | None = None  # of the picture's fidelity
     note: str = ""  # what the user should know
     trust: float | None = None  # in the line; None: measured
     chase: Chase | None = None
@@ -170,19 +172,17 @@ class Chase:
     """A wanted quality: in mid-run another tuned plan is taken where a picture's errors are not the usual."""
 
     table: tuned.Tuned
-    plan: tuned.TunedPlan
+    expected: tuned.Expectation
     psnr: float
-    error: float = 0.0  # sum over the gaps so far, of the worst picture of a batch
-    usual: float = 0.0  # the same as it usually is
-    step: int = 0  # of the newest evaluation
+    gaps: list[tuple[Gap, ...]] = field(default_factory=list)  # so far, of each picture
 
-    def next_steps(self, step: int, error: Tensor) -> tuple[int, ...] | None:
+    def next_steps(self, step: int, seen: Seen) -> tuple[int, ...] | None:
         """The steps to evaluate after `step`, where they are others than before; a wait."""
-        self.error += max(error.tolist())  # the one wait of an evaluated step
-        self.usual += self.plan.usual(step) - self.plan.usual(self.step)
-        self.step, before = step, self.plan
-        self.plan = self.table.corrected(self.plan, self.psnr, self.error, self.usual)
-        return None if self.plan is before else tuple(s for s in self.plan.steps if s > step)
+        new = gaps_of([(step, seen)])
+        self.gaps = [a + b for a, b in zip(self.gaps, new, strict=True)] if self.gaps else new
+        before, self.expected = self.expected, self.table.corrected(self.expected, self.psnr, self.gaps)
+        plan = self.expected.plan
+        return None if plan is before.plan else tuple(s for s in plan.steps if s > step)
 
 
 class Plan(Method):
@@ -201,19 +201,18 @@ class Plan(Method):
             memory.clear_slots()
             run = memory.state("plan", lambda: self._begin(memory))
         output = yield Forward()
-        error = run.outputs.learn(
-            step, [part.detach().clone() for part in output]
-        )  # CUDA graphs use theirs again
-        memory.record_whole("miss", error)
-        if run.chase is not None and error is not None:
-            self._follow(run.outputs, run.chase, memory, error)
+        kept = [part.detach().clone() for part in output]  # CUDA graphs use theirs again
+        seen = memory.by_picture(run.outputs.learn(step, kept))
+        memory.record_whole("miss", seen)
+        if run.chase is not None and seen is not None:
+            self._follow(run.outputs, run.chase, memory, seen)
 
-    def _follow(self, outputs: Outputs, chase: Chase, memory: Memory, error: Tensor) -> None:
+    def _follow(self, outputs: Outputs, chase: Chase, memory: Memory, seen: Seen) -> None:
         """Take another tuned plan from here on, if the picture's errors ask for one."""
-        steps = chase.next_steps(memory.course_step, error)
-        memory.expect(chase.table.beside(chase.plan, chase.usual), "")
+        steps = chase.next_steps(memory.course_step, seen)
         if steps is not None:
-            outputs.replan(memory.course_step, steps, self.config.trust_of(chase.plan))
+            memory.expect(chase.expected, "")
+            outputs.replan(memory.course_step, steps, self.config.trust_of(chase.expected.plan))
 
     def _begin(self, memory: Memory) -> Run:
         """The plan from the current step on: the first, unless something changed in mid-run."""

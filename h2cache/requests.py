@@ -126,9 +126,7 @@ class Requests:
         if changed:
             request.reason = f"another {changed} came in"
             request.memories.pop(branch).release()
-        # Two prompts of one seed look like [cond, uncond]: the pipeline knows whether it guides.
-        guides = getattr(pipeline, "do_classifier_free_guidance", None) if counted else None
-        memory = self._memory_of(request, branch, inputs, guides is not False)
+        memory = self._memory_of(request, branch, inputs, pipeline if counted else None)
         if counted and position != request.edited and was_edited(pipeline):
             request.edited = position
         conditions = (*inputs.conditions, request.restarts, request.edited)
@@ -227,8 +225,10 @@ class Requests:
             return None
         return next(what for what, a, b in zip(_SIGNED, known, signature, strict=True) if a != b)
 
-    def _memory_of(self, request: Request, branch: str, inputs: Inputs, guides: bool = True) -> Memory:
+    def _memory_of(self, request: Request, branch: str, inputs: Inputs, caller: Any = None) -> Memory:
         if branch not in request.memories:
+            # Two prompts of one seed look like [cond, uncond]: the pipeline knows whether it guides.
+            guides = getattr(caller, "do_classifier_free_guidance", None) is not False
             denoiser = self._denoiser()
             group = None if denoiser is None else Group.of(denoiser)
             batch, guided, drawn = inputs.latents.shape[0], guides and inputs.guided(), inputs.targets()

@@ -10,13 +10,13 @@ import json
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from h2cache.expected import PLACES, Estimate, Gap, between, compared
 from h2cache.schedule import Course
 
 SHIPPED = Path(__file__).parent / "tuned_plans"
@@ -53,11 +53,23 @@ class TunedPlan:
     tuning: Quality  # on the pictures that the search has seen
     held_out: Quality | None = None  # on others
     trust: float | None = 1.0  # in the line, as `PlanConfig.trust`
-    errors: tuple[float, ...] = ()  # usual sum of forecast errors, as known at each evaluated step
+    changes: tuple[float, ...] = ()  # usual, of the output over each gap
+    errors: tuple[float, ...] = ()  # usual, of a line over each gap
 
-    def usual(self, step: float) -> float:
-        """The usual sum of forecast errors at a step."""
-        return float(np.interp(step, self.steps, self.errors)) if self.errors else 0.0
+    @property
+    def gaps(self) -> tuple[Gap, ...]:
+        """As they usually are; empty: not known."""
+        if not len(self.changes) == len(self.errors) == len(self.steps) - 1:
+            return ()
+        between = zip(pairwise(self.steps), self.changes, self.errors, strict=True)
+        return tuple(Gap(*steps, change, error) for steps, change, error in between)
+
+    def gaps_after(self, step: int) -> tuple[Gap, ...]:
+        """As they usually are where it is taken up after an evaluation at `step`."""
+        after = [s for s in self.steps if s > step]
+        ends = pairwise([step, *after])
+        known = {(gap.start, gap.end): gap for gap in self.gaps}
+        return tuple(known.get(own) or between(self.gaps, *own) for own in ends)
 
     @property
     def evaluations(self) -> int:
@@ -73,17 +85,29 @@ class TunedPlan:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """Expected PSNR = offset - slope * 20 log10(e), e: the forecast error that a run measures itself."""
+class Expectation:
+    """What to expect of a picture by a tuned plan, from its start or taken up in mid-run."""
 
-    slope: float
-    offset: float
-    error: float  # root mean square over the pictures it was fitted on, dB
-    within: float = 1.0  # the slope among pictures of one plan
-    within_error: float = 0.0  # and its error
+    estimate: Estimate
+    plan: TunedPlan
+    usual: tuple[Gap, ...]  # of the whole run
+    steps: int
 
-    def psnr(self, error: float) -> float:
-        return self.offset - self.slope * 20 * math.log10(error) if error > 0 else math.inf
+    @property
+    def error(self) -> float:
+        """Root mean square, dB."""
+        return self.estimate.weighted_error if self._from_its_start else self.estimate.error
+
+    def psnr(self, gaps: Sequence[Gap]) -> float:
+        """PSNR in dB of a picture with these gaps."""
+        if not self._from_its_start:
+            return self.plan.mean + self.estimate.ahead(gaps, self.usual)
+        seen = compared(gaps, self.usual, self.steps)
+        return self.plan.mean + self.estimate.gain(self.plan.evaluations, seen)
+
+    @property
+    def _from_its_start(self) -> bool:
+        return self.usual == self.plan.gaps
 
 
 @dataclass(frozen=True)
@@ -114,27 +138,26 @@ class Tuned:
         """The fastest plan that keeps `psnr` in about nine pictures of ten; None: not one does."""
         return next((plan for plan in self.plans if plan.low >= psnr), None)
 
-    def expectation(self, plan: TunedPlan | None) -> Estimate | None:
-        """How the fidelity of a picture by `plan` is estimated; None: by steps that were not tuned."""
-        known = self.estimate
-        if known is None or plan is None or not plan.errors or plan.errors[-1] <= 0:
-            return known
-        return self.beside(plan, plan.errors[-1])
+    def expectation(self, plan: TunedPlan, before: tuple[Gap, ...] = ()) -> Expectation | None:
+        """How the fidelity of a picture by `plan` is estimated; None: that was not learnt.
 
-    def beside(self, plan: TunedPlan, usual: float) -> Estimate | None:
-        """The same for a picture whose errors usually sum up to `usual`."""
+        before: the usual gaps of other plans, up to where this one was taken up.
+        """
         known = self.estimate
-        if known is None or usual <= 0:
-            return known
-        offset = plan.mean + known.within * 20 * math.log10(usual)
-        return Estimate(known.within, offset, known.within_error)
+        if known is None or not known.weights or not plan.gaps:
+            return None
+        usual = (*before, *plan.gaps_after(before[-1].end if before else 0))
+        return Expectation(known, plan, usual, self.steps)
 
-    def corrected(self, plan: TunedPlan, psnr: float, error: float, usual: float) -> TunedPlan:
-        """The plan to go on with where the errors so far sum up to `error`, and usually to `usual`."""
-        if self.estimate is None or not (usual > 0 and error > 0 and math.isfinite(error)):
-            return plan
-        behind = self.estimate.within * 20 * math.log10(error / usual)
-        return next((p for p in self.plans if p.low - behind >= psnr), self.plans[-1])
+    def corrected(self, now: Expectation, psnr: float, pictures: Sequence[Sequence[Gap]]) -> Expectation:
+        """The plan to go on with where pictures, by their gaps so far, are not expected to reach `psnr`."""
+        before = tuple(gap for gap in now.usual if gap.end <= pictures[0][-1].end)
+        ahead = min(now.estimate.ahead(gaps, before) for gaps in pictures)
+        if now.plan.mean + ahead >= psnr:
+            return now
+        denser = [plan for plan in self.plans if plan.evaluations > now.plan.evaluations]
+        plan = next((plan for plan in denser if plan.mean + ahead >= psnr), self.plans[-1])
+        return (None if plan is now.plan else self.expectation(plan, before)) or now
 
     def transfer(self, plan: TunedPlan, course: Course) -> tuple[int, ...] | None:
         """The steps of `course` nearest to the plan's noise levels; None if two fall on one."""
@@ -163,17 +186,24 @@ class Tuned:
             plans = tuple(_plan(plan) for plan in facts.pop("plans"))
             estimate = facts.pop("estimate", None)
             levels = tuple(facts.pop("levels"))
-            return cls(plans=plans, levels=levels, estimate=estimate and Estimate(**estimate), **facts)
+            return cls(plans=plans, levels=levels, estimate=estimate and _estimate(estimate), **facts)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no file of tuned plans ({error}): make one with {COMMAND}") from None
 
 
 def _plan(facts: dict[str, Any]) -> TunedPlan:
     held_out = facts.get("held_out")
-    tuning = Quality(**facts["tuning"])
-    errors = tuple(facts.get("errors", ()))
     held = held_out and Quality(**held_out)
-    return TunedPlan(tuple(facts["steps"]), tuning, held, facts.get("trust", 1.0), errors)
+    seen = (tuple(facts.get(name, ())) for name in ("changes", "errors"))
+    return TunedPlan(tuple(facts["steps"]), Quality(**facts["tuning"]), held, facts.get("trust", 1.0), *seen)
+
+
+def _estimate(facts: dict[str, Any]) -> Estimate:
+    own = {f.name: facts[f.name] for f in fields(Estimate) if f.name in facts}
+    lists = {name: tuple(own.get(name, ())) for name in ("weights", "further")}
+    if any(len(weights) != 2 * len(PLACES) for weights in lists.values()):
+        lists = dict.fromkeys(lists, ())  # of another version: not known
+    return Estimate(**own | lists)
 
 
 def user_folder() -> Path:

@@ -14,7 +14,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,14 +22,15 @@ import torch
 import torch.distributed as dist
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_course, step_records, summary
+from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_course, last_gaps, summary
+from h2cache.expected import Gap, Sample, fit, usual_gaps
 from h2cache.grid import default_steps
 from h2cache.h2 import H2Config
 from h2cache.method import MethodConfig
 from h2cache.plan import PlanConfig
 from h2cache.registry import find_method
 from h2cache.schedule import Course
-from h2cache.tuned import Estimate, Quality, Tuned, TunedPlan, user_folder
+from h2cache.tuned import Quality, Tuned, TunedPlan, user_folder
 
 GAIN = 0.02  # dB that a move must bring to be kept
 HOPELESS = 1.5  # dB behind the best on the prompts so far: the rest of them is not drawn
@@ -211,7 +211,7 @@ def _tune_plan(
     dtype = getattr(pipe, "dtype", None)
     log = _Log(path, f"{model}{dtype}{_in_words([list(prompts), call])}{seed}{course}", share)
     plans: list[TunedPlan] = []
-    groups: list[list[tuple[float, float]]] = []  # of each plan (own error, PSNR) of its pictures
+    samples: list[Sample] = []  # of each plan
     counts = sorted({max(2, round(course.steps / s)) for s in speedups if s > 1})
     bar = tqdm(total=len(counts), disable=not progress, unit="speed")
     try:
@@ -224,14 +224,18 @@ def _tune_plan(
             searches = [_Search(studio, course, log, bar, left) for _ in starts]
             tried = [s.better(s.best_trust(start)) for s, start in zip(searches, starts, strict=True)]
             config, _ = max(tried, key=lambda found: found[1])
-            seen, unseen = _measure(studio, config), _measure(others, config) if held_out else None
-            more = unseen or seen
-            held = Quality.of(unseen.values) if unseen else None
-            plans.append(TunedPlan(config.steps, Quality.of(seen.values), held, config.trust, more.usual))
-            groups.append(more.rows)
+            values, gaps = _measure(studio, config)
+            seen, held = Quality.of(values), None
+            if held_out:
+                values, gaps = _measure(others, config)
+                held = Quality.of(values)
+            usual = usual_gaps(gaps)
+            seen_gaps = tuple(g.change for g in usual), tuple(g.error for g in usual)
+            plans.append(TunedPlan(config.steps, seen, held, config.trust, *seen_gaps))
+            samples.append(Sample(count, course.steps, gaps, values))
             bar.update()
             made = _made(prompts, held_out, call)
-            tuned = replace(tuned, plans=tuple(plans), estimate=fit(groups), made=made)
+            tuned = replace(tuned, plans=tuple(plans), estimate=fit(samples), made=made)
             log.save(tuned)
     except KeyboardInterrupt:
         if share.is_first:
@@ -303,58 +307,15 @@ class _Search:
         return self.best, value
 
 
-@dataclass
-class _Measured:
-    """A plan on some prompts: PSNR of 8-bit pictures, and the forecast errors that the runs saw."""
+def _measure(studio: Studio, config: PlanConfig) -> tuple[list[float], list[tuple[Gap, ...]]]:
+    """A plan on some prompts: PSNR of 8-bit pictures, and the gaps that each run has seen."""
 
-    values: list[float]
-    errors: list[list[float]]  # of each picture, summed up at each evaluated step
-
-    @property
-    def rows(self) -> list[tuple[float, float]]:
-        """The whole error of each picture, with its PSNR."""
-        return [(errors[-1], value) for errors, value in zip(self.errors, self.values, strict=True)]
-
-    @property
-    def usual(self) -> tuple[float, ...]:
-        """The geometric mean over pictures, at each evaluated step."""
-        logs = np.log(np.maximum(np.array(self.errors), 1e-12)).mean(0)
-        return tuple(round(float(e), 6) if e > 1e-11 else 0.0 for e in np.exp(logs))
-
-
-def _measure(studio: Studio, config: PlanConfig) -> _Measured:
-    def one(number: int) -> tuple[float, list[float]]:
+    def one(number: int) -> tuple[float, tuple[Gap, ...]]:
         value = studio.fidelity(number, config, saved=True)
-        records = step_records(studio.pipe)
-        evaluated = [r for r in records if r.outcome == "miss" and r.branch == records[0].branch]
-        return value, list(accumulate(r.measure or 0.0 for r in evaluated))
+        return value, last_gaps(studio.pipe)
 
-    return _Measured(*map(list, zip(*studio.measured(one), strict=True)))
-
-
-def fit(groups: Sequence[Sequence[tuple[float, float]]]) -> Estimate | None:
-    """The lines from log error to PSNR with the least squares, over all and within the pictures of a plan.
-
-    groups: (own error, PSNR) of each picture, a group for each plan. None where the rows allow no line.
-    """
-    usable = [[(20 * math.log10(e), value) for e, value in g if e > 0 and value < 100] for g in groups]
-    together = [pair for group in usable for pair in group]
-    if len({x for x, _ in together}) < 3:
-        return None
-    slope, offset, error = _line(together)
-    centred = []
-    for group in usable:
-        x, y = (math.fsum(column) / len(group) for column in zip(*group, strict=True)) if group else (0, 0)
-        centred += [(a - x, b - y) for a, b in group]
-    inner, _, inner_error = _line(centred) if len({x for x, _ in centred}) > 2 else (slope, offset, error)
-    return Estimate(*(round(v, 4) for v in (slope, offset, error, max(inner, 0.0), inner_error)))
-
-
-def _line(pairs: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """Slope, offset and error of y = offset - slope x."""
-    x, y = np.array(pairs).T
-    slope, offset = np.polyfit(-x, y, 1)
-    return float(slope), float(offset), float(np.sqrt(np.mean((offset - slope * x - y) ** 2)))
+    values, gaps = zip(*studio.measured(one), strict=True)
+    return list(values), list(gaps)
 
 
 def _made(prompts: Sequence[Prompt], held_out: Sequence[Prompt], call: dict[str, Any]) -> dict[str, Any]:

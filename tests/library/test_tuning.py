@@ -1,6 +1,7 @@
 """Tuned plans: found by measuring, kept in a file, found again by model, sampler and number of steps."""
 
 import json
+import math
 import shutil
 from collections.abc import Iterator
 
@@ -13,7 +14,8 @@ import h2cache
 from analysis.drawing.draw import load_pipeline
 from analysis.tiny_families import FAMILIES
 from h2cache import PlanConfig, tuned, tuning
-from h2cache.tuned import Estimate, Quality, Tuned, TunedPlan
+from h2cache.expected import Estimate, Gap
+from h2cache.tuned import Quality, Tuned, TunedPlan
 
 CALL = {"height": 16, "width": 16, "max_sequence_length": 64, "num_inference_steps": 10}
 PROMPTS = [
@@ -204,9 +206,10 @@ def test_a_broken_file_is_refused_by_name(tiny, tmp_path, text):
         h2cache.enable(tiny, PlanConfig(speedup=2, file=str(path)))
 
 
-def test_the_expectation_follows_the_error_of_each_picture(tiny, found, tmp_path):
+def test_the_expectation_follows_what_each_picture_shows(tiny, found, tmp_path):
     facts = json.loads(found.save(tmp_path / "a.json").read_text())
-    facts["estimate"] = {"slope": 1.0, "offset": 0.0, "error": 1.0, "within": 1.0, "within_error": 2.0}
+    line = {"slope": 1.0, "offset": 0.0, "error": 1.0}
+    facts["estimate"] = line | {"weights": [-0.1] * 10, "further": [0.0] * 10, "weighted_error": 2.0}
     path = tmp_path / "b.json"
     path.write_text(json.dumps(facts))
     h2cache.enable(tiny, PlanConfig(evaluations=5, file=str(path)))
@@ -215,19 +218,91 @@ def test_the_expectation_follows_the_error_of_each_picture(tiny, found, tmp_path
     tiny(prompts, **CALL, generator=generators, output_type="latent")
     summary = h2cache.summary(tiny)
     assert summary.expected_error == 2.0
-    assert len(summary.expected_psnr) == 2
+    first, second = summary.expected_psnr
+    assert first != second
     draw(tiny)
     alone = h2cache.summary(tiny).expected_psnr
-    assert alone == (pytest.approx(summary.expected_psnr[0], abs=1e-3),)
+    assert alone == (pytest.approx(first, abs=1e-3),)
 
 
-def test_the_line_of_the_estimate_is_the_least_squares_one():
-    rows = [(10 ** (-(40 + n) / 20), 40.0 + n) for n in range(5)]  # PSNR = -20 log10(e)
-    assert tuning.fit([rows]) == Estimate(1.0, 0.0, 0.0, 1.0, 0.0)
-    assert tuning.fit([rows[:2]]) is None
-    apart = [[(e, value + 3 * n) for e, value in rows] for n in (0, 1)]
-    assert tuning.fit(apart).within == 1.0
-    assert tuning.fit(apart).within_error == 0.0
+def test_a_picture_with_both_branches_in_a_batch_has_one_expectation(tmp_path):
+    pipe, call = FAMILIES["dit"]()
+    pipe.set_progress_bar_config(disable=True)
+    call = {k: v for k, v in call.items() if k not in ("class_labels", "generator", "output_type")}
+    call |= {"num_inference_steps": 10}
+    prompts, path = [{"class_labels": [n]} for n in range(3)], tmp_path / "dit.json"
+    h2cache.tune(pipe, prompts, speedups=(2,), trials=1, save=path, progress=False, **call)
+    h2cache.enable(pipe, PlanConfig(speedup=2, file=str(path)))
+    pipe(**prompts[0], **call)
+    assert len(h2cache.summary(pipe).expected_psnr) == 1
+    pipe(class_labels=[0, 1], **call)
+    assert len(h2cache.summary(pipe).expected_psnr) == 2
+
+
+@pytest.mark.parametrize("further", [{}, {"within": 1.0, "within_error": 2.0}])
+def test_a_file_without_weights_goes_by_the_sum_of_errors(tiny, found, tmp_path, further):
+    facts = json.loads(found.save(tmp_path / "a.json").read_text())
+    facts["estimate"] = {"slope": 1.0, "offset": 7.0, "error": 1.5, **further}
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps(facts))
+    h2cache.enable(tiny, PlanConfig(evaluations=5, file=str(path)))
+    draw(tiny)
+    summary = h2cache.summary(tiny)
+    total = sum(summary.gap_errors)
+    assert summary.expected_psnr == (pytest.approx(7.0 - 20 * math.log10(total)),)
+    assert summary.expected_error == 1.5
+
+
+@pytest.fixture
+def table() -> Tuned:
+    """Plans of 2, 3 and 5 evaluations of 8 steps: 30, 40 and 50 dB; half the errors give 6 dB more."""
+
+    def plan(steps, mean):
+        count = len(steps) - 1
+        return TunedPlan(steps, Quality(9, mean, mean - 4, 2.0), None, None, (0.1,) * count, (0.01,) * count)
+
+    plans = plan((0, 4), 30.0), plan((0, 3, 6), 40.0), plan((0, 2, 4, 6, 7), 50.0)
+    estimate = Estimate(1.0, 0.0, 3.0, (0.0,) * 10, (0.0,) * 10, 1.0, 2.0)
+    return Tuned("m", "s", tuple(1 - n / 8 for n in range(9)), plans, estimate)
+
+
+@pytest.mark.parametrize(
+    ("error", "evaluations"), [(0.001, 3), (0.01, 3), (0.012, 3), (0.02, 5), (0.1, 5), (math.nan, 3)]
+)
+def test_a_picture_that_is_too_hard_goes_on_with_more_evaluations(table, error, evaluations):
+    now = table.expectation(table.plans[1])
+    after = table.corrected(now, 38.0, [(Gap(0, 3, 0.1, error),)])
+    assert after.plan.evaluations == evaluations
+    easy = Gap(0, 3, 0.1, 0.01)
+    assert table.corrected(now, 38.0, [(easy,), (Gap(0, 3, 0.1, error),)]).plan is after.plan  # the worst
+
+
+@pytest.mark.parametrize(("usually", "changes"), [(1e-3, True), (1e3, False)])
+def test_a_run_is_corrected_from_its_first_gap_on(tiny, found, tmp_path, usually, changes):
+    """Its errors are far larger than usual, or far smaller."""
+    facts = json.loads(found.save(tmp_path / "a.json").read_text())
+    line = {"slope": 1.0, "offset": 0.0, "error": 1.0, "within": 1.0, "weighted_error": 1.0}
+    facts["estimate"] = line | {"weights": [0.0] * 10, "further": [0.0] * 10}
+    for plan in facts["plans"]:
+        plan["errors"] = [usually * error for error in plan["errors"]]
+    path = tmp_path / "b.json"
+    path.write_text(json.dumps(facts))
+    few, many = found.plans
+    h2cache.enable(tiny, PlanConfig(psnr=few.low, file=str(path)))
+    draw(tiny)
+    summary = h2cache.summary(tiny)
+    gone_on = few.steps[:2] + tuple(step for step in many.steps if step > few.steps[1])
+    assert summary.evaluated == (gone_on if changes else few.steps)
+
+
+def test_what_is_expected_after_a_change_counts_the_gaps_of_both_plans(table):
+    now = table.expectation(table.plans[1])
+    after = table.corrected(now, 38.0, [(Gap(0, 3, 0.1, 0.02),)])
+    assert [(gap.start, gap.end) for gap in after.usual] == [(0, 3), (3, 4), (4, 6), (6, 7)]
+    assert after.psnr(after.usual) == 50.0
+    twice = [Gap(g.start, g.end, g.change, 2 * g.error) for g in after.usual]
+    assert after.psnr(twice) == pytest.approx(50 - 20 * math.log10(2))
+    assert (now.error, after.error) == (2.0, 3.0)  # the gaps of a changed run are compared as a sum
 
 
 def test_quality_says_what_nine_in_ten_reach():
