@@ -126,7 +126,7 @@ class Estimate:
     offset: float
     error: float  # root mean square over the pictures of all plans
     weights: tuple[float, ...] = ()  # by a tuned plan: of what `compared` says
-    further: tuple[float, ...] = ()  # what is added to them by each evaluation fewer, as 1 / evaluations
+    further: tuple[float, ...] = ()  # divided by the number of evaluations, this is added to them
     within: float = 1.0  # the slope among pictures of one plan
     weighted_error: float = 0.0  # root mean square over pictures that the weights were not learnt from
 
