@@ -2,7 +2,8 @@
 
 Each evaluation shows two things of the gap before it: how far the output moved, and how wrong a line over
 the gap was. Compared with what is usual for the plan, at five places of a run, they tell hard pictures from
-easy ones. What each means in dB is learnt by `tune`: ridge regression over the pictures of all its plans.
+easy ones. What each means in dB is learnt by `tune`: by ridge regression over the pictures of all its plans,
+and then of each.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ from torch import Tensor
 
 PLACES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of a run, where pictures are compared with the usual
 RIDGE = 30.0  # pictures' worth of doubt that anything sets them apart
+OWN_RIDGE = 100.0  # that it does so by one plan in another way than by all
 CUBIC = 3  # how the error of a line grows with the length of its gap: a parabola, summed up
 LEAST = 3  # pictures of a plan, from which something can be learnt
 SAME = 100.0  # dB, of pictures that are equal
 
 Array = NDArray[np.float64]
+Weights = tuple[float, ...]  # of what `compared` says, dB for each dB; empty: not learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +128,8 @@ class Estimate:
     slope: float  # by steps that were not tuned: PSNR = offset - slope * 20 log10(sum of errors)
     offset: float
     error: float  # root mean square over the pictures of all plans
-    weights: tuple[float, ...] = ()  # by a tuned plan: of what `compared` says
-    further: tuple[float, ...] = ()  # divided by the number of evaluations, this is added to them
     within: float = 1.0  # the slope among pictures of one plan
-    weighted_error: float = 0.0  # root mean square over pictures that the weights were not learnt from
+    weighted_error: float = 0.0  # of the plans' own weights, over pictures that these were not learnt from
 
     def psnr(self, gaps: Sequence[Gap]) -> float:
         """What to expect by steps that were not tuned."""
@@ -139,10 +140,6 @@ class Estimate:
         """How much better than usual a picture is on its way, by the sum of its errors so far."""
         own, other = (math.fsum(gap.error for gap in part) for part in (gaps, usual))
         return -self.within * 20 * math.log10(own / other) if 0 < own < math.inf and other > 0 else 0.0
-
-    def gain(self, evaluations: int, compared: Array) -> float:
-        """How much better than usual a picture by a tuned plan is."""
-        return float(compared @ (np.array(self.weights) + np.array(self.further) / evaluations))
 
 
 @dataclass(frozen=True)
@@ -155,29 +152,24 @@ class Sample:
     values: Sequence[float]
 
 
-def fit(samples: Sequence[Sample]) -> Estimate | None:
-    """Learn what gaps mean; None where the pictures do not allow it."""
+def fit(samples: Sequence[Sample]) -> tuple[Estimate | None, list[Weights]]:
+    """Learn what gaps mean, and the weights of each plan; None where the pictures do not allow it."""
     line = _line(samples)
+    nothing: list[Weights] = [()] * len(samples)
     if line is None:
-        return None
+        return None, nothing
     known = [_Known.of(sample) for sample in samples]
-    count = min((len(sample.values) for sample in samples), default=0)
-    if count < LEAST or not any(len(k.y) for k in known):
-        return Estimate(*line)
-    solution = _solve(known)
+    count = min(len(sample.values) for sample in samples)
+    if count < LEAST:
+        return Estimate(*line), nothing
     missed = []
     for number in range(count):  # what does one mean that was not learnt from?
         rest = [k.without(number) for k in known]
-        learnt = _solve(rest)
-        missed += [
-            k.off(number, others, learnt)
-            for k, others in zip(known, rest, strict=True)
-            if number in k.numbers
-        ]
-    error = float(np.sqrt(np.mean(np.square(missed))))
-    half = len(solution) // 2
-    weights = tuple(round(float(w), 4) for w in solution)
-    return Estimate(*line, weights[:half], weights[half:], _within(samples), round(error, 4))
+        for own, others, weights in zip(known, rest, _weights(rest), strict=True):
+            missed += own.off(number, others, weights)
+    error = float(np.sqrt(np.mean(np.square(missed)))) if missed else 0.0
+    learnt = [tuple(round(float(w), 4) for w in weights) for weights in _weights(known)]
+    return Estimate(*line, _within(samples), round(error, 4)), learnt
 
 
 def _totals(sample: Sample) -> Array:
@@ -226,26 +218,29 @@ class _Known:
         kept = [place for place, n in enumerate(self.numbers) if n != number]
         return _Known(self.evaluations, [self.numbers[place] for place in kept], self.x[kept], self.y[kept])
 
-    def row(self, x: Array) -> Array:
-        """Columns of the regression."""
-        return np.concatenate([x, x / self.evaluations], axis=-1)
-
+    @property
     def centred(self) -> tuple[Array, Array]:
-        if not len(self.y):
-            return self.row(self.x), self.y
-        return self.row(self.x - self.x.mean(0)), self.y - self.y.mean()
+        return (self.x - self.x.mean(0), self.y - self.y.mean()) if len(self.y) else (self.x, self.y)
 
-    def off(self, number: int, others: _Known, solution: Array) -> float:
-        """By how much the PSNR of a picture is missed by what others of its plan say."""
-        if not len(others.y):
-            return 0.0
+    def off(self, number: int, others: _Known, weights: Array) -> list[float]:
+        """By how much the PSNR of a picture is missed by what others of its plan say, if both are known."""
+        if number not in self.numbers or not others.numbers:
+            return []
         place = self.numbers.index(number)
-        return float(self.row(self.x[place] - others.x.mean(0)) @ solution + others.y.mean() - self.y[place])
+        return [float((self.x[place] - others.x.mean(0)) @ weights + others.y.mean() - self.y[place])]
 
 
-def _solve(known: Sequence[_Known]) -> Array:
-    """Ridge regression within plans, of columns of equal size."""
-    x, y = (np.concatenate(parts) for parts in zip(*(k.centred() for k in known), strict=True))
+def _weights(known: Sequence[_Known]) -> list[Array]:
+    """Of each plan: a + b / evaluations, with a and b of all plans, and what its own pictures add to that."""
+    parts = [(k, *k.centred) for k in known]
+    x = np.concatenate([np.hstack([x, x / k.evaluations]) for k, x, _ in parts])
+    a, b = np.split(_ridge(x, np.concatenate([y for _, _, y in parts]), RIDGE), 2)
+    common = [a + b / k.evaluations for k in known]
+    return [w + _ridge(x, y - x @ w, OWN_RIDGE) for w, (_, x, y) in zip(common, parts, strict=True)]
+
+
+def _ridge(x: Array, y: Array, doubt: float) -> Array:
+    """Ridge regression, of columns of equal size."""
     scale = np.maximum(np.sqrt(np.mean(x**2, axis=0)), 1e-9) if len(x) else np.ones(x.shape[1])
     x = x / scale
-    return np.linalg.solve(x.T @ x + RIDGE * np.eye(x.shape[1]), x.T @ y) / scale
+    return np.linalg.solve(x.T @ x + doubt * np.eye(x.shape[1]), x.T @ y) / scale

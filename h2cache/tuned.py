@@ -16,7 +16,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from h2cache.expected import PLACES, Estimate, Gap, between, compared
+import numpy as np
+
+from h2cache.expected import PLACES, Estimate, Gap, Weights, between, compared
 from h2cache.schedule import Course
 
 SHIPPED = Path(__file__).parent / "tuned_plans"
@@ -55,6 +57,7 @@ class TunedPlan:
     trust: float | None = 1.0  # in the line, as `PlanConfig.trust`
     changes: tuple[float, ...] = ()  # usual, of the output over each gap
     errors: tuple[float, ...] = ()  # usual, of a line over each gap
+    weights: Weights = ()  # what its gaps mean for a picture
 
     @property
     def gaps(self) -> tuple[Gap, ...]:
@@ -102,8 +105,7 @@ class Expectation:
         """PSNR in dB of a picture with these gaps."""
         if not self._from_its_start:
             return self.plan.mean + self.estimate.ahead(gaps, self.usual)
-        seen = compared(gaps, self.usual, self.steps)
-        return self.plan.mean + self.estimate.gain(self.plan.evaluations, seen)
+        return self.plan.mean + float(compared(gaps, self.usual, self.steps) @ np.array(self.plan.weights))
 
     @property
     def _from_its_start(self) -> bool:
@@ -144,7 +146,7 @@ class Tuned:
         before: the usual gaps of other plans, up to where this one was taken up.
         """
         known = self.estimate
-        if known is None or not known.weights or not plan.gaps:
+        if known is None or not plan.weights or not plan.gaps:
             return None
         usual = (*before, *plan.gaps_after(before[-1].end if before else 0))
         return Expectation(known, plan, usual, self.steps)
@@ -192,18 +194,16 @@ class Tuned:
 
 
 def _plan(facts: dict[str, Any]) -> TunedPlan:
-    held_out = facts.get("held_out")
+    held_out, trust = facts.get("held_out"), facts.get("trust", 1.0)
     held = held_out and Quality(**held_out)
-    seen = (tuple(facts.get(name, ())) for name in ("changes", "errors"))
-    return TunedPlan(tuple(facts["steps"]), Quality(**facts["tuning"]), held, facts.get("trust", 1.0), *seen)
+    changes, errors, weights = (tuple(facts.get(name, ())) for name in ("changes", "errors", "weights"))
+    if len(weights) != 2 * len(PLACES):
+        weights = ()  # of another version
+    return TunedPlan(tuple(facts["steps"]), Quality(**facts["tuning"]), held, trust, changes, errors, weights)
 
 
 def _estimate(facts: dict[str, Any]) -> Estimate:
-    own = {f.name: facts[f.name] for f in fields(Estimate) if f.name in facts}
-    lists = {name: tuple(own.get(name, ())) for name in ("weights", "further")}
-    if any(len(weights) != 2 * len(PLACES) for weights in lists.values()):
-        lists = dict.fromkeys(lists, ())  # of another version: not known
-    return Estimate(**own | lists)
+    return Estimate(**{f.name: facts[f.name] for f in fields(Estimate) if f.name in facts})
 
 
 def user_folder() -> Path:

@@ -235,7 +235,9 @@ def _tune_plan(
             samples.append(Sample(count, course.steps, gaps, values))
             bar.update()
             made = _made(prompts, held_out, call)
-            tuned = replace(tuned, plans=tuple(plans), estimate=fit(samples), made=made)
+            estimate, weights = fit(samples)
+            known = (replace(plan, weights=own) for plan, own in zip(plans, weights, strict=True))
+            tuned = replace(tuned, plans=tuple(known), estimate=estimate, made=made)
             log.save(tuned)
     except KeyboardInterrupt:
         if share.is_first:

@@ -100,26 +100,41 @@ def test_what_sets_pictures_apart_is_learnt():
     def psnr(count, change, error):
         return 30 + 2 * count - (1 + 4 / count) * decibel(change) - 0.5 * decibel(error)
 
-    estimate = fit(samples(pictures(60), psnr))
+    estimate, weights = fit(samples(pictures(60), psnr))
     assert estimate.weighted_error < 0.3
-    for count, steps in EVALUATED.items():
+    for (count, steps), own in zip(EVALUATED.items(), weights, strict=True):
         for change, error in pictures(10, seed=1):
             seen = compared(gaps(steps, 0.1 * change, 0.01 * error), gaps(steps), STEPS)
             expected = -(1 + 4 / count) * decibel(change) - 0.5 * decibel(error)
-            assert estimate.gain(count, seen) == pytest.approx(expected, abs=0.8)
+            assert seen @ np.array(own) == pytest.approx(expected, abs=0.8)
+
+
+def test_a_plan_has_weights_of_its_own():
+    """By one plan the changes mean nothing, by the others much."""
+
+    def psnr(count, change, error):
+        return 40 - decibel(error) - (count != 5) * 2 * decibel(change)
+
+    _, weights = fit(samples(pictures(400), psnr))
+    four, five, six = (sum(own[: len(PLACES)]) for own in weights)
+    assert (four, five, six) == (
+        pytest.approx(-2, abs=0.3),
+        pytest.approx(0, abs=0.3),
+        pytest.approx(-2, abs=0.3),
+    )
 
 
 def test_its_error_is_that_of_pictures_it_was_not_learnt_from():
     values = np.random.default_rng(2).normal(40, 3, 1000)
     drawn = iter(values)
-    estimate = fit(samples(pictures(8), lambda *_: next(drawn)))  # chance alone: nothing to learn
+    estimate, _ = fit(samples(pictures(8), lambda *_: next(drawn)))  # chance alone: nothing to learn
     assert estimate.weighted_error > 0.9 * values[:24].std()
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_few_pictures_give_the_line_alone(count):
-    estimate = fit(samples(pictures(count), lambda k, change, error: 40 - decibel(error) + k))
-    assert estimate.weights == ()
+    estimate, weights = fit(samples(pictures(count), lambda k, change, error: 40 - decibel(error) + k))
+    assert weights == [()] * 3
     assert estimate.slope > 0
 
 
@@ -128,12 +143,12 @@ def test_the_line_is_the_least_squares_one_over_all():
     one = samples(factors, lambda count, change, error: 0.0)[0]
     totals = [sum(g.error for g in own) for own in one.pictures]
     exact = Sample(4, STEPS, one.pictures, [7.0 - 2.0 * decibel(total) for total in totals])
-    found = fit([exact])
+    found, _ = fit([exact])
     assert (found.slope, found.offset, found.error) == (2.0, pytest.approx(7.0), 0.0)
     assert found.psnr(one.pictures[0]) == pytest.approx(exact.values[0])
     assert found.psnr(()) == math.inf
 
 
 def test_equal_pictures_teach_nothing():
-    assert fit(samples(pictures(5), lambda *_: 100.0)) is None
-    assert fit([]) is None
+    assert fit(samples(pictures(5), lambda *_: 100.0)) == (None, [()] * 3)
+    assert fit([]) == (None, [])
