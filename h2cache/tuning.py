@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
@@ -26,6 +25,7 @@ from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_cou
 from h2cache.expected import Gap, Sample, fit, usual_gaps
 from h2cache.grid import default_steps
 from h2cache.h2 import H2Config
+from h2cache.machine import device_name
 from h2cache.method import MethodConfig
 from h2cache.plan import PlanConfig
 from h2cache.registry import find_method
@@ -234,7 +234,7 @@ def _tune_plan(
             plans.append(TunedPlan(config.steps, seen, held, config.trust, *seen_gaps))
             samples.append(Sample(count, course.steps, gaps, values))
             bar.update()
-            made = _made(prompts, held_out, call)
+            made = _made(pipe, prompts, held_out, call)
             estimate, weights = fit(samples)
             known = (replace(plan, weights=own) for plan, own in zip(plans, weights, strict=True))
             tuned = replace(tuned, plans=tuple(known), estimate=estimate, made=made)
@@ -320,10 +320,12 @@ def _measure(studio: Studio, config: PlanConfig) -> tuple[list[float], list[tupl
     return list(values), list(gaps)
 
 
-def _made(prompts: Sequence[Prompt], held_out: Sequence[Prompt], call: dict[str, Any]) -> dict[str, Any]:
+def _made(
+    pipe: Any, prompts: Sequence[Prompt], held_out: Sequence[Prompt], call: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "machine": platform.processor() or platform.machine(),
+        "machine": device_name(getattr(pipe, "_execution_device", "cpu")),
         "versions": {name: version(name) for name in ("torch", "diffusers")},
         "prompts": len(prompts),
         "held_out": len(held_out),

@@ -16,6 +16,7 @@ import torch
 import transformers
 
 from analysis.records import store
+from h2cache.machine import device_name
 
 
 def provenance(module: str, device: str | torch.device | None, argv: Sequence[str] | None = None) -> dict:
@@ -33,9 +34,8 @@ def machine(device: str | torch.device | None = None) -> dict[str, Any]:
 
     device: what was computed on; None: this machine's accelerator.
     """
-    on_cpu = device is not None and torch.device(device).type == "cpu"
     return {
-        "device_name": cpu_name() if on_cpu else device_name(),
+        "device_name": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": {
             "python": platform.python_version(),
@@ -44,23 +44,6 @@ def machine(device: str | torch.device | None = None) -> dict[str, Any]:
             "transformers": transformers.__version__,
         },
     }
-
-
-def device_name() -> str:
-    """Name of this machine's accelerator, whatever its kind; of its processor where it has none."""
-    if not torch.accelerator.is_available():
-        return cpu_name()
-    accelerator = torch.accelerator.current_accelerator()
-    module = getattr(torch, accelerator.type, None)
-    return module.get_device_name() if hasattr(module, "get_device_name") else accelerator.type
-
-
-def cpu_name() -> str:
-    """The processor's model name; where the system does not tell it, its architecture."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def now() -> str:

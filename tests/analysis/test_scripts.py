@@ -20,6 +20,7 @@ from analysis.drawing.peak import PeakMemory
 from analysis.figures.sheets import fitted, grid
 from analysis.measures import words
 from analysis.records import provenance, store
+from h2cache.machine import cpu_name
 from tests.helpers.served import ended, started
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -203,8 +204,10 @@ def test_packed_records_are_read(tmp_path):
 
 
 def test_the_machine_is_what_was_computed_on(monkeypatch):
-    monkeypatch.setattr(provenance, "device_name", lambda: "an accelerator")
-    assert provenance.machine("cpu")["device_name"] == provenance.cpu_name()
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cuda"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "an accelerator")
+    assert provenance.machine("cpu")["device_name"] == cpu_name()
     assert provenance.machine("cuda:1")["device_name"] == "an accelerator"
     assert provenance.machine()["device_name"] == "an accelerator"
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 LAYERS = (  # each may use those before it, and its own
-    "similarity weights policies schedule grid expected tuned records offload nunchaku_install",  # pure
+    "similarity weights policies schedule grid machine expected tuned records offload nunchaku_install",
     "program predictors",  # what a method says and sees
     "engines.forms engines.base parallel memory",  # what an engine tells; the state of a request
     "method",  # the contract
