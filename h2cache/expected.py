@@ -3,7 +3,7 @@
 Each evaluation shows two things of the gap before it: how far the output moved, and how wrong a line over
 the gap was. Compared with what is usual for the plan, at five places of a run, they tell hard pictures from
 easy ones. What each means in dB is learnt by `tune`: by ridge regression over the pictures of all its plans,
-and then of each.
+and then of each. Huber's loss is used, since a few pictures turn into others by what no gap shows.
 """
 
 from __future__ import annotations
@@ -21,12 +21,15 @@ from torch import Tensor
 PLACES = (0.1, 0.3, 0.5, 0.7, 0.9)  # of a run, where pictures are compared with the usual
 RIDGE = 30.0  # pictures' worth of doubt that anything sets them apart
 OWN_RIDGE = 100.0  # that it does so by one plan in another way than by all
+HUBER = 1.5  # dB from which on a picture pulls no more than others do
+ROUNDS = 8  # of weighted regressions, by which Huber's loss is minimised
+FOLDS = 16  # of pictures, of which each is left out once to see the error
 CUBIC = 3  # how the error of a line grows with the length of its gap: a parabola, summed up
 LEAST = 3  # pictures of a plan, from which something can be learnt
 SAME = 100.0  # dB, of pictures that are equal
 
 Array = NDArray[np.float64]
-Weights = tuple[float, ...]  # of what `compared` says, dB for each dB; empty: not learnt
+Weights = tuple[float, ...]  # PSNR of a usual picture, and what each dB of `compared` adds; empty: not learnt
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,11 +165,12 @@ def fit(samples: Sequence[Sample]) -> tuple[Estimate | None, list[Weights]]:
     count = min(len(sample.values) for sample in samples)
     if count < LEAST:
         return Estimate(*line), nothing
-    missed = []
-    for number in range(count):  # what does one mean that was not learnt from?
-        rest = [k.without(number) for k in known]
+    folds, missed = min(count, FOLDS), []
+    for fold in range(folds):  # what do some mean that was not learnt from?
+        rest = [k.part(k.numbers % folds != fold) for k in known]
         for own, others, weights in zip(known, rest, _weights(rest), strict=True):
-            missed += own.off(number, others, weights)
+            left = own.part(own.numbers % folds == fold)
+            missed += [*(left.expected(weights) - left.y)] if len(others.y) else []
     error = float(np.sqrt(np.mean(np.square(missed)))) if missed else 0.0
     learnt = [tuple(round(float(w), 4) for w in weights) for weights in _weights(known)]
     return Estimate(*line, _within(samples), round(error, 4)), learnt
@@ -202,7 +206,7 @@ class _Known:
     """The pictures of a plan that are not as the uncached ones."""
 
     evaluations: int
-    numbers: list[int]  # of the pictures
+    numbers: NDArray[np.int64]  # of the pictures
     x: Array  # what `compared` says of each
     y: Array  # PSNR
 
@@ -212,35 +216,47 @@ class _Known:
         numbers = [n for n, value in enumerate(sample.values) if value < SAME]
         x = [compared(sample.pictures[n], usual, sample.steps) for n in numbers]
         shaped = np.array(x).reshape(len(x), 2 * len(PLACES))
-        return cls(sample.evaluations, numbers, shaped, np.array([sample.values[n] for n in numbers]))
+        y = np.array([sample.values[n] for n in numbers], dtype=float)
+        return cls(sample.evaluations, np.array(numbers, dtype=int), shaped, y)
 
-    def without(self, number: int) -> _Known:
-        kept = [place for place, n in enumerate(self.numbers) if n != number]
-        return _Known(self.evaluations, [self.numbers[place] for place in kept], self.x[kept], self.y[kept])
+    def part(self, kept: NDArray[np.bool_]) -> _Known:
+        return _Known(self.evaluations, self.numbers[kept], self.x[kept], self.y[kept])
 
-    @property
-    def centred(self) -> tuple[Array, Array]:
-        return (self.x - self.x.mean(0), self.y - self.y.mean()) if len(self.y) else (self.x, self.y)
-
-    def off(self, number: int, others: _Known, weights: Array) -> list[float]:
-        """By how much the PSNR of a picture is missed by what others of its plan say, if both are known."""
-        if number not in self.numbers or not others.numbers:
-            return []
-        place = self.numbers.index(number)
-        return [float((self.x[place] - others.x.mean(0)) @ weights + others.y.mean() - self.y[place])]
+    def expected(self, weights: Array) -> Array:
+        return weights[0] + self.x @ weights[1:]
 
 
 def _weights(known: Sequence[_Known]) -> list[Array]:
-    """Of each plan: a + b / evaluations, with a and b of all plans, and what its own pictures add to that."""
-    parts = [(k, *k.centred) for k in known]
-    x = np.concatenate([np.hstack([x, x / k.evaluations]) for k, x, _ in parts])
-    a, b = np.split(_ridge(x, np.concatenate([y for _, _, y in parts]), RIDGE), 2)
-    common = [a + b / k.evaluations for k in known]
-    return [w + _ridge(x, y - x @ w, OWN_RIDGE) for w, (_, x, y) in zip(common, parts, strict=True)]
+    """Of each plan, by Huber's loss: regressions that count pictures less, the worse they were explained."""
+    counts = [np.ones(len(k.y)) for k in known]
+    for _ in range(ROUNDS):
+        weights = _weighted(known, counts)
+        off = [np.abs(k.expected(own) - k.y) for k, own in zip(known, weights, strict=True)]
+        counts = [HUBER / np.maximum(one, HUBER) for one in off]
+    return weights
 
 
-def _ridge(x: Array, y: Array, doubt: float) -> Array:
-    """Ridge regression, of columns of equal size."""
+def _weighted(known: Sequence[_Known], counts: Sequence[Array]) -> list[Array]:
+    """a + b / evaluations, with a and b of all plans, and what a plan's own pictures add to that."""
+    middles = [
+        (np.average(k.x, 0, c), np.average(k.y, 0, c)) if len(c) else (np.zeros(k.x.shape[1]), 0.0)
+        for k, c in zip(known, counts, strict=True)
+    ]
+    parts = [(k.x - x, k.y - y, k.evaluations) for k, (x, y) in zip(known, middles, strict=True)]
+    x = np.concatenate([np.hstack([x, x / evaluations]) for x, _, evaluations in parts])
+    y = np.concatenate([y for _, y, _ in parts])
+    a, b = np.split(_ridge(x, y, np.concatenate(counts), RIDGE), 2)
+    found = []
+    for (x, y, evaluations), count, (at, usual) in zip(parts, counts, middles, strict=True):
+        common = a + b / evaluations
+        own = common + _ridge(x, y - x @ common, count, OWN_RIDGE)
+        found.append(np.concatenate([[usual - at @ own], own]))
+    return found
+
+
+def _ridge(x: Array, y: Array, counts: Array, doubt: float) -> Array:
+    """Ridge regression, of columns of equal size, in which each row counts so much."""
     scale = np.maximum(np.sqrt(np.mean(x**2, axis=0)), 1e-9) if len(x) else np.ones(x.shape[1])
     x = x / scale
-    return np.linalg.solve(x.T @ x + doubt * np.eye(x.shape[1]), x.T @ y) / scale
+    weighted = x.T * counts
+    return np.linalg.solve(weighted @ x + doubt * np.eye(x.shape[1]), weighted @ y) / scale

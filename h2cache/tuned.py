@@ -105,7 +105,8 @@ class Expectation:
         """PSNR in dB of a picture with these gaps."""
         if not self._from_its_start:
             return self.plan.mean + self.estimate.ahead(gaps, self.usual)
-        return self.plan.mean + float(compared(gaps, self.usual, self.steps) @ np.array(self.plan.weights))
+        usual, *weights = self.plan.weights
+        return usual + float(compared(gaps, self.usual, self.steps) @ np.array(weights))
 
     @property
     def _from_its_start(self) -> bool:
@@ -197,7 +198,7 @@ def _plan(facts: dict[str, Any]) -> TunedPlan:
     held_out, trust = facts.get("held_out"), facts.get("trust", 1.0)
     held = held_out and Quality(**held_out)
     changes, errors, weights = (tuple(facts.get(name, ())) for name in ("changes", "errors", "weights"))
-    if len(weights) != 2 * len(PLACES):
+    if len(weights) != 1 + 2 * len(PLACES):
         weights = ()  # of another version
     return TunedPlan(tuple(facts["steps"]), Quality(**facts["tuning"]), held, trust, changes, errors, weights)
 

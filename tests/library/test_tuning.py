@@ -211,7 +211,7 @@ def test_the_expectation_follows_what_each_picture_shows(tiny, found, tmp_path):
     line = {"slope": 1.0, "offset": 0.0, "error": 1.0}
     facts["estimate"] = line | {"weighted_error": 2.0}
     for plan in facts["plans"]:
-        plan["weights"] = [-0.1] * 10
+        plan["weights"] = [40.0] + [-0.1] * 10
     path = tmp_path / "b.json"
     path.write_text(json.dumps(facts))
     h2cache.enable(tiny, PlanConfig(evaluations=5, file=str(path)))
@@ -262,7 +262,7 @@ def table() -> Tuned:
     def plan(steps, mean):
         count = len(steps) - 1
         quality, usual = Quality(9, mean, mean - 4, 2.0), ((0.1,) * count, (0.01,) * count)
-        return TunedPlan(steps, quality, None, None, *usual, (0.0,) * 10)
+        return TunedPlan(steps, quality, None, None, *usual, (mean,) + (0.0,) * 10)
 
     plans = plan((0, 4), 30.0), plan((0, 3, 6), 40.0), plan((0, 2, 4, 6, 7), 50.0)
     estimate = Estimate(1.0, 0.0, 3.0, 1.0, 2.0)
@@ -286,7 +286,7 @@ def test_a_run_is_corrected_from_its_first_gap_on(tiny, found, tmp_path, usually
     facts = json.loads(found.save(tmp_path / "a.json").read_text())
     facts["estimate"] = {"slope": 1.0, "offset": 0.0, "error": 1.0, "within": 1.0, "weighted_error": 1.0}
     for plan in facts["plans"]:
-        plan["weights"] = [0.0] * 10
+        plan["weights"] = [30.0] + [0.0] * 10
         plan["errors"] = [usually * error for error in plan["errors"]]
     path = tmp_path / "b.json"
     path.write_text(json.dumps(facts))
