@@ -6,6 +6,7 @@ Everything is kept on the object it was given: no global, no patched class. A tr
 
 from __future__ import annotations
 
+import math
 import re
 import weakref
 from collections.abc import Mapping
@@ -185,9 +186,10 @@ def sum_up(config: MethodConfig, requests: list[Request], bytes_of_all: int = 0)
 def _expectation(requests: list[Request]) -> dict[str, Any]:
     """The fidelity of each picture of a pipeline call, as its gaps let one expect."""
     estimate, pictures = requests[0].estimate, _gaps(requests)  # a wait, when somebody asks
-    if estimate is None or not pictures:
+    if estimate is None or not all(math.isfinite(gap.error) for gaps in pictures for gap in gaps):
         return {}
-    return {"expected_psnr": tuple(map(estimate.psnr, pictures)), "expected_error": estimate.error}
+    expected = tuple(map(estimate.psnr, pictures))
+    return {"expected_psnr": expected, "expected_error": estimate.error} if expected else {}
 
 
 def _gaps(requests: list[Request]) -> list[tuple[Gap, ...]]:

@@ -137,7 +137,7 @@ class Estimate:
     def psnr(self, gaps: Sequence[Gap]) -> float:
         """What to expect by steps that were not tuned."""
         total = math.fsum(gap.error for gap in gaps)
-        return self.offset - self.slope * 20 * math.log10(total) if total else math.inf
+        return min(SAME, self.offset - self.slope * 20 * math.log10(total)) if total else SAME
 
     def ahead(self, gaps: Sequence[Gap], usual: Sequence[Gap]) -> float:
         """How much better than usual a picture is on its way, by the sum of its errors so far."""

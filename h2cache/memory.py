@@ -138,6 +138,17 @@ class Memory:
             self._states[name] = new()
         return self._states[name]
 
+    def shared(self, name: str, new: Callable[[], State]) -> State:
+        """What a method keeps for all guidance branches of the request, made by `new()` by the first."""
+        if name not in self._request.states:
+            self._request.states[name] = new()
+        return self._request.states[name]
+
+    @property
+    def is_first_branch(self) -> bool:
+        """Whether this is the guidance branch that was called first in the request."""
+        return next(iter(self._request.memories), self.branch) == self.branch
+
     def slot(self, stage: str, new_predictor: Callable[[], Kept]) -> Slot[Kept]:
         """The slot of `stage`, made with an empty `new_predictor()` at the first step."""
         if stage not in self.slots:
@@ -373,7 +384,8 @@ class Memory:
 
     def by_picture(self, seen: Seen | None) -> Seen | None:
         """What was seen of each sample of the batch, as that of each picture."""
-        return seen.halved() if seen is not None and self._guided else seen
+        both = seen is not None and self._guided and len(seen.change) == self.batch
+        return seen.halved() if seen is not None and both else seen
 
     def record_uncached(self, stages: tuple[Stage, ...]) -> None:
         """Append the records of a step about which nothing is decided: without a wait, for fair baselines."""
@@ -411,6 +423,7 @@ class Request:
         self.edited: int | None = None  # newest position before which a callback put in other latents
         self.seen: list[tuple[str, int, Seen]] = []  # of forecasts: branch, step, and what it showed
         self.estimate: Any = None  # of the fidelity that this means
+        self.states: dict[str, Any] = {}  # what the method keeps for all branches
         self.said: list[str] = []  # by the method, what the user should know
         self.answers: Counter[str] = Counter()  # of the predictors, by the rule that gave them
         self.began = time.monotonic_ns()
@@ -450,8 +463,8 @@ class Request:
         for kept in (self.memories, self.signatures, self.texts, self.latents):
             for branch in [b for b in kept if b != keep.branch]:
                 del kept[branch]
-        self.records.clear()
-        self.answers.clear()
+        for past in (self.records, self.answers, self.seen, self.states):
+            past.clear()
 
     @property
     def notes(self) -> list[str]:

@@ -43,13 +43,15 @@ class Outputs:
     """The last outputs of one guidance branch.
 
     steps: those that are evaluated, of a denoiser whose own steps end before `end`. target: as `PlanConfig`
-    has it. trust: how far lines are followed, 0 to 1; None: as far as the outputs did so far.
+    has it. trust: how far lines are followed, 0 to 1; None: as far as the outputs did so far. samples: in the
+    batch.
     """
 
     def __init__(
-        self, course: Course, steps: Sequence[int], end: int, target: str, trust: float | None
+        self, course: Course, steps: Sequence[int], end: int, target: str, trust: float | None, samples: int
     ) -> None:
         self.course, self.steps, self.end, self.target = course, tuple(steps), end, target
+        self.samples = samples
         self.measured = trust is None
         self._follow(FIRST_TRUST if trust is None else float(trust))
         self.kept: dict[int, Parts] = {}  # the newest two by step, oldest first
@@ -74,7 +76,8 @@ class Outputs:
         if lean:
             reach, before = 1 + self.followed * lean, self.kept[min(self.kept)]
             sums = [
-                torch.lerp(before[n].float(), part, each(reach, newest, n)) for n, part in enumerate(sums)
+                torch.lerp(before[n].float(), part, each(reach, newest, n, self.samples))
+                for n, part in enumerate(sums)
             ]
         if self.owed and room:
             sums = [s.add_(part, alpha=1 / room) for s, part in zip(sums, self.owed, strict=True)]
@@ -85,7 +88,7 @@ class Outputs:
         seen = None
         if self.kept:
             here = max(self.kept)
-            change = root_mean_square(difference(self.kept[here], output))
+            change = root_mean_square(difference(self.kept[here], output), self.samples)
             seen = Seen(here, change, self._settle(step, output))
         self.kept[step] = output
         while len(self.kept) >= HELD:
@@ -117,23 +120,23 @@ class Outputs:
         followed = self.followed
         if self.measured and here == before and self.course.flow:
             way = self.course.levels[here] - self.course.levels[step]
-            self._follow(first_trust(outputs[here], output, way))
+            self._follow(first_trust(outputs[here], output, way, self.samples))
         elif self.measured and self._lean(step):
-            straight = cosine((outputs[before], outputs[here], output))
+            straight = cosine((outputs[before], outputs[here], output), self.samples)
             self._follow((straight / STRAIGHT).clamp(max=1.0))
         if self._room(here):
             self.owed = None  # it was paid in this gap
         paid = (1 + self.trust) / 2
         missed = self._owe(outputs, wrong, paid)
         self._owe(outputs, leant, paid * (1 - followed))
-        return None if missed is None else root_mean_square(missed)
+        return None if missed is None else root_mean_square(missed, self.samples)
 
     def _owe(self, outputs: dict[int, Parts], weights: Weights, factor: Factor) -> Parts | None:
         """Owe a share of a weighted sum of outputs; returns the sum. None: all weights are 0."""
         if not any(weights.values()) or (isinstance(factor, float) and not factor):
             return None
         parts = combine([outputs[step] for step in weights], list(weights.values()))
-        shares = [part.float() * each(factor, parts, n) for n, part in enumerate(parts)]
+        shares = [part.float() * each(factor, parts, n, self.samples) for n, part in enumerate(parts)]
         if self.owed:
             shares = [share.add_(part) for share, part in zip(shares, self.owed, strict=True)]
         self.owed = [share.to(part.dtype) for share, part in zip(shares, parts, strict=True)]
@@ -191,21 +194,22 @@ def total(*parts: tuple[float, Weights]) -> Weights:
     return out
 
 
-def cosine(outputs: Sequence[Parts]) -> Tensor:
+def cosine(outputs: Sequence[Parts], samples: int) -> Tensor:
     """Of the last two changes of three outputs, 0 where they point apart: (B,)."""
     first, second = (difference(x, y) for x, y in pairwise(outputs))
-    norms = dot(first, first) * dot(second, second)
-    return (dot(first, second) / norms.clamp(min=TINY).sqrt()).clamp(0.0, 1.0)
+    norms = dot(first, first, samples) * dot(second, second, samples)
+    return (dot(first, second, samples) / norms.clamp(min=TINY).sqrt()).clamp(0.0, 1.0)
 
 
-def first_trust(before: Parts, after: Parts, way: float) -> Tensor:
+def first_trust(before: Parts, after: Parts, way: float, samples: int) -> Tensor:
     """How far the line through the first two outputs of a flow is followed, 0 to 1: (B,).
 
     way: between their noise levels. It is 1 / (1 + r^2), with r the change over all levels at that pace, as a
     multiple of the output.
     """
-    size = root_mean_square(after) * abs(way)
-    return 1 / (1 + (root_mean_square(difference(before, after)) / size.clamp(min=TINY)) ** 2)
+    change = root_mean_square(difference(before, after), samples)
+    size = root_mean_square(after, samples) * abs(way)
+    return 1 / (1 + (change / size.clamp(min=TINY)) ** 2)
 
 
 def difference(before: Parts, after: Parts) -> Parts:
@@ -213,37 +217,36 @@ def difference(before: Parts, after: Parts) -> Parts:
     return [a.float() - b.float() for b, a in zip(before, after, strict=True)]
 
 
-def root_mean_square(parts: Parts) -> Tensor:
+def root_mean_square(parts: Parts, samples: int) -> Tensor:
     """Of each sample's values: (B,)."""
     wide = [part.float() for part in parts]
-    squares = dot(wide, wide)
-    if listed(parts):
-        return torch.stack(
-            [square / part.numel() for square, part in zip(squares, parts, strict=True)]
-        ).sqrt()
-    return (squares / (sum(part.numel() for part in parts) / len(squares))).sqrt()
+    squares, sizes = dot(wide, wide, samples), [part.numel() for part in parts]
+    if listed(parts, samples):
+        return torch.stack([square / size for square, size in zip(squares, sizes, strict=True)]).sqrt()
+    return (squares / (sum(sizes) / len(squares))).sqrt()
 
 
-def dot(a: Parts, b: Parts) -> Tensor:
-    """Sum of the products of each sample's values: (B,)."""
+def dot(a: Parts, b: Parts, samples: int) -> Tensor:
+    """Sum of the products of each sample's values: (B,); (1,) where it is not known whose they are."""
     products = [x * y for x, y in zip(a, b, strict=True)]
-    if listed(a):
+    if listed(a, samples):
         return torch.stack([p.sum() for p in products])
-    return torch.stack([p.reshape(batch(p), -1).sum(1) for p in products]).sum(0)
+    rows = samples if stacked(a, samples) else 1
+    return torch.stack([p.reshape(rows, -1).sum(1) for p in products]).sum(0)
 
 
-def each(factor: Factor, parts: Parts, n: int) -> Factor:
+def each(factor: Factor, parts: Parts, n: int, samples: int) -> Factor:
     """A factor of each sample, in a shape that multiplies part `n`."""
     if isinstance(factor, float):
         return factor
-    return factor[n] if listed(parts) else factor.reshape(-1, *[1] * (parts[n].ndim - 1))
+    return factor[n] if listed(parts, samples) else factor.reshape(-1, *[1] * (parts[n].ndim - 1))
 
 
-def listed(parts: Parts) -> bool:
-    """Whether each part is a sample of its own, and not all samples' part of the output."""
-    first = batch(parts[0])
-    return len(parts) > 1 and (first == 1 or any(batch(part) != first for part in parts))
+def stacked(parts: Parts, samples: int) -> bool:
+    """Whether the first dimension of each part is the samples."""
+    return all(part.ndim > 0 and part.shape[0] == samples for part in parts)
 
 
-def batch(part: Tensor) -> int:
-    return part.shape[0] if part.ndim > 2 else 1
+def listed(parts: Parts, samples: int) -> bool:
+    """Whether each part is a sample of its own (Z-Image), and not all samples' part of the output."""
+    return len(parts) == samples and not stacked(parts, samples)

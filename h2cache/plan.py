@@ -30,6 +30,8 @@ from h2cache.schedule import Course
 USUAL_SPEEDUP = 5.0
 STOCHASTIC = "the sampler draws fresh noise at its steps, so what a forecast gets wrong is paid back in part"
 NO_FLOW = "target='ode' is for flow samplers with one evaluation a step: 'sampler' is taken here"
+NO_WEIGHTS = "its quality is not corrected in the run: the file of tuned plans has no weights; tune again"
+TWO_DENOISERS = "its quality is not corrected in the run: the pipeline has two denoisers"
 FEWEST_STEPS = 5  # below that a speed-up leaves too little to forecast from: nothing is skipped
 
 
@@ -87,6 +89,16 @@ class PlanConfig(MethodConfig):
             check("trust", self.trust, 0.0, 1.0, "1 follows the line, 0 reuses the newest output")
         if self.target not in ("sampler", "ode"):
             raise ValueError(f"target={self.target!r} is unknown: choose 'sampler' or 'ode'")
+        if self.psnr is not None and not self._as_tuned:
+            raise ValueError(
+                f"psnr={self.psnr} with trust={self.trust}, target={self.target!r}: a quality is known for "
+                "plans as they were tuned; leave trust and target out, or ask for a speed"
+            )
+
+    @property
+    def _as_tuned(self) -> bool:
+        """Whether tuned plans are followed as they were measured."""
+        return self.trust is None and self.target == "sampler"
 
     @property
     def needs_total_steps(self) -> bool:
@@ -110,25 +122,23 @@ class PlanConfig(MethodConfig):
             own = {*(s for s in self.steps if s < course.steps), *course.starts}
             return Choice(tuple(sorted(own)), trust=self.trust)
         table = None if self.file == "none" else self._table(course)
-        estimate = None if table is None else table.estimate
+        estimate = table.estimate if table is not None and self._as_tuned else None
         if self.psnr is not None:
             if table is None:
-                raise RuntimeError(
+                raise ValueError(
                     f"psnr={self.psnr}: there are tuned plans of {self.model}, but not for "
                     f"{course.sampler}: make some with {tuned.COMMAND}"
                 )
             best = table.reaching(self.psnr)
             if best is None:
-                return Choice(tuple(range(course.steps)), estimate, f"no tuned plan keeps {self.psnr} dB")
-            if table.fits(course) and len(course.starts) == 1:
-                known, trust = table.expectation(best), self.trust_of(best)
-                chase = None if known is None else Chase(table, known, self.psnr)
-                return Choice(best.steps, known or estimate, trust=trust, chase=chase)
+                return Choice(tuple(range(course.steps)), None, f"no tuned plan keeps {self.psnr} dB")
+            if table.fits(course):
+                return self._chasing(course, table, best, self.psnr)
             count = best.evaluations
         elif self.evaluations is not None:
             count = self.evaluations
         elif course.steps < FEWEST_STEPS:
-            return Choice(tuple(range(course.steps)), estimate, f"too few steps to skip any ({course.steps})")
+            return Choice(tuple(range(course.steps)), None, f"too few steps to skip any ({course.steps})")
         else:
             count = max(1, round(course.steps / (self.speedup or USUAL_SPEEDUP)))
         count = min(max(count, len(course.starts)), course.steps)
@@ -137,11 +147,20 @@ class PlanConfig(MethodConfig):
             return Choice(default_steps(course, count), estimate, trust=self.trust)
         trust = self.trust_of(plan)
         if table.fits(course):
-            return Choice(plan.steps, table.expectation(plan) or estimate, trust=trust)
-        steps = table.transfer(plan, course)
+            known = table.expectation(plan) if self._as_tuned else None
+            return Choice(plan.steps, known or estimate, trust=trust)
+        steps, note = table.transfer(plan, course), table.elsewhere(course)
         if steps is None or not {*course.starts} <= {*steps}:
-            return Choice(default_steps(course, count), estimate, trust=self.trust)
-        return Choice(steps, estimate, f"tuned at {table.steps} steps, not measured at {course.steps}", trust)
+            return Choice(default_steps(course, count), estimate, f"{note}: the default grid", self.trust)
+        return Choice(steps, estimate, note, trust)
+
+    def _chasing(self, course: Course, table: tuned.Tuned, best: tuned.TunedPlan, psnr: float) -> Choice:
+        """A tuned plan that keeps a quality, corrected in the run where it can be."""
+        known = table.expectation(best)
+        if known is None or len(course.starts) > 1:
+            why = NO_WEIGHTS if known is None else TWO_DENOISERS
+            return Choice(best.steps, known or table.estimate, why, self.trust_of(best))
+        return Choice(best.steps, known, trust=self.trust_of(best), chase=Chase(table, known, psnr))
 
     def trust_of(self, plan: tuned.TunedPlan) -> float | None:
         return plan.trust if self.trust is None else self.trust
@@ -176,13 +195,17 @@ class Chase:
     psnr: float
     gaps: list[tuple[Gap, ...]] = field(default_factory=list)  # so far, of each picture
 
-    def next_steps(self, step: int, seen: Seen) -> tuple[int, ...] | None:
-        """The steps to evaluate after `step`, where they are others than before; a wait."""
+    def see(self, step: int, seen: Seen) -> None:
+        """What an evaluation of the first guidance branch shows; a wait."""
         new = gaps_of([(step, seen)])
         self.gaps = [a + b for a, b in zip(self.gaps, new, strict=True)] if self.gaps else new
-        before, self.expected = self.expected, self.table.corrected(self.expected, self.psnr, self.gaps)
-        plan = self.expected.plan
-        return None if plan is before.plan else tuple(s for s in plan.steps if s > step)
+        self.expected = self.table.corrected(self.expected, self.psnr, self.gaps)
+
+    def begin_again(self, step: int) -> None:
+        """What was kept is gone: the next gap begins with the evaluation at `step`."""
+        last = self.gaps[0][-1].end if self.gaps else 0
+        before = tuple(gap for gap in self.expected.usual if gap.end <= last)
+        self.expected = self.table.expectation(self.expected.plan, before, step) or self.expected
 
 
 class Plan(Method):
@@ -204,32 +227,47 @@ class Plan(Method):
         kept = [part.detach().clone() for part in output]  # CUDA graphs use theirs again
         seen = memory.by_picture(run.outputs.learn(step, kept))
         memory.record_whole("miss", seen)
-        if run.chase is not None and seen is not None:
-            self._follow(run.outputs, run.chase, memory, seen)
+        if run.chase is not None:
+            self._follow(run, run.chase, memory, seen)
 
-    def _follow(self, outputs: Outputs, chase: Chase, memory: Memory, seen: Seen) -> None:
-        """Take another tuned plan from here on, if the picture's errors ask for one."""
-        steps = chase.next_steps(memory.course_step, seen)
-        if steps is not None:
+    def _follow(self, run: Run, chase: Chase, memory: Memory, seen: Seen | None) -> None:
+        """Take another tuned plan from here on, the same in all branches, if the errors of one ask for it."""
+        if seen is not None and memory.is_first_branch:
+            chase.see(memory.course_step, seen)
             memory.expect(chase.expected, "")
-            outputs.replan(memory.course_step, steps, self.config.trust_of(chase.expected.plan))
+        plan = chase.expected.plan
+        if plan is not run.plan:
+            step, run.plan = memory.course_step, plan
+            run.outputs.replan(step, [s for s in plan.steps if s > step], self.config.trust_of(plan))
 
     def _begin(self, memory: Memory) -> Run:
         """The plan from the current step on: the first, unless something changed in mid-run."""
         course, now = memory.course, memory.course_step
-        choice = self.config.choose(course)
+        choice = memory.shared("choice", lambda: self._choose(memory))
+        chase, steps, trust = choice.chase, choice.steps, choice.trust
+        plan = None if chase is None else chase.expected.plan
+        if chase is not None and plan is not None:
+            steps, trust = plan.steps, self.config.trust_of(plan)
+            if now > 0 and memory.is_first_branch:
+                chase.begin_again(now)
+                memory.expect(chase.expected, "")
+        end = min([s for s in course.starts if s > now], default=course.steps)
+        own = (now, *(s for s in steps if now < s < end))
         target = self.config.target if course.adds_up else "sampler"
+        return Run(Outputs(course, own, end, target, trust, memory.batch), chase, plan)
+
+    def _choose(self, memory: Memory) -> Choice:
+        """The evaluated steps of a request, all branches the same; what its user should know is noted."""
+        course = memory.course
+        choice = self.config.choose(course)
         skips = len(choice.steps) < course.steps
         drawn = course.stochastic and skips
-        other = target != self.config.target
+        other = self.config.target == "ode" and not course.adds_up
         note = "; ".join(filter(None, [choice.note, drawn * STOCHASTIC, other * NO_FLOW]))
-        memory.expect(choice.estimate, note)
+        memory.expect(choice.estimate if skips else None, note)
         if note and (drawn or not skips):
             warnings.warn(f"h2cache, plan: {note}", stacklevel=2)  # Python shows it once
-        end = min([s for s in course.starts if s > now], default=course.steps)
-        own = (now, *(s for s in choice.steps if now < s < end))
-        outputs = Outputs(course, own, end, target, choice.trust)
-        return Run(outputs, choice.chase if now == 0 else None)
+        return choice
 
 
 @dataclass
@@ -238,6 +276,7 @@ class Run:
 
     outputs: Outputs
     chase: Chase | None = None
+    plan: tuned.TunedPlan | None = None  # that is followed, where a quality is wanted
 
     @property
     def outputs_kept(self) -> list[list[Tensor]]:

@@ -62,7 +62,7 @@ class Summary:
     bytes_of_all: int = 0  # held at this moment, by the requests of all threads
     notes: tuple[str, ...] = ()  # what the user should know
     evaluated: tuple[int, ...] = ()  # steps at which some of the model ran
-    gap_errors: tuple[float, ...] = ()  # of a method that forecasts outputs, as each evaluation shows it
+    gap_errors: tuple[float, ...] = ()  # of a method that forecasts outputs, in the first guidance branch
 
     @property
     def blocks_run(self) -> int:
@@ -86,6 +86,8 @@ class Summary:
         """What the user should know about a run in which nothing was reused."""
         if not self.stages:
             return "no step has been recorded: run the pipeline once, then ask for the summary"
+        if not all(map(math.isfinite, self.gap_errors)):
+            return "the model's outputs are not finite: try another dtype, as bfloat16 for float16"
         if any(s.hits for s in self.stages) or not self.reuses:
             return None
         if self._whole:
@@ -171,7 +173,7 @@ def summarise(
     **further: Any,
 ) -> Summary:
     """Sum up the records of one request; `further` fields of `Summary` as they are."""
-    names = list(dict.fromkeys(r.stage for r in records))
+    names, whole = list(dict.fromkeys(r.stage for r in records)), [r for r in records if r.stage == "model"]
     return Summary(
         method=method,
         stages=tuple(_stage_summary(name, [r for r in records if r.stage == name]) for name in names),
@@ -181,7 +183,7 @@ def summarise(
         bytes_needed=bytes_needed,
         started_because=started_because,
         evaluated=tuple(sorted({r.step for r in records if r.blocks_run})),
-        gap_errors=tuple(r.measure for r in records if r.stage == "model" and r.measure is not None),
+        gap_errors=tuple(r.measure for r in whole if r.measure is not None and r.branch == whole[0].branch),
         **further,
     )
 

@@ -9,9 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
+from glob import escape
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -130,8 +132,8 @@ class Tuned:
         return len(self.levels) - 1
 
     def fits(self, course: Course) -> bool:
-        """Whether the noise levels are those that were tuned."""
-        same = len(course.levels) == len(self.levels)
+        """Whether the sampler and the noise levels are those that were tuned."""
+        same = course.sampler == self.sampler and len(course.levels) == len(self.levels)
         return same and max(abs(a - b) for a, b in zip(course.levels, self.levels, strict=True)) < 2e-3
 
     def plan(self, evaluations: int) -> TunedPlan | None:
@@ -141,15 +143,28 @@ class Tuned:
         """The fastest plan that keeps `psnr` in about nine pictures of ten; None: not one does."""
         return next((plan for plan in self.plans if plan.low >= psnr), None)
 
-    def expectation(self, plan: TunedPlan, before: tuple[Gap, ...] = ()) -> Expectation | None:
+    def elsewhere(self, course: Course) -> str:
+        """In what `course` is another one than that which was tuned."""
+        if course.sampler != self.sampler:
+            return f"tuned with {self.sampler}, not measured with {course.sampler}"
+        if course.steps != self.steps:
+            return f"tuned at {self.steps} steps, not measured at {course.steps}"
+        return "tuned at other noise levels (another size or shift), not measured at these"
+
+    def expectation(
+        self, plan: TunedPlan, before: tuple[Gap, ...] = (), start: int | None = None
+    ) -> Expectation | None:
         """How the fidelity of a picture by `plan` is estimated; None: that was not learnt.
 
-        before: the usual gaps of other plans, up to where this one was taken up.
+        before: the usual gaps of other plans, up to where this one was taken up. start: the evaluation from
+        which on it is followed; None: the last one before.
         """
         known = self.estimate
         if known is None or not plan.weights or not plan.gaps:
             return None
-        usual = (*before, *plan.gaps_after(before[-1].end if before else 0))
+        if start is None:
+            start = before[-1].end if before else 0
+        usual = (*before, *plan.gaps_after(start))
         return Expectation(known, plan, usual, self.steps)
 
     def corrected(self, now: Expectation, psnr: float, pictures: Sequence[Sequence[Gap]]) -> Expectation:
@@ -189,6 +204,9 @@ class Tuned:
             plans = tuple(_plan(plan) for plan in facts.pop("plans"))
             estimate = facts.pop("estimate", None)
             levels = tuple(facts.pop("levels"))
+            plans = tuple(sorted(plans, key=lambda plan: plan.evaluations))
+            for plan in plans:
+                _check(plan, len(levels) - 1)
             return cls(plans=plans, levels=levels, estimate=estimate and _estimate(estimate), **facts)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} is no file of tuned plans ({error}): make one with {COMMAND}") from None
@@ -201,6 +219,20 @@ def _plan(facts: dict[str, Any]) -> TunedPlan:
     if len(weights) != 1 + 2 * len(PLACES):
         weights = ()  # of another version
     return TunedPlan(tuple(facts["steps"]), Quality(**facts["tuning"]), held, trust, changes, errors, weights)
+
+
+def _check(plan: TunedPlan, steps: int) -> None:
+    """ValueError if `plan` cannot be followed in a run of so many steps."""
+    own = plan.steps
+    if not all(type(step) is int for step in own) or not own or own[0] != 0 or own[-1] >= steps:
+        raise ValueError(f"steps {own} of {steps}: whole numbers are needed, from 0 to below {steps}")
+    if any(b <= a for a, b in pairwise(own)):
+        raise ValueError(f"steps {own}: they must rise")
+    if plan.trust is not None and not 0 <= plan.trust <= 1:
+        raise ValueError(f"trust {plan.trust} is out of range [0, 1]")
+    numbers = (plan.mean, plan.low, *plan.changes, *plan.errors, *plan.weights)
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError(f"the plan of {plan.evaluations} evaluations holds numbers that are not finite")
 
 
 def _estimate(facts: dict[str, Any]) -> Estimate:
@@ -218,10 +250,14 @@ def _read(path: Path, stamp: float) -> Tuned:
 
 
 def known(model: str) -> Iterator[Tuned]:
-    """All tuned plans of `model`: the user's own first."""
+    """All tuned plans of `model`: the user's own first. A broken file is passed by, with a warning."""
     for folder in (user_folder(), SHIPPED):
-        for path in sorted(folder.glob(f"{model}-*.json")) if model else ():
-            tuned = _read(path, path.stat().st_mtime)
+        for path in sorted(folder.glob(f"{escape(model)}-*.json")) if model else ():
+            try:
+                tuned = _read(path, path.stat().st_mtime)
+            except (ValueError, OSError) as error:
+                warnings.warn(f"h2cache: not used: {error}", stacklevel=2)
+                continue
             if tuned.model == model:
                 yield tuned
 

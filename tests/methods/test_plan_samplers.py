@@ -65,7 +65,7 @@ def answers(
     trust: float | None = 1.0,
 ) -> tuple[list[float], Outputs]:
     """What stands at each step, where the model's output depends on the noise level alone."""
-    outputs, given = Outputs(course, evaluated, course.steps, target, trust), []
+    outputs, given = Outputs(course, evaluated, course.steps, target, trust, 1), []
     for step in range(course.steps):
         assert outputs.skips(step) == (step not in evaluated)
         if outputs.skips(step):
@@ -108,7 +108,7 @@ def test_an_output_that_turns_is_reused_and_not_drawn_out(batch):
     """Image by image: the first of a batch goes on in a line, the others turn back."""
     course = course_of("flow Euler", 40)
     evaluated = (0, 8, 16, 24)
-    outputs = Outputs(course, evaluated, course.steps, "sampler", None)
+    outputs = Outputs(course, evaluated, course.steps, "sampler", None, batch)
     turns = torch.tensor([1.0, -1.0, -1.0][:batch]).reshape(-1, 1, 1)
     values = [torch.zeros(batch, 1, 4), torch.ones(batch, 1, 4), 1 + turns]
     for step, value in zip(evaluated, values, strict=False):
@@ -123,7 +123,7 @@ def test_an_output_that_turns_is_reused_and_not_drawn_out(batch):
 def test_the_first_line_of_a_flow_is_followed_as_far_as_its_change_is_small(size, follows):
     course = course_of("flow Euler", 40)
     evaluated = (0, 8, 16)
-    outputs = Outputs(course, evaluated, course.steps, "sampler", None)
+    outputs = Outputs(course, evaluated, course.steps, "sampler", None, 1)
     first = torch.ones(1, 1, 4)
     for step, value in zip(evaluated, (first, (1 + size) * first), strict=False):
         outputs.learn(step, [value])
