@@ -94,6 +94,13 @@ class Course:
         )
 
 
+def _kind(scheduler: Any) -> str:
+    """The class of a scheduler; of a class that was made from one of diffusers, that one."""
+    kinds = (kind for kind in type(scheduler).__mro__ if kind.__module__.startswith("diffusers.schedulers."))
+    known = (kind.__name__ for kind in kinds if kind.__name__ != "SchedulerMixin")
+    return next(known, type(scheduler).__name__)
+
+
 class Schedule:
     """The timesteps of a scheduler after its `set_timesteps`, and where in them a request is."""
 
@@ -137,7 +144,7 @@ class Schedule:
         """Whether the model predicts a flow's velocity."""
         config = self.scheduler.config
         flow = config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
-        return bool(flow) or "FlowMatch" in type(self.scheduler).__name__
+        return bool(flow) or "FlowMatch" in _kind(self.scheduler)
 
     def _time(self, noise: float) -> float:
         """What the sampler advances in at this noise, so that outputs add up by its differences.
@@ -157,7 +164,7 @@ class Schedule:
     @property
     def is_stochastic(self) -> bool:
         """Whether the sampler draws fresh noise at its steps."""
-        config, name = self.scheduler.config, type(self.scheduler).__name__
+        config, name = self.scheduler.config, _kind(self.scheduler)
         drawn = str(config.get("algorithm_type", "")).startswith("sde") or config.get("stochastic_sampling")
         return bool(drawn) or any(part in name for part in _STOCHASTIC)
 
@@ -178,7 +185,7 @@ class Schedule:
             tuple(levels),
             tuple(lengths),
             starts,
-            type(self.scheduler).__name__,
+            _kind(self.scheduler),
             self.is_stochastic,
             self.is_flow,
             "solver_order" in self.scheduler.config,

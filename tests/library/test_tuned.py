@@ -139,6 +139,17 @@ def test_what_was_tuned_elsewhere_says_so(pipe, easy):
         assert words in " ".join(h2cache.summary(pipe).notes)
 
 
+def test_a_class_made_from_a_sampler_of_diffusers_is_that_sampler(pipe, easy):
+    class Mine(type(pipe.scheduler)):
+        pass
+
+    pipe.scheduler = Mine.from_config(pipe.scheduler.config)
+    h2cache.enable(pipe, PlanConfig(psnr=38.0, file=str(easy)))
+    pipe(STEPS)
+    assert h2cache.summary(pipe).evaluated == PLANS[4]
+    assert not h2cache.summary(pipe).notes
+
+
 @pytest.mark.parametrize("setting", [{"trust": 0.0}, {"target": "ode"}])
 def test_a_quality_is_known_for_plans_as_they_were_tuned_only(pipe, easy, setting):
     with pytest.raises(ValueError, match="leave trust and target out"):
