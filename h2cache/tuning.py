@@ -9,10 +9,12 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from importlib.metadata import version
+from itertools import pairwise
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,8 +39,16 @@ HOPELESS = 1.5  # dB behind the best on the prompts so far: the rest of them is 
 CLOSE = 0.03  # share by which a found threshold may miss the wanted speed
 TRUSTS = (None, 1.0, 0.0)  # in the line of a plan: measured, in full, none
 RATIOS = (0.5, 1.0, 2.0, 4.0, 8.0)  # tau1 / tau2 that are tried
+SET_HERE = {  # arguments of a pipeline's call that are no one else's to give, and what to do instead
+    "generator": 'noise goes by seed=N, or by "seed" in a prompt\'s dictionary',
+    "output_type": "pictures are compared as arrays, so leave it out",
+}
+SAME_FOR_ALL = SET_HERE | dict.fromkeys(
+    ("num_inference_steps", "timesteps", "sigmas"),
+    "all prompts have the same steps, so give it to tune itself",
+)
 
-Prompt = str | dict[str, Any]  # a text, or arguments of the pipeline's call
+Prompt = str | Mapping[str, Any]  # a text, or arguments of the pipeline's call
 T = TypeVar("T")
 
 
@@ -57,7 +67,7 @@ class Studio:
     """Draws prompts with a pipeline and compares with the uncached pictures, which it keeps.
 
     call: arguments of every call of the pipeline, such as num_inference_steps. seed: of the first prompt.
-    share: the processes among which the prompts are divided.
+    share: the processes among which the prompts are divided. name: what errors call the prompts.
     """
 
     def __init__(
@@ -67,8 +77,10 @@ class Studio:
         call: dict[str, Any],
         seed: int,
         share: Share | None = None,
+        name: str = "prompts",
     ) -> None:
         self.pipe, self.prompts, self.call, self.seed = pipe, list(prompts), call, seed
+        self.name = name
         self.share = share or Share(None)
         self._references: dict[int, np.ndarray] = {}
 
@@ -83,13 +95,26 @@ class Studio:
         return np.asarray(out[0][0], dtype=np.float32)
 
     def reference(self, number: int) -> np.ndarray:
+        """The uncached picture; ValueError if it has values that are not finite."""
         if number not in self._references:
-            self._references[number] = self.draw(number, None)
+            drawn = self.draw(number, None)
+            if not np.isfinite(drawn).all():
+                raise self.unfit(number, "the uncached picture")
+            self._references[number] = drawn
         return self._references[number]
 
+    def unfit(self, number: int, what: str) -> ValueError:
+        """The error of a picture that no number can be had of."""
+        return ValueError(
+            f"{self.name}[{number}]: {what} has values that are not finite (NaN), so nothing can be compared "
+            "with it: load the pipeline with another dtype, such as torch.bfloat16, or leave this prompt out"
+        )
+
     def fidelity(self, number: int, config: MethodConfig, saved: bool = False) -> float:
-        """PSNR of a prompt's picture; saved: of both as 8-bit pictures."""
+        """PSNR of a prompt's picture; saved: of both as 8-bit pictures. -inf: it is not finite."""
         reference, drawn = self.reference(number), self.draw(number, config)
+        if not np.isfinite(drawn).all():
+            return -math.inf
         return psnr(eight_bits(drawn), eight_bits(reference)) if saved else psnr(drawn, reference)
 
     def measured(self, measure: Callable[[int], T]) -> list[T]:
@@ -136,10 +161,10 @@ class Share:
 
 def tune(
     pipe: Any,
-    prompts: Sequence[Prompt],
+    prompts: Iterable[Prompt],
     *,
-    speedups: Sequence[float] = (2, 3, 4, 5, 6, 8),
-    held_out: Sequence[Prompt] = (),
+    speedups: float | Iterable[float] = (2, 3, 4, 5, 6, 8),
+    held_out: Iterable[Prompt] = (),
     method: str = "plan",
     speedup: float | None = None,
     trials: int | None = None,
@@ -155,33 +180,87 @@ def tune(
     held_out: other prompts, on which the result is measured too. method="plan": the evaluated steps for each
     of `speedups`; the result is kept in the user's cache folder (or `save`), where
     `enable(pipe, speedup=5)` and `enable(pipe, psnr=40)` find it, and a search that was stopped goes on
-    there. trials: the most plans that are tried for a speed; None: until no move gains. Another method: its
-    thresholds for `speedup`, returned as a `Found`. group: a torch.distributed process group that shares the
-    prompts; every process of it makes this same call, each with a pipeline of its own, and the first one
-    writes. call: arguments of every call, such as num_inference_steps, height and width.
+    there. Plans that this file has for other speeds are kept, if they are of the same model, sampler, noise
+    levels, size and arguments of the call. trials: the most plans that are tried for a speed; None: until no
+    move gains. Another method: its thresholds for `speedup`, returned as a `Found`. group: a
+    torch.distributed process group that shares the prompts; every process of it makes this same call, each
+    with a pipeline of its own, and the first one writes. call: arguments of every call, such as
+    num_inference_steps, height and width.
 
-    Raises ValueError without a prompt, with a speed below 1 or fewer than one trial; ConnectionError if
-    another process of the group has ended. Ctrl-C ends the search and keeps the best.
+    Raises ValueError without a prompt, for one that is neither text nor dictionary, or that holds what all
+    have in common (steps) or what is set here (generator, output_type); for a speed below 1, for none above 1
+    or a `speedup` with the plan; for fewer than one trial; where the file is a folder, or no file of tuned
+    plans; where an uncached picture, or one of a plan that was found, is not finite. TypeError for anything
+    but a pipeline. ConnectionError if another process of the group has ended. Ctrl-C ends the search and
+    keeps the best.
     """
-    if not prompts:
-        raise ValueError("prompts is empty: two to eight are needed")
-    if trials is not None and trials < 1:
-        raise ValueError(f"trials={trials}: at least one plan must be tried, or None for as many as it takes")
-    if low := [s for s in (*speedups, speedup or 1.0) if not 1.0 <= s < 1000.0]:
-        raise ValueError(
-            f"speedup {low[0]} is out of range [1, 1000): it says how many times fewer evaluations"
-        )
+    asked, held, speeds = _asked("prompts", prompts), _asked("held_out", held_out), _speeds(speedups)
+    _check(pipe, asked, method, speeds, speedup, trials, call)
     share = Share(group)
     progress = progress and share.is_first
     try:
         if method != "plan":
             if speedup is None:
                 raise ValueError(f"method={method!r} needs a wanted speed, as in speedup=4")
-            studio = Studio(pipe, prompts, call, seed, share)
+            studio = Studio(pipe, asked, call, seed, share)
             return _tune_thresholds(studio, find_method(method), speedup, progress)
-        return _tune_plan(pipe, prompts, held_out, speedups, trials, seed, save, progress, share, call)
+        return _tune_plan(pipe, asked, held, speeds, trials, seed, save, progress, share, call)
     finally:
         disable(pipe)
+
+
+def _asked(name: str, given: Iterable[Prompt] | None) -> list[Prompt]:
+    """The prompts of an argument, checked."""
+    if isinstance(given, (str, Mapping)):
+        raise ValueError(f"{name}={given!r:.60} is one prompt: give a list, as in {name}=[...]")
+    return [_prompt(f"{name}[{n}]", prompt) for n, prompt in enumerate(() if given is None else given)]
+
+
+def _prompt(name: str, given: Any) -> Prompt:
+    if isinstance(given, str):
+        return str(given)  # numpy has a kind of its own
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f"{name} is a {type(given).__name__}: give a text, or a dictionary of the pipeline's arguments"
+        )
+    for key, why in SAME_FOR_ALL.items():
+        if key in given:
+            raise ValueError(f"{name} holds {key!r}: {why}")
+    return dict(given)
+
+
+def _speeds(given: float | Iterable[float]) -> tuple[float, ...]:
+    return tuple(given) if isinstance(given, Iterable) else (given,)
+
+
+def _check(
+    pipe: Any,
+    prompts: Sequence[Prompt],
+    method: str,
+    speeds: tuple[float, ...],
+    speedup: float | None,
+    trials: int | None,
+    call: dict[str, Any],
+) -> None:
+    """Refuse what `tune` cannot work with."""
+    if denoisers_of(pipe)[0] is pipe or not callable(pipe):
+        raise TypeError(f"{type(pipe).__name__} draws no pictures from prompts: give tune the whole pipeline")
+    if not prompts:
+        raise ValueError("prompts is empty: two to eight are needed")
+    if trials is not None and trials < 1:
+        raise ValueError(f"trials={trials}: at least one plan must be tried, or None for as many as it takes")
+    wanted = speeds if speedup is None else (*speeds, speedup)
+    if low := [s for s in wanted if not isinstance(s, Real) or not 1.0 <= s < 1000.0]:
+        raise ValueError(
+            f"speedup {low[0]!r} is out of range [1, 1000): it says how many times fewer evaluations"
+        )
+    if method == "plan" and speedup is not None:
+        raise ValueError(f"speedup={speedup} is for other methods: for the plan say speedups=({speedup},)")
+    if method == "plan" and not any(s > 1 for s in speeds):
+        raise ValueError(f"speedups={speeds}: nothing is left to tune, give some above 1, as in (2, 4)")
+    for key, why in SET_HERE.items():
+        if key in call:
+            raise ValueError(f"{key}={call[key]!r:.60} cannot be given: {why}")
 
 
 # The plan.
@@ -199,15 +278,18 @@ def _tune_plan(
     share: Share,
     call: dict[str, Any],
 ) -> Tuned:
+    before = None if save is None else _read(Path(save), share)
     studio = Studio(pipe, prompts, call, seed, share)
-    others = Studio(pipe, held_out, call, seed + len(prompts), share)
+    others = Studio(pipe, held_out, call, seed + len(prompts), share, "held_out")
     model = checkpoint_name(pipe) or checkpoint_name(denoisers_of(pipe)[0])
     if not model and save is None:
         raise ValueError("the pipeline was loaded from no folder or hub id: say where to keep it, save=FILE")
-    size = "x".join(map(str, studio.draw(0, PlanConfig(speedup=1.0)).shape[:-1]))
+    size = "x".join(map(str, studio.draw(0, PlanConfig(speedup=1.0, file="none")).shape[:-1]))
     course = last_course(pipe)
     tuned = Tuned(model or "", course.sampler, course.levels, (), None, size)
-    path = Path(save) if save else user_folder() / tuned.file_name
+    path = user_folder() / tuned.file_name if save is None else Path(save)
+    before = _read(path, share) if save is None else before
+    earlier = before if before is not None and _is_same(before, tuned, course, call) else None
     dtype = getattr(pipe, "dtype", None)
     log = _Log(path, f"{model}{dtype}{_in_words([list(prompts), call])}{seed}{course}", share)
     plans: list[TunedPlan] = []
@@ -229,7 +311,7 @@ def _tune_plan(
             if held_out:
                 values, gaps = _measure(others, config)
                 held = Quality.of(values)
-            usual = usual_gaps(gaps)
+            usual = _usual_between(config.steps, gaps)
             seen_gaps = tuple(g.change for g in usual), tuple(g.error for g in usual)
             plans.append(TunedPlan(config.steps, seen, held, config.trust, *seen_gaps))
             samples.append(Sample(count, course.steps, gaps, values))
@@ -237,7 +319,8 @@ def _tune_plan(
             made = _made(pipe, prompts, held_out, call)
             estimate, weights = fit(samples)
             known = (replace(plan, weights=own) for plan, own in zip(plans, weights, strict=True))
-            tuned = replace(tuned, plans=tuple(known), estimate=estimate, made=made)
+            found = replace(tuned, plans=tuple(known), estimate=estimate, made=made)
+            tuned = _joined(found, earlier)
             log.save(tuned)
     except KeyboardInterrupt:
         if share.is_first:
@@ -249,6 +332,56 @@ def _tune_plan(
     finally:
         bar.close()
     return tuned
+
+
+def _read(path: Path, share: Share) -> Tuned | None:
+    """The tuned plans at `path`, as the first process has them. ValueError if none can be written there."""
+    found: Tuned | ValueError | None = None
+    if share.is_first:
+        try:
+            found = _at(path)
+        except ValueError as error:
+            found = error
+    found = share.all(found)[0]  # all of them go on, or none does
+    if isinstance(found, ValueError):
+        raise found
+    return found
+
+
+def _at(path: Path) -> Tuned | None:
+    if path.is_dir():
+        raise ValueError(f"save={str(path)!r} is a folder: give a file in it, as in {path / 'plans.json'}")
+    if file := next((str(part) for part in path.parents if part.is_file()), None):
+        raise ValueError(f"save={str(path)!r}: {file} is a file, not a folder: give another place")
+    if not path.exists():
+        return None
+    try:
+        return Tuned.load(path)
+    except ValueError as error:
+        raise ValueError(
+            f"{error}. It is not written over: move it away, or give another save=FILE"
+        ) from None
+
+
+def _is_same(old: Tuned, new: Tuned, course: Course, call: dict[str, Any]) -> bool:
+    """Whether the plans of both may stand in one file."""
+    names = [(t.model, t.sampler, t.size) for t in (old, new)]
+    return names[0] == names[1] and old.fits(course) and old.made.get("call") == _plain(call)
+
+
+def _joined(new: Tuned, old: Tuned | None) -> Tuned:
+    """`new`, and the plans of `old` with other numbers of evaluations.
+
+    The estimate is that of the search which found more of the plans, if it learnt what gaps mean.
+    """
+    kept = [] if old is None else [plan for plan in old.plans if new.plan(plan.evaluations) is None]
+    if old is None or not kept:
+        return new
+    plans = sorted([*new.plans, *kept], key=lambda plan: plan.evaluations)
+    both = [new.estimate, old.estimate] if len(new.plans) >= len(kept) else [old.estimate, new.estimate]
+    known = [estimate for estimate in both if estimate is not None]
+    estimate = max(known, key=lambda e: e.weighted_error > 0, default=None)
+    return replace(new, plans=tuple(plans), estimate=estimate)
 
 
 @dataclass
@@ -274,7 +407,7 @@ class _Search:
             if number not in known:
                 next_ones = range(number, min(number + self.studio.share.size, count))
                 missing = [n for n in next_ones if n not in known]
-                found = self.studio.share.each(missing, lambda n: self.studio.fidelity(n, plan))
+                found = self.studio.share.each(missing, lambda n: max(0.0, self.studio.fidelity(n, plan)))
                 self.log.note(plan, found)
             behind += best[number] - known[number] if best else 0.0
             if number + 1 < count and behind / (number + 1) > HOPELESS:
@@ -314,10 +447,23 @@ def _measure(studio: Studio, config: PlanConfig) -> tuple[list[float], list[tupl
 
     def one(number: int) -> tuple[float, tuple[Gap, ...]]:
         value = studio.fidelity(number, config, saved=True)
+        if value == -math.inf:
+            raise studio.unfit(number, f"the cached picture, with evaluations at {config.steps},")
         return value, last_gaps(studio.pipe)
 
     values, gaps = zip(*studio.measured(one), strict=True)
     return list(values), list(gaps)
+
+
+def _usual_between(steps: tuple[int, ...], pictures: Sequence[Sequence[Gap]]) -> tuple[Gap, ...]:
+    """What is usual between each two of the steps; 0 where no run saw it: a second denoiser begins there."""
+    known = {(gap.start, gap.end): gap for gap in usual_gaps(pictures)}
+    return tuple(known.get(ends) or Gap(*ends, 0.0, 0.0) for ends in pairwise(steps)) if known else ()
+
+
+def _plain(call: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call that a file can hold."""
+    return {k: v for k, v in call.items() if isinstance(v, (int, float, str))}
 
 
 def _made(
@@ -329,7 +475,7 @@ def _made(
         "versions": {name: version(name) for name in ("torch", "diffusers")},
         "prompts": len(prompts),
         "held_out": len(held_out),
-        "call": {k: v for k, v in call.items() if isinstance(v, (int, float, str))},
+        "call": _plain(call),
     }
 
 
@@ -449,7 +595,7 @@ def _at_speed(
 
 def _speed_and_quality(studio: Studio, config: MethodConfig) -> Found:
     def one(number: int) -> tuple[float, float]:
-        return studio.fidelity(number, config, saved=True), summary(studio.pipe).block_ratio
+        return max(0.0, studio.fidelity(number, config, saved=True)), summary(studio.pipe).block_ratio
 
     values, ratios = zip(*studio.measured(one), strict=True)
     return Found(config, math.fsum(ratios) / len(ratios), Quality.of(values))

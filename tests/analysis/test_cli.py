@@ -105,7 +105,7 @@ BAD = {  # option: values that it cannot take
     "--side": [*COUNTS, "15"],
     "--single": [*NUMBERS, "-1", "1.5", "inf"],
     "--speedup": ["nan", "0", "x", "-inf"],
-    "--speedups": ["nan", "0", "x", "-1"],
+    "--speedups": ["nan", "0", "x", "-1", "0.5", "1"],
     "--steps": COUNTS,
     "--tau1": ["nan", "x", "-1"],
     "--tau2": ["nan", "x", "-1"],

@@ -4,7 +4,9 @@ import json
 import math
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from diffusers import FluxPipeline
@@ -14,6 +16,7 @@ import h2cache
 from analysis.drawing.draw import load_pipeline
 from analysis.tiny_families import FAMILIES
 from h2cache import PlanConfig, tuned, tuning
+from h2cache.api import checkpoint_name
 from h2cache.expected import Estimate, Gap
 from h2cache.tuned import Quality, Tuned, TunedPlan
 
@@ -189,6 +192,157 @@ def test_a_stopped_search_goes_on_with_the_same_picture_and_model_only(tmp_path,
     assert len(unfinished(9, "two")) == 3
 
 
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Nothing may be drawn."""
+
+    def never(*_):
+        raise AssertionError("it began to draw")
+
+    monkeypatch.setattr(tuning.Studio, "draw", never)
+
+
+def quick(pipe, **further) -> Tuned:
+    """A search with one plan for a speed."""
+    return h2cache.tune(pipe, PROMPTS[:1], progress=False, **(CALL | {"trials": 1} | further))
+
+
+def test_a_later_search_keeps_the_plans_for_other_speeds(tiny, found, tmp_path):
+    path = found.save(tmp_path / "plans.json")
+    more = quick(tiny, speedups=(2, 5), save=path)
+    assert [plan.evaluations for plan in more.plans] == [2, 3, 5]
+    assert more.plan(3) == found.plan(3)
+    assert more.plan(5).tuning.pictures == 1  # searched anew
+    assert Tuned.load(path) == more
+
+
+@pytest.mark.parametrize("other", [{"guidance_scale": 2.0}, {"num_inference_steps": 12}, {"height": 32}])
+def test_plans_of_another_call_are_not_kept(tiny, found, tmp_path, other):
+    path = found.save(tmp_path / "plans.json")
+    assert len(quick(tiny, speedups=(5,), save=path, **other).plans) == 1
+
+
+def test_plans_of_another_model_are_not_kept(tiny, found, tmp_path):
+    facts = json.loads(found.save(tmp_path / "plans.json").read_text())
+    path = tmp_path / "other.json"
+    path.write_text(json.dumps(facts | {"model": "other"}))
+    assert len(quick(tiny, speedups=(5,), save=path).plans) == 1
+
+
+@pytest.mark.parametrize("learnt", [True, False])
+def test_one_more_plan_changes_no_estimate_that_others_were_learnt_with(tiny, found, tmp_path, learnt):
+    usual, kept = Estimate(1.0, 2.0, 3.0, 1.0, 4.0 * learnt), tmp_path / "plans.json"
+    facts = json.loads(found.save(kept).read_text())
+    facts["estimate"] = vars(usual)
+    kept.write_text(json.dumps(facts))
+    assert quick(tiny, speedups=(5,), save=kept).estimate == usual
+
+
+def test_a_repeated_search_that_is_stopped_leaves_all_plans(tiny, found, monkeypatch, tmp_path):
+    path, own, drawn = found.save(tmp_path / "plans.json"), tuning.Studio.fidelity, []
+
+    def stopping(self, number, config, saved=False):
+        drawn.append(config)
+        if len({len(config.steps) for config in drawn}) == 2:
+            raise KeyboardInterrupt
+        return own(self, number, config, saved)
+
+    monkeypatch.setattr(tuning.Studio, "fidelity", stopping)
+    quick(tiny, speedups=(2, 3.3), save=path)
+    assert [plan.tuning.pictures for plan in Tuned.load(path).plans] == [1, 2]
+
+
+def test_a_search_with_a_broken_file_of_another_sampler_about(tiny, tmp_path):
+    folder = tmp_path / "cache" / "h2cache" / "plans"
+    folder.mkdir(parents=True)
+    (folder / f"{checkpoint_name(tiny)}-Other-10.json").write_text("[]")
+    assert quick(tiny, speedups=(5,)).plans
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_file_that_is_none_is_not_written_over(tiny, found, tmp_path, monkeypatch, named):
+    (path,) = (tmp_path / "cache").rglob("*.json")
+    path.write_text("my notes")
+    with pytest.raises(ValueError, match=rf"{path.name} is no file of tuned plans.*move it away"):
+        quick(tiny, speedups=(5,), **({"save": path} if named else {}))
+    assert path.read_text() == "my notes"
+
+
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [("", "is a folder: give a file"), ("notes/plans.json", "notes is a file, not a folder")],
+)
+@pytest.mark.usefixtures("undrawn")
+def test_a_place_that_cannot_be_written_is_refused_before_the_search(tiny, tmp_path, place, says):
+    (tmp_path / "notes").write_text("")
+    with pytest.raises(ValueError, match=says):
+        quick(tiny, save=tmp_path / place)
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """`spoil(where)`: pictures are NaN where `where(prompts, number, config)` says so."""
+    own = tuning.Studio.draw
+
+    def begin(where) -> None:
+        def draw(self, number, config):
+            drawn = own(self, number, config)
+            return drawn * np.nan if where(self.prompts, number, config) else drawn
+
+        monkeypatch.setattr(tuning.Studio, "draw", draw)
+
+    return begin
+
+
+@pytest.mark.parametrize(("spoilt", "name"), [(PROMPTS[1], r"prompts\[1\]"), (OTHER[0], r"held_out\[0\]")])
+def test_an_uncached_picture_that_is_not_finite_is_refused(tiny, spoil, tmp_path, spoilt, name):
+    spoil(lambda prompts, number, config: config is None and prompts[number] == spoilt)
+    path = tmp_path / "a.json"
+    with pytest.raises(ValueError, match=rf"{name}: the uncached picture .*another dtype.*leave this"):
+        h2cache.tune(
+            tiny, PROMPTS, held_out=OTHER, speedups=(5,), trials=1, save=path, progress=False, **CALL
+        )
+    assert not path.exists()
+
+
+def test_a_plan_with_pictures_that_are_not_finite_is_a_bad_plan(tiny, spoil, tmp_path):
+    spoil(lambda prompts, number, config: config is not None and config.trust is None)
+    found = quick(tiny, speedups=(5,), trials=8, save=tmp_path / "a.json")
+    assert found.plans[0].trust is not None
+    assert found.plans[0].tuning.mean > 0
+
+
+def test_a_found_plan_with_pictures_that_are_not_finite_is_not_written(tiny, spoil, tmp_path):
+    spoil(lambda prompts, number, config: config is not None)
+    path = tmp_path / "a.json"
+    with pytest.raises(ValueError, match=r"prompts\[0\]: the cached picture, with evaluations at \(0, "):
+        quick(tiny, speedups=(5,), save=path)
+    assert not path.exists()
+
+
+def test_thresholds_with_pictures_that_are_not_finite_are_bad_ones(tiny, spoil):
+    spoil(lambda prompts, number, config: config is not None)
+    found = h2cache.tune(tiny, PROMPTS[:1], method="block_cache", speedup=2, progress=False, **CALL)
+    assert found.quality.mean == 0.0
+
+
+def test_plans_of_two_denoisers_know_what_is_usual(tmp_path):
+    """The first evaluation of the second one shows no gap."""
+    pipe, call = FAMILIES["wan22"]()
+    pipe.set_progress_bar_config(disable=True)
+    prompt, path = {"prompt": call.pop("prompt")}, tmp_path / "wan22.json"
+    call = {k: v for k, v in call.items() if k not in ("generator", "output_type")}
+    call |= {"num_inference_steps": 8}
+    prompts = [prompt | {"seed": seed} for seed in range(4)]
+    found = h2cache.tune(pipe, prompts, speedups=(2,), trials=1, save=path, progress=False, **call)
+    (plan,) = found.plans
+    assert [(gap.start, gap.end) for gap in plan.gaps] == list(pairwise(plan.steps))
+    assert plan.changes.count(0.0) == 1
+    h2cache.enable(pipe, PlanConfig(evaluations=4, file=str(path)))
+    pipe(**prompt, **call, output_type="latent")
+    assert h2cache.summary(pipe).expected_error == found.estimate.weighted_error > 0
+
+
 def test_a_file_is_passed_on(tiny, found, tmp_path):
     path = found.save(tmp_path / "shared.json")
     assert Tuned.load(path) == found
@@ -324,12 +478,54 @@ def test_thresholds_are_found_for_a_speed(tiny, method, speedup):
     assert h2cache.summary(tiny).block_ratio > 1.5
 
 
-def test_bad_requests_are_refused(tiny):
-    with pytest.raises(ValueError, match="prompts is empty"):
-        h2cache.tune(tiny, [])
-    with pytest.raises(ValueError, match=r"speedup 0\.5 is out of range"):
-        h2cache.tune(tiny, PROMPTS, speedups=(0.5,))
-    with pytest.raises(ValueError, match="needs a wanted speed"):
-        h2cache.tune(tiny, PROMPTS, method="h2cache")
+BAD = [  # prompts, other arguments, what the error says
+    ([], {}, "prompts is empty"),
+    ("a sign", {}, "prompts='a sign' is one prompt: give a list"),
+    (PROMPTS[0], {}, "is one prompt: give a list"),
+    (PROMPTS, {"held_out": "xyz"}, "held_out='xyz' is one prompt"),
+    ([3], {}, r"prompts\[0\] is a int: give a text"),
+    ([{"prompt": "a", "num_inference_steps": 4}], {}, "prompts.*'num_inference_steps'.*give it to tune"),
+    ([{"prompt": "a", "sigmas": [1.0]}], {}, "'sigmas': all prompts have the same steps"),
+    ([{"prompt": "a", "generator": None}], {}, "'generator': noise goes by seed"),
+    (["a"], {"held_out": [{"prompt": "b", "output_type": "pil"}]}, r"held_out\[0\].*leave it out"),
+    (PROMPTS, {"output_type": "pil"}, "output_type='pil' cannot be given: pictures are compared"),
+    (PROMPTS, {"generator": None}, "generator=None cannot be given: noise goes by seed"),
+    (PROMPTS, {"trials": 0}, "trials=0: at least one"),
+    (PROMPTS, {"speedups": (0.5,)}, r"speedup 0\.5 is out of range"),
+    (PROMPTS, {"speedups": math.nan}, "speedup nan is out of range"),
+    (PROMPTS, {"speedups": "3"}, "speedup '3' is out of range"),
+    (PROMPTS, {"speedups": ()}, "nothing is left to tune"),
+    (PROMPTS, {"speedups": 1.0}, "nothing is left to tune"),
+    (PROMPTS, {"speedup": 4}, r"say speedups=\(4,\)"),
+    (PROMPTS, {"method": "h2cache"}, "needs a wanted speed"),
+]
+
+
+@pytest.mark.parametrize(("prompts", "further", "says"), BAD)
+@pytest.mark.usefixtures("undrawn")
+def test_bad_requests_are_refused(tiny, prompts, further, says):
+    with pytest.raises(ValueError, match=says):
+        h2cache.tune(tiny, prompts, **further)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_bare_transformer_is_refused(tiny):
+    with pytest.raises(TypeError, match=r"FluxTransformer2DModel draws no pictures.*the whole pipeline"):
+        h2cache.tune(tiny.transformer, PROMPTS)
+
+
+def test_a_method_without_thresholds_is_refused(tiny):
     with pytest.raises(ValueError, match="neither thresholds nor an interval"):
         h2cache.tune(tiny, PROMPTS, method="none", speedup=2.0, progress=False, **CALL)
+
+
+@pytest.mark.parametrize("shaped", [iter, np.array])
+def test_prompts_and_speeds_may_have_any_shape(tiny, tmp_path, shaped):
+    texts = [prompt["prompt"] for prompt in PROMPTS]
+    found = h2cache.tune(
+        tiny, shaped(texts), held_out=shaped(texts[:1]), speedups=5, trials=1, save=tmp_path / "a.json",
+        progress=False, **CALL
+    )  # fmt: skip
+    assert [plan.evaluations for plan in found.plans] == [2]
+    assert found.plans[0].tuning.pictures == 2
+    assert found.plans[0].held_out.pictures == 1
