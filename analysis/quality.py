@@ -26,7 +26,7 @@ from analysis.records.compare import as_table, groups
 from analysis.records.provenance import source_of
 from analysis.records.saved import MAYBE, NUMBER, read_saved
 from h2cache import PlanConfig, summary
-from h2cache.tuning import Studio
+from h2cache.studio import Studio
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_quality/rows.jsonl"))
 WANTED = (35.0, 40.0, 45.0, 50.0)

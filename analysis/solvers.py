@@ -34,7 +34,7 @@ from analysis.options import at_least_one
 from analysis.records.provenance import source_of
 from analysis.records.saved import NUMBER, read_saved
 from h2cache import PlanConfig
-from h2cache.tuning import psnr
+from h2cache.studio import psnr
 
 SHIPPED = Path(shipped("assets/results/tiny_flux_solvers/rows.jsonl"))
 COUNTS = (5, 7, 10, 12, 15, 20, 25)

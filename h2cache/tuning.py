@@ -1,4 +1,4 @@
-"""Finding settings by measuring: the best steps of a plan, or the thresholds of a method, for a wanted speed.
+"""The best steps of a plan for a wanted speed, found by measuring (thresholds of methods: `thresholds.py`).
 
 The search looks at the true loss: the PSNR of finished pictures against the uncached ones, on a few prompts.
 """
@@ -9,154 +9,32 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
-from functools import partial
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import pairwise
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from tqdm.auto import tqdm  # type: ignore[import-untyped]
 
-from h2cache.api import checkpoint_name, denoisers_of, disable, enable, last_course, last_gaps, summary
+from h2cache.api import checkpoint_name, denoisers_of, disable, last_course, last_gaps
 from h2cache.expected import Gap, Sample, fit, usual_gaps
 from h2cache.grid import default_steps
-from h2cache.h2 import H2Config
 from h2cache.machine import device_name
-from h2cache.method import MethodConfig
 from h2cache.plan import PlanConfig
 from h2cache.registry import find_method
 from h2cache.schedule import Course
+from h2cache.studio import SET_HERE, Prompt, Share, Studio, prompts_of
+from h2cache.thresholds import Found, tune_thresholds
 from h2cache.tuned import Quality, Tuned, TunedPlan, user_folder
 
 GAIN = 0.02  # dB that a move must bring to be kept
 HOPELESS = 1.5  # dB behind the best on the prompts so far: the rest of them is not drawn
-CLOSE = 0.03  # share by which a found threshold may miss the wanted speed
 TRUSTS = (None, 1.0, 0.0)  # in the line of a plan: measured, in full, none
-RATIOS = (0.5, 1.0, 2.0, 4.0, 8.0)  # tau1 / tau2 that are tried
-SET_HERE = {  # arguments of a pipeline's call that are no one else's to give, and what to do instead
-    "generator": 'noise goes by seed=N, or by "seed" in a prompt\'s dictionary',
-    "output_type": "pictures are compared as arrays, so leave it out",
-}
-SAME_FOR_ALL = SET_HERE | dict.fromkeys(
-    ("num_inference_steps", "timesteps", "sigmas"),
-    "all prompts have the same steps, so give it to tune itself",
-)
-
-Prompt = str | Mapping[str, Any]  # a text, or arguments of the pipeline's call
-T = TypeVar("T")
-
-
-def psnr(picture: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of pictures with values in [0, 1], dB; at most 100."""
-    error = float(np.mean((picture.astype(np.float64) - reference) ** 2))
-    return 100.0 if error < 1e-10 else -10 * math.log10(error)
-
-
-def eight_bits(picture: np.ndarray) -> np.ndarray:
-    """As it is saved."""
-    return np.round(np.clip(picture, 0, 1) * 255) / 255
-
-
-class Studio:
-    """Draws prompts with a pipeline and compares with the uncached pictures, which it keeps.
-
-    call: arguments of every call of the pipeline, such as num_inference_steps. seed: of the first prompt.
-    share: the processes among which the prompts are divided. name: what errors call the prompts.
-    """
-
-    def __init__(
-        self,
-        pipe: Any,
-        prompts: Sequence[Prompt],
-        call: dict[str, Any],
-        seed: int,
-        share: Share | None = None,
-        name: str = "prompts",
-    ) -> None:
-        self.pipe, self.prompts, self.call, self.seed = pipe, list(prompts), call, seed
-        self.name = name
-        self.share = share or Share(None)
-        self._references: dict[int, np.ndarray] = {}
-
-    def draw(self, number: int, config: MethodConfig | None) -> np.ndarray:
-        """The picture or video of a prompt, values in [0, 1]."""
-        prompt, device = self.prompts[number], getattr(self.pipe, "_execution_device", "cpu")
-        own = {"prompt": prompt} if isinstance(prompt, str) else dict(prompt)
-        seed = own.pop("seed", self.seed + number)
-        disable(self.pipe) if config is None else enable(self.pipe, config)
-        generator = torch.Generator("cpu" if str(device) == "mps" else device).manual_seed(int(seed))
-        out = self.pipe(**self.call, **own, generator=generator, output_type="np")
-        return np.asarray(out[0][0], dtype=np.float32)
-
-    def reference(self, number: int) -> np.ndarray:
-        """The uncached picture; ValueError if it has values that are not finite."""
-        if number not in self._references:
-            drawn = self.draw(number, None)
-            if not np.isfinite(drawn).all():
-                raise self.unfit(number, "the uncached picture")
-            self._references[number] = drawn
-        return self._references[number]
-
-    def unfit(self, number: int, what: str) -> ValueError:
-        """The error of a picture that no number can be had of."""
-        return ValueError(
-            f"{self.name}[{number}]: {what} has values that are not finite (NaN), so nothing can be compared "
-            "with it: load the pipeline with another dtype, such as torch.bfloat16, or leave this prompt out"
-        )
-
-    def fidelity(self, number: int, config: MethodConfig, saved: bool = False) -> float:
-        """PSNR of a prompt's picture; saved: of both as 8-bit pictures. -inf: it is not finite."""
-        reference, drawn = self.reference(number), self.draw(number, config)
-        if not np.isfinite(drawn).all():
-            return -math.inf
-        return psnr(eight_bits(drawn), eight_bits(reference)) if saved else psnr(drawn, reference)
-
-    def measured(self, measure: Callable[[int], T]) -> list[T]:
-        """What `measure` gives for the number of each prompt."""
-        return list(self.share.each(range(len(self.prompts)), measure).values())
-
-
-class Share:
-    """The processes of `group` that share prompts, each every so many of them; None: this one is alone.
-
-    All see all results, so all make the same decisions.
-    """
-
-    def __init__(self, group: Any) -> None:
-        self.group = group
-        self.size = 1 if group is None else dist.get_world_size(group)
-        self.rank = 0 if group is None else dist.get_rank(group)
-
-    @property
-    def is_first(self) -> bool:
-        """Whether this process writes for all."""
-        return self.rank == 0
-
-    def all(self, own: T) -> list[T]:
-        """What each process has. ConnectionError if one of them has ended."""
-        if self.group is None:
-            return [own]
-        found: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(found, own, group=self.group)
-        except RuntimeError as error:
-            raise ConnectionError(
-                "another process of the search has ended: what was measured is kept, and the same call goes "
-                f"on from there ({str(error).splitlines()[0]})"
-            ) from error
-        return found
-
-    def each(self, numbers: Sequence[int], measure: Callable[[int], T]) -> dict[int, T]:
-        """What `measure` gives for each prompt of `numbers`; a prompt is always the same process's."""
-        own = {n: measure(n) for n in numbers if n % self.size == self.rank}
-        found = {n: value for part in self.all(own) for n, value in part.items()}
-        return {n: found[n] for n in numbers}
 
 
 def tune(
@@ -194,7 +72,7 @@ def tune(
     but a pipeline. ConnectionError if another process of the group has ended. Ctrl-C ends the search and
     keeps the best.
     """
-    asked, held, speeds = _asked("prompts", prompts), _asked("held_out", held_out), _speeds(speedups)
+    asked, held, speeds = prompts_of("prompts", prompts), prompts_of("held_out", held_out), _speeds(speedups)
     _check(pipe, asked, method, speeds, speedup, trials, call)
     share = Share(group)
     progress = progress and share.is_first
@@ -203,30 +81,10 @@ def tune(
             if speedup is None:
                 raise ValueError(f"method={method!r} needs a wanted speed, as in speedup=4")
             studio = Studio(pipe, asked, call, seed, share)
-            return _tune_thresholds(studio, find_method(method), speedup, progress)
+            return tune_thresholds(studio, find_method(method), speedup, progress)
         return _tune_plan(pipe, asked, held, speeds, trials, seed, save, progress, share, call)
     finally:
         disable(pipe)
-
-
-def _asked(name: str, given: Iterable[Prompt] | None) -> list[Prompt]:
-    """The prompts of an argument, checked."""
-    if isinstance(given, (str, Mapping)):
-        raise ValueError(f"{name}={given!r:.60} is one prompt: give a list, as in {name}=[...]")
-    return [_prompt(f"{name}[{n}]", prompt) for n, prompt in enumerate(() if given is None else given)]
-
-
-def _prompt(name: str, given: Any) -> Prompt:
-    if isinstance(given, str):
-        return str(given)  # numpy has a kind of its own
-    if not isinstance(given, Mapping):
-        raise ValueError(
-            f"{name} is a {type(given).__name__}: give a text, or a dictionary of the pipeline's arguments"
-        )
-    for key, why in SAME_FOR_ALL.items():
-        if key in given:
-            raise ValueError(f"{name} holds {key!r}: {why}")
-    return dict(given)
 
 
 def _speeds(given: float | Iterable[float]) -> tuple[float, ...]:
@@ -261,9 +119,6 @@ def _check(
     for key, why in SET_HERE.items():
         if key in call:
             raise ValueError(f"{key}={call[key]!r:.60} cannot be given: {why}")
-
-
-# The plan.
 
 
 def _tune_plan(
@@ -534,74 +389,3 @@ class _Log:
     def done(self) -> None:
         if self._writes:
             self.part.unlink(missing_ok=True)
-
-
-# Thresholds.
-
-
-@dataclass(frozen=True)
-class Found:
-    """The settings of a method that give a wanted speed."""
-
-    config: MethodConfig
-    speedup: float  # measured: times fewer executed blocks, mean over the prompts
-    quality: Quality
-
-
-def _tune_thresholds(studio: Studio, kind: type[MethodConfig], speedup: float, progress: bool) -> Found:
-    names = {f.name for f in fields(kind)}
-    shapes: list[Callable[[float], dict[str, Any]]]
-    if kind is H2Config:
-        shapes = [partial(_taus, math.sqrt(ratio)) for ratio in RATIOS]
-    elif "threshold" in names:
-        shapes = [lambda x: {"threshold": x}]
-    elif "interval" in names:
-        shapes = [lambda x: {"interval": max(1, round(x * 10))}]
-    else:
-        raise ValueError(f"{kind.name} has neither thresholds nor an interval to tune")
-    bar = tqdm(total=len(shapes), disable=not progress, unit="shape")
-    found: list[Found] = []
-    try:
-        for shape in shapes:
-            found.append(_at_speed(studio, kind, shape, speedup))
-            best = _best(found, speedup)
-            bar.set_postfix_str(f"{best.speedup:.2f}x, {best.quality.mean:.2f} dB")
-            bar.update()
-    except KeyboardInterrupt:
-        if not found:
-            raise
-    finally:
-        bar.close()
-    return _best(found, speedup)
-
-
-def _taus(root: float, x: float) -> dict[str, Any]:
-    return {"tau1": x * root, "tau2": x / root}
-
-
-def _at_speed(
-    studio: Studio, kind: type[MethodConfig], shape: Callable[[float], dict[str, Any]], speedup: float
-) -> Found:
-    """Bisection for the scale of `shape`, settings of `kind`, that gives the speed."""
-    low, high, tried = 1e-3, 4.0, []
-    for _ in range(12):
-        middle = math.sqrt(low * high)
-        tried.append(_speed_and_quality(studio, kind(**shape(middle))))
-        if abs(tried[-1].speedup / speedup - 1) < CLOSE:
-            break
-        low, high = (middle, high) if tried[-1].speedup < speedup else (low, middle)
-    return min(tried, key=lambda f: abs(f.speedup / speedup - 1))
-
-
-def _speed_and_quality(studio: Studio, config: MethodConfig) -> Found:
-    def one(number: int) -> tuple[float, float]:
-        return max(0.0, studio.fidelity(number, config, saved=True)), summary(studio.pipe).block_ratio
-
-    values, ratios = zip(*studio.measured(one), strict=True)
-    return Found(config, math.fsum(ratios) / len(ratios), Quality.of(values))
-
-
-def _best(found: Sequence[Found], speedup: float) -> Found:
-    """The best pictures among those that are near the speed; else the nearest speed."""
-    near = [f for f in found if f.speedup >= speedup * (1 - 2 * CLOSE)]
-    return max(near, key=lambda f: f.quality.mean) if near else max(found, key=lambda f: f.speedup)

@@ -12,7 +12,7 @@ LAYERS = (  # each may use those before it, and its own
     "method",  # the contract
     "forecasting registry room outputs h2 plan engines engines.* baselines baselines.*",  # methods, models
     "modules drive requests attachment gate",  # a method carried out inside a model
-    "presets api tuning drop_in sparse models models.* __init__",  # what a user calls
+    "presets api studio thresholds tuning drop_in sparse models models.* __init__",  # what a user calls
     "comfyui comfyui.*",  # what a user of ComfyUI calls
 )
 

@@ -15,7 +15,7 @@ from PIL import Image
 import h2cache
 from analysis.drawing.draw import load_pipeline
 from analysis.tiny_families import FAMILIES
-from h2cache import PlanConfig, tuned, tuning
+from h2cache import PlanConfig, studio, tuned
 from h2cache.api import checkpoint_name
 from h2cache.expected import Estimate, Gap
 from h2cache.tuned import Quality, Tuned, TunedPlan
@@ -76,13 +76,13 @@ def found(searched, tmp_path):
 
 
 def test_a_search_never_ends_below_its_start(tiny, found):
-    studio = tuning.Studio(tiny, PROMPTS, CALL, 0)
+    drawing = studio.Studio(tiny, PROMPTS, CALL, 0)
     for plan in found.plans:
         both = (
             PlanConfig(steps=plan.steps, trust=plan.trust),
             PlanConfig(evaluations=plan.evaluations, file="none"),
         )
-        best, start = (sum(studio.fidelity(n, config) for n in (0, 1)) for config in both)
+        best, start = (sum(drawing.fidelity(n, config) for n in (0, 1)) for config in both)
         assert best >= start
         assert plan.held_out.pictures == 1
     assert [plan.evaluations for plan in found.plans] == [3, 5]
@@ -135,7 +135,7 @@ def test_other_steps_take_it_by_noise_level_and_say_so(tiny, found):
 
 
 def test_a_stopped_search_goes_on(tiny, tmp_path, monkeypatch):
-    drawn, own = [], tuning.Studio.fidelity
+    drawn, own = [], studio.Studio.fidelity
 
     def stopping(self, number, config, saved=False):
         drawn.append(config)
@@ -145,7 +145,7 @@ def test_a_stopped_search_goes_on(tiny, tmp_path, monkeypatch):
 
     path = tmp_path / "plans.json"
     search = {"speedups": (3.3,), "save": path, "progress": False}
-    monkeypatch.setattr(tuning.Studio, "fidelity", stopping)
+    monkeypatch.setattr(studio.Studio, "fidelity", stopping)
     with pytest.raises(KeyboardInterrupt):
         h2cache.tune(tiny, PROMPTS, **search, **CALL)
     with pytest.raises(ValueError, match="no cache is enabled"):
@@ -153,7 +153,7 @@ def test_a_stopped_search_goes_on(tiny, tmp_path, monkeypatch):
     h2cache.tune(tiny, PROMPTS, **search, **CALL)
     again = len(drawn)
     drawn.clear()
-    monkeypatch.setattr(tuning.Studio, "fidelity", lambda *a, **k: drawn.append(a) or own(*a, **k))
+    monkeypatch.setattr(studio.Studio, "fidelity", lambda *a, **k: drawn.append(a) or own(*a, **k))
     path.unlink()
     h2cache.tune(tiny, PROMPTS, **search, **CALL)
     assert again - 4 < len(drawn)  # the second search found what the first had measured
@@ -183,8 +183,8 @@ def test_a_stopped_search_goes_on_with_the_same_picture_and_model_only(tmp_path,
             )
         return {*tmp_path.glob(".a-*.jsonl")}
 
-    own = tuning.Studio.fidelity
-    monkeypatch.setattr(tuning.Studio, "fidelity", stopping)
+    own = studio.Studio.fidelity
+    monkeypatch.setattr(studio.Studio, "fidelity", stopping)
     first = unfinished(9, "one")
     assert len(first) == 1
     assert unfinished(9, "one") == first
@@ -199,7 +199,7 @@ def undrawn(monkeypatch) -> None:
     def never(*_):
         raise AssertionError("it began to draw")
 
-    monkeypatch.setattr(tuning.Studio, "draw", never)
+    monkeypatch.setattr(studio.Studio, "draw", never)
 
 
 def quick(pipe, **further) -> Tuned:
@@ -239,7 +239,7 @@ def test_one_more_plan_changes_no_estimate_that_others_were_learnt_with(tiny, fo
 
 
 def test_a_repeated_search_that_is_stopped_leaves_all_plans(tiny, found, monkeypatch, tmp_path):
-    path, own, drawn = found.save(tmp_path / "plans.json"), tuning.Studio.fidelity, []
+    path, own, drawn = found.save(tmp_path / "plans.json"), studio.Studio.fidelity, []
 
     def stopping(self, number, config, saved=False):
         drawn.append(config)
@@ -247,7 +247,7 @@ def test_a_repeated_search_that_is_stopped_leaves_all_plans(tiny, found, monkeyp
             raise KeyboardInterrupt
         return own(self, number, config, saved)
 
-    monkeypatch.setattr(tuning.Studio, "fidelity", stopping)
+    monkeypatch.setattr(studio.Studio, "fidelity", stopping)
     quick(tiny, speedups=(2, 3.3), save=path)
     assert [plan.tuning.pictures for plan in Tuned.load(path).plans] == [1, 2]
 
@@ -282,14 +282,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_search(tiny, tmp_p
 @pytest.fixture
 def spoil(monkeypatch):
     """`spoil(where)`: pictures are NaN where `where(prompts, number, config)` says so."""
-    own = tuning.Studio.draw
+    own = studio.Studio.draw
 
     def begin(where) -> None:
         def draw(self, number, config):
             drawn = own(self, number, config)
             return drawn * np.nan if where(self.prompts, number, config) else drawn
 
-        monkeypatch.setattr(tuning.Studio, "draw", draw)
+        monkeypatch.setattr(studio.Studio, "draw", draw)
 
     return begin
 
