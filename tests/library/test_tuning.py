@@ -330,8 +330,8 @@ def test_plans_of_two_denoisers_know_what_is_usual(tmp_path):
     """The first evaluation of the second one shows no gap."""
     pipe, call = FAMILIES["wan22"]()
     pipe.set_progress_bar_config(disable=True)
-    prompt, path = {"prompt": call.pop("prompt")}, tmp_path / "wan22.json"
-    call = {k: v for k, v in call.items() if k not in ("generator", "output_type")}
+    prompt, path = {"prompt": call["prompt"]}, tmp_path / "wan22.json"
+    call = {k: v for k, v in call.items() if k not in ("prompt", "generator", "output_type")}
     call |= {"num_inference_steps": 8}
     prompts = [prompt | {"seed": seed} for seed in range(4)]
     found = h2cache.tune(pipe, prompts, speedups=(2,), trials=1, save=path, progress=False, **call)
