@@ -51,7 +51,7 @@ def made(kind: str, call: dict[str, Any], **components: Any) -> Family:
         if isinstance(part, torch.nn.Module):
             part.eval()
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline, call
+    return pipeline, dict(call)
 
 
 def vae(channels: int = 4, **settings: Any) -> AutoencoderKL:
