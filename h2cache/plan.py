@@ -198,7 +198,8 @@ class Chase:
     def see(self, step: int, seen: Seen) -> None:
         """What an evaluation of the first guidance branch shows; a wait."""
         new = gaps_of([(step, seen)])
-        self.gaps = [a + b for a, b in zip(self.gaps, new, strict=True)] if self.gaps else new
+        same = len(new) == len(self.gaps)  # else it is the first, or the batch has changed in mid-run
+        self.gaps = [a + b for a, b in zip(self.gaps, new, strict=True)] if same else new
         self.expected = self.table.corrected(self.expected, self.psnr, self.gaps)
 
     def begin_again(self, step: int) -> None:

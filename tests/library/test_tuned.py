@@ -188,6 +188,21 @@ def test_a_correction_outlives_a_new_beginning_in_mid_run(pipe, hard, at):
     assert len(steps) > 4
 
 
+def test_a_batch_that_changes_in_mid_run_is_gone_on_with(pipe, hard):
+    """As of pipelines that end guidance before the last step."""
+
+    def halve(loop, step, given):
+        if step == 9:
+            given["latents"] = given["latents"][:1]
+
+    h2cache.enable(pipe, PlanConfig(psnr=38.0, file=str(hard)))
+    out = pipe(
+        STEPS, latents=torch.randn(2, 6, 4, generator=torch.Generator().manual_seed(0)), callback=halve
+    )
+    assert out.shape[0] == 1
+    assert out.isfinite().all()
+
+
 def test_a_correction_ends_with_its_request(pipe, hard):
     h2cache.enable(pipe, PlanConfig(psnr=38.0, file=str(hard)))
     pipe(STEPS)
