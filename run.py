@@ -114,6 +114,9 @@ def run(args: argparse.Namespace) -> None:
             tqdm.write(table_line(row))
             if row.get("warning"):
                 warn(row["warning"])
+            if row.get("expected_psnr"):
+                known = f"expected PSNR {row['expected_psnr']:.1f} dB, +- {row['expected_error']:.1f}"
+                tqdm.write("; ".join([f"  {known}", *row["notes"]]))
     if speaks:  # all have ended
         store.tidy(args.out / "records.jsonl")
         print(f"pictures and records.jsonl are in {args.out}/")

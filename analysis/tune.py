@@ -2,7 +2,7 @@
 
     python -m analysis.tune                                          # the embedded model at 50 steps
     python -m analysis.tune --steps 28 --speedups 2 3 4
-    python -m analysis.tune --model black-forest-labs/FLUX.1-dev --prompts my.txt --limit 4 --held-out 4
+    python -m analysis.tune --model black-forest-labs/FLUX.1-dev --prompts my.txt --limit 4 --held-out 8
     python -m analysis.tune --method h2cache --speedups 4            # tau1 and tau2 for 4x
     python -m analysis.tune --processes 4 --model ...                # one process for each of 4 GPUs
     torchrun --nproc-per-node 4 -m analysis.tune --model ...         # the same, and on many machines
@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 
 import h2cache
-from analysis.cli import add_measuring_arguments, guarded, start
+from analysis.cli import add_measuring_arguments, guarded, size_of, start
 from analysis.drawing.families import with_prompt
 from analysis.drawing.prompts import read_prompts
 from analysis.options import Parser, at_least_one, positive, whole
@@ -53,6 +53,11 @@ def run(args: argparse.Namespace) -> None:
         with_prompt(pipeline, {"prompt": p.text}) | {"seed": args.seed if p.seed is None else p.seed}
         for p in prompts
     ]
+    if is_first():
+        print(
+            f"{args.model}: {size_of(call) or 'its own size'}, {args.steps} steps, {len(asked)} prompts",
+            flush=True,
+        )
     for speedup in [None] if args.method == "plan" else args.speedups:
         found = h2cache.tune(
             pipeline,

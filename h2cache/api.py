@@ -170,6 +170,9 @@ def summary(target: Any) -> Summary:
 
 def sum_up(config: MethodConfig, requests: list[Request], bytes_of_all: int = 0) -> Summary:
     """The summary of the requests of one call: of each denoiser that had a part in it."""
+    expected, wanted = _expectation(requests), getattr(config, "psnr", None)
+    missed = wanted is not None and min(expected.get("expected_psnr", [wanted])) < wanted
+    short = [f"asked for {wanted:g} dB, which is not expected to be reached"] if missed else []
     return summarise(
         config.name,
         records_of(requests),
@@ -178,8 +181,8 @@ def sum_up(config: MethodConfig, requests: list[Request], bytes_of_all: int = 0)
         requests[0].reason,
         reuses=config.reuses,
         bytes_of_all=bytes_of_all,
-        notes=tuple(dict.fromkeys(note for request in requests for note in request.notes)),
-        **_expectation(requests),
+        notes=tuple(dict.fromkeys([*(note for request in requests for note in request.notes), *short])),
+        **expected,
     )
 
 

@@ -25,7 +25,7 @@ HUBER = 1.5  # dB from which on a picture pulls no more than others do
 ROUNDS = 8  # of weighted regressions, by which Huber's loss is minimised
 FOLDS = 16  # of pictures, of which each is left out once to see the error
 CUBIC = 3  # how the error of a line grows with the length of its gap: a parabola, summed up
-LEAST = 3  # pictures of a plan, from which something can be learnt
+LEAST = 8  # measured pictures of a plan, from which something can be learnt
 SAME = 100.0  # dB, of pictures that are equal
 
 Array = NDArray[np.float64]
@@ -156,15 +156,12 @@ class Sample:
 
 
 def fit(samples: Sequence[Sample]) -> tuple[Estimate | None, list[Weights]]:
-    """Learn what gaps mean, and the weights of each plan; None where the pictures do not allow it."""
-    line = _line(samples)
-    nothing: list[Weights] = [()] * len(samples)
+    """Learn what gaps mean, and the weights of each plan; None where pictures are too few or too alike."""
+    count = min((len(sample.values) for sample in samples), default=0)
+    line = _line(samples) if count >= LEAST else None
     if line is None:
-        return None, nothing
+        return None, [()] * len(samples)
     known = [_Known.of(sample) for sample in samples]
-    count = min(len(sample.values) for sample in samples)
-    if count < LEAST:
-        return Estimate(*line), nothing
     folds, missed = min(count, FOLDS), []
     for fold in range(folds):  # what do some mean that was not learnt from?
         rest = [k.part(k.numbers % folds != fold) for k in known]
@@ -187,7 +184,7 @@ def _totals(sample: Sample) -> Array:
 def _line(samples: Sequence[Sample]) -> tuple[float, float, float] | None:
     """Slope, offset and error of the line from the sum of errors to PSNR, over all pictures."""
     x, y = np.concatenate([_totals(sample) for sample in samples] or [np.empty((0, 2))]).T
-    if len(np.unique(x)) < LEAST:
+    if len(np.unique(x)) < 2:
         return None
     slope, offset = np.polyfit(-x, y, 1)
     error = np.sqrt(np.mean((offset - slope * x - y) ** 2))

@@ -30,8 +30,9 @@ from h2cache.schedule import Course
 USUAL_SPEEDUP = 5.0
 STOCHASTIC = "the sampler draws fresh noise at its steps, so what a forecast gets wrong is paid back in part"
 NO_FLOW = "target='ode' is for flow samplers with one evaluation a step: 'sampler' is taken here"
-NO_WEIGHTS = "its quality is not corrected in the run: the file of tuned plans has no weights; tune again"
-TWO_DENOISERS = "its quality is not corrected in the run: the pipeline has two denoisers"
+NO_WEIGHTS = "the quality is not corrected in the run: too few pictures were measured, tune with 8 held_out"
+HARDER = "harder than usual: it went on with a plan of more evaluations"
+TWO_DENOISERS = "the quality is not corrected in the run: the pipeline has two denoisers"
 FEWEST_STEPS = 5  # below that a speed-up leaves too little to forecast from: nothing is skipped
 
 
@@ -112,7 +113,8 @@ class PlanConfig(MethodConfig):
             raise ValueError(
                 f"psnr={self.psnr}: no tuned plans of {config.model or 'this model, which has no name'} are "
                 f"known, so it is not known what a speed costs there. Make them with {tuned.COMMAND}, or "
-                "h2cache.tune(pipe, prompts); without them ask for a speed, as in speedup=4"
+                "h2cache.tune(pipe, prompts), or name a file that has some, "
+                f"PlanConfig(psnr={self.psnr}, file=...); without them ask for a speed, as in speedup=4"
             )
         return config
 
@@ -235,7 +237,7 @@ class Plan(Method):
         """Take another tuned plan from here on, the same in all branches, if the errors of one ask for it."""
         if seen is not None and memory.is_first_branch:
             chase.see(memory.course_step, seen)
-            memory.expect(chase.expected, "")
+            memory.expect(chase.expected, "" if chase.expected.plan is run.plan else HARDER)
         plan = chase.expected.plan
         if plan is not run.plan:
             step, run.plan = memory.course_step, plan

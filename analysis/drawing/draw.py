@@ -337,6 +337,9 @@ class Drawn:
             "hits": s.hits,
             "steps_recorded": s.steps,
             "bytes_held": s.bytes_held,
+            "expected_psnr": s.expected_psnr and round(s.expected_psnr[0], 2),
+            "expected_error": s.expected_error and round(s.expected_error, 2),
+            "notes": list(s.notes),
             "peak_bytes": self.peak,
             "peak_kind": self.peak_kind,
             "warning": None if s.steps == 1 else s.warning,  # of one step nothing can be skipped

@@ -138,15 +138,13 @@ def test_its_error_is_that_of_pictures_it_was_not_learnt_from():
     assert estimate.weighted_error > values[:90].std()
 
 
-@pytest.mark.parametrize("count", [1, 2])
-def test_few_pictures_give_the_line_alone(count):
-    estimate, weights = fit(samples(pictures(count), lambda k, change, error: 40 - decibel(error) + k))
-    assert weights == [()] * 3
-    assert estimate.slope > 0
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_few_pictures_teach_nothing(count):
+    assert fit(samples(pictures(count), lambda k, change, error: 40 - decibel(error) + k)) == (None, [()] * 3)
 
 
 def test_the_line_is_the_least_squares_one_over_all():
-    factors = [(1.0, 10 ** (-n / 20)) for n in range(5)]
+    factors = [(1.0, 10 ** (-n / 20)) for n in range(8)]
     one = samples(factors, lambda count, change, error: 0.0)[0]
     totals = [sum(g.error for g in own) for own in one.pictures]
     exact = Sample(4, STEPS, one.pictures, [7.0 - 2.0 * decibel(total) for total in totals])
@@ -157,5 +155,5 @@ def test_the_line_is_the_least_squares_one_over_all():
 
 
 def test_equal_pictures_teach_nothing():
-    assert fit(samples(pictures(5), lambda *_: 100.0)) == (None, [()] * 3)
+    assert fit(samples(pictures(9), lambda *_: 100.0)) == (None, [()] * 3)
     assert fit([]) == (None, [])

@@ -220,6 +220,23 @@ def test_outputs_that_are_not_finite_promise_nothing(pipe, easy, odd):
     assert "not finite" in summary.warning
 
 
+@pytest.mark.parametrize(("usual", "notes"), [(40.0, 1), (59.0, 0)])
+def test_a_quality_that_is_not_expected_to_be_reached_is_said(pipe, easy, usual, notes):
+    facts = json.loads(easy.read_text())
+    facts["plans"][-1]["weights"][0] = usual
+    easy.write_text(json.dumps(facts))
+    h2cache.enable(pipe, PlanConfig(psnr=58.0, file=str(easy)))
+    pipe(STEPS)
+    words = "asked for 58 dB, which is not expected to be reached"
+    assert h2cache.summary(pipe).notes == (words,) * notes
+
+
+def test_a_picture_that_is_harder_than_usual_says_that_its_plan_changed(pipe, hard):
+    h2cache.enable(pipe, PlanConfig(psnr=38.0, file=str(hard)))
+    pipe(STEPS)
+    assert "harder than usual" in h2cache.summary(pipe).notes[0]
+
+
 def test_a_run_that_skips_nothing_expects_nothing(pipe, easy):
     h2cache.enable(pipe, PlanConfig(evaluations=STEPS, file=str(easy)))
     pipe(STEPS)
