@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -22,21 +21,14 @@ TRAINED = 1000.0  # timesteps of a scheduler at noise level 1
 DENOISERS = ("transformer", "transformer_2", "unet")  # attributes of a pipeline
 
 
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    """`frame` and its callers, without PyTorch's: to look at the variables of each takes long."""
-    while frame is not None:
-        if not str(frame.f_globals.get("__name__")).startswith("torch."):
-            yield frame
-        frame = frame.f_back
-
-
 def calling_pipeline(denoiser: nn.Module) -> Any:
     """The pipeline whose call runs `denoiser` right now, found on the stack; None: somebody's own loop.
 
     Several pipelines may share a denoiser, each with a scheduler of its own, and the one that was enabled
     need not be the one that runs.
     """
-    for frame in _frames(sys._getframe(1)):
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
         names = frame.f_code.co_varnames + frame.f_code.co_freevars
         for name in ("self", "components"):  # the latter in diffusers' modular pipelines
             if name not in names:
@@ -44,18 +36,20 @@ def calling_pipeline(denoiser: nn.Module) -> Any:
             owner = frame.f_locals.get(name)
             if isinstance(owner, nn.Module) or not hasattr(owner, "scheduler"):
                 continue
-            parts = (getattr(owner, part, None) for part in DENOISERS)  # one by one: to ask for what a
-            # pipeline has not takes long
+            parts = [getattr(owner, part, None) for part in DENOISERS]
             if any(part is denoiser or getattr(part, "_orig_mod", None) is denoiser for part in parts):
                 return owner
+        frame = frame.f_back
     return None
 
 
 def local_of(pipeline: Any, name: str) -> Any:
     """The local variable `name` of the call of `pipeline` that is under way; None: it has none."""
-    for frame in _frames(sys._getframe(1)):
-        if name in frame.f_code.co_varnames and (known := frame.f_locals).get("self") is pipeline:
-            return known.get(name)
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if name in frame.f_code.co_varnames and frame.f_locals.get("self") is pipeline:
+            return frame.f_locals.get(name)
+        frame = frame.f_back
     return None
 
 
