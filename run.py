@@ -114,9 +114,14 @@ def run(args: argparse.Namespace) -> None:
             tqdm.write(table_line(row))
             if row.get("warning"):
                 warn(row["warning"])
+                continue
+            words = [*row.get("notes", ())]
             if row.get("expected_psnr"):
-                known = f"expected PSNR {row['expected_psnr']:.1f} dB, +- {row['expected_error']:.1f}"
-                tqdm.write("; ".join([f"  {known}", *row["notes"]]))
+                words.insert(
+                    0, f"expected PSNR {row['expected_psnr']:.1f} dB, +- {row['expected_error']:.1f}"
+                )
+            if words:
+                tqdm.write(f"  {'; '.join(words)}")
     if speaks:  # all have ended
         store.tidy(args.out / "records.jsonl")
         print(f"pictures and records.jsonl are in {args.out}/")

@@ -170,7 +170,7 @@ def summary(target: Any) -> Summary:
 
 def sum_up(config: MethodConfig, requests: list[Request], bytes_of_all: int = 0) -> Summary:
     """The summary of the requests of one call: of each denoiser that had a part in it."""
-    expected, wanted = _expectation(requests), getattr(config, "psnr", None)
+    expected, wanted = _expectation(requests), config.wanted_psnr
     missed = wanted is not None and min(expected.get("expected_psnr", [wanted])) < wanted
     short = [f"asked for {wanted:g} dB, which is not expected to be reached"] if missed else []
     return summarise(

@@ -112,16 +112,14 @@ def _at_places(middles: Sequence[float], pairs: Sequence[tuple[float, float]], s
 
 
 def between(usual: Sequence[Gap], start: int, end: int) -> Gap:
-    """What a gap that is not among the `usual` ones would show, by those around it."""
-    middle, length = (start + end) / 2, end - start
-
-    def value(values: Sequence[float], power: int) -> float:
-        own = [(g, v / (g.end - g.start) ** power) for g, v in zip(usual, values, strict=True) if v > 0]
-        at = [(gap.start + gap.end) / 2 for gap, _ in own]
-        logs = np.log([rate for _, rate in own])
-        return float(np.exp(np.interp(middle, at, logs))) * length**power if own else 0.0
-
-    return Gap(start, end, value([g.change for g in usual], 1), value([g.error for g in usual], CUBIC))
+    """The error that a gap which is not among the `usual` ones would show, by those around it; no change."""
+    known = [gap for gap in usual if gap.error > 0]
+    if not known:
+        return Gap(start, end, 0.0, 0.0)
+    at = [(gap.start + gap.end) / 2 for gap in known]
+    rates = [math.log(gap.error / (gap.end - gap.start) ** CUBIC) for gap in known]
+    rate = math.exp(np.interp((start + end) / 2, at, rates))
+    return Gap(start, end, 0.0, rate * (end - start) ** CUBIC)
 
 
 @dataclass(frozen=True)

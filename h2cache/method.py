@@ -105,6 +105,11 @@ class MethodConfig(ABC):
         """Whether these settings need the number of steps of a request before it starts."""
         return False
 
+    @property
+    def wanted_psnr(self) -> float | None:
+        """The fidelity that pictures are asked to have, dB; None: a speed or thresholds are asked for."""
+        return None
+
     @abstractmethod
     def build(self) -> Method:
         """The method with these settings."""

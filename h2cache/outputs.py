@@ -89,7 +89,7 @@ class Outputs:
         if self.kept:
             here = max(self.kept)
             change = root_mean_square(difference(self.kept[here], output), self.samples)
-            seen = Seen(here, change, self._settle(step, output))
+            seen = Seen(here, change, self._settle(step, output, change))
         self.kept[step] = output
         while len(self.kept) >= HELD:
             del self.kept[min(self.kept)]
@@ -111,8 +111,11 @@ class Outputs:
         """Trust lines so far, from here on: a number, or (B,)."""
         self.trust, self.followed = trust, trust**2
 
-    def _settle(self, step: int, output: Parts) -> Tensor | None:
-        """See what the gap before `step` got wrong, by the parabola through its ends and the one before."""
+    def _settle(self, step: int, output: Parts, change: Tensor) -> Tensor | None:
+        """See what the gap before `step` got wrong, by the parabola through its ends and the one before.
+
+        change: of the output over the gap, (B,).
+        """
         here, before, outputs = max(self.kept), min(self.kept), self.kept | {step: output}
         gap, add = range(here, step), self._integral if self.target == "ode" else self._sum
         wrong = total((1.0, add([*outputs], gap)), (-1.0, add([*self.kept], gap)))
@@ -120,7 +123,7 @@ class Outputs:
         followed = self.followed
         if self.measured and here == before and self.course.flow:
             way = self.course.levels[here] - self.course.levels[step]
-            self._follow(first_trust(outputs[here], output, way, self.samples))
+            self._follow(first_trust(change, root_mean_square(output, self.samples), way))
         elif self.measured and self._lean(step):
             straight = cosine((outputs[before], outputs[here], output), self.samples)
             self._follow((straight / STRAIGHT).clamp(max=1.0))
@@ -201,15 +204,13 @@ def cosine(outputs: Sequence[Parts], samples: int) -> Tensor:
     return (dot(first, second, samples) / norms.clamp(min=TINY).sqrt()).clamp(0.0, 1.0)
 
 
-def first_trust(before: Parts, after: Parts, way: float, samples: int) -> Tensor:
+def first_trust(change: Tensor, size: Tensor, way: float) -> Tensor:
     """How far the line through the first two outputs of a flow is followed, 0 to 1: (B,).
 
-    way: between their noise levels. It is 1 / (1 + r^2), with r the change over all levels at that pace, as a
-    multiple of the output.
+    change, size: root mean squares of their difference and of the second, (B,). way: between their noise
+    levels. It is 1 / (1 + r^2), with r the change over all levels at that pace, as a multiple of the output.
     """
-    change = root_mean_square(difference(before, after), samples)
-    size = root_mean_square(after, samples) * abs(way)
-    return 1 / (1 + (change / size.clamp(min=TINY)) ** 2)
+    return 1 / (1 + (change / (size * abs(way)).clamp(min=TINY)) ** 2)
 
 
 def difference(before: Parts, after: Parts) -> Parts:

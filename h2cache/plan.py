@@ -105,6 +105,10 @@ class PlanConfig(MethodConfig):
     def needs_total_steps(self) -> bool:
         return True
 
+    @property
+    def wanted_psnr(self) -> float | None:
+        return self.psnr
+
     def for_checkpoint(self, checkpoint: str | None) -> PlanConfig:
         config = replace(self, model=self.model or checkpoint or "")
         if self.file not in ("", "none"):

@@ -133,7 +133,7 @@ class Schedule:
         rises = levels[-1] > levels[0]  # inversion
         return [*levels, levels[-1] if rises else 0.0]
 
-    @property
+    @cached_property
     def is_flow(self) -> bool:
         """Whether the model predicts a flow's velocity."""
         config = self.scheduler.config
